@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
@@ -54,7 +55,7 @@ struct PositionQuery {
   float top_p = 1.0F;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
   float sigma_step = 0.0F;
-  std::vector<VocabularyRule> rules;  // usually empty: at most 3
+  absl::InlinedVector<VocabularyRule, 4> rules;  // usually empty
 };
 
 struct StepPlan {
