@@ -29,6 +29,9 @@ struct DecodingParams {
   bool confidence_eos_eot_inf = false;  // EOS and EoT are transferred last
   float eos_penalty = 0.0F;             // nats taken off the logit of every EOS id
   std::vector<TokenId> forbidden_ids;   // removed from the distribution; at most kForbiddenIdsMax
+  // Ids at or above this are never picked: rows of a padded vocabulary that the tokenizer has no text for.
+  // 0: no limit. They stay in the softmax.
+  int32_t pickable_ids = 0;
   uint64_t seed = 0;
 };
 inline constexpr int32_t kForbiddenIdsMax = 8;
