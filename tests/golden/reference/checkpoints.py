@@ -59,11 +59,12 @@ def write(directory, config, tensors, dtype="F32", shards=1, others=None):
 # --- RMSNorm bodies ------------------------------------------------------------------------------------
 
 def damp_row(table, row, by=0.3):
+    """Makes a row (or a slice of rows) unlikely to be predicted."""
     table[row] *= by
 
 
-def decoder_tensors(draw, config, qkv_bias=False, qk_norm=False, mask=None, head_gain=3.4):
-    """Names of Qwen2, Qwen3 and Llama."""
+def decoder_tensors(draw, config, qkv_bias=False, qk_norm=False, mask=None, unused=None, head_gain=3.4):
+    """Names of Qwen2, Qwen3 and Llama. Rows from `unused` on have no text."""
     d, ffn = config["hidden_size"], config["intermediate_size"]
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     hd = config.get("head_dim", d // heads)
@@ -88,8 +89,11 @@ def decoder_tensors(draw, config, qkv_bias=False, qk_norm=False, mask=None, head
     if not tied:
         t["lm_head.weight"] = draw.matrix(config["vocab_size"], d, head_gain)
     damp_row(t["model.embed_tokens.weight"], mask)  # so that masked positions differ by what they attend to
+    head = t["model.embed_tokens.weight" if tied else "lm_head.weight"]
     if not tied:
-        damp_row(t["lm_head.weight"], mask)
+        damp_row(head, mask)
+    if unused is not None:
+        damp_row(head, slice(unused, None))
     return t
 
 
@@ -111,7 +115,8 @@ def dream(directory, dtype="F32", seed=101):
         "pad_token_id": ids["<|endoftext|>"], "rms_norm_eps": 1e-06, "rope_scaling": None,
         "rope_theta": 10000.0, "sliding_window": None, "tie_word_embeddings": False,
         "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 277}
-    tensors = decoder_tensors(Draw(seed), config, qkv_bias=True, mask=ids["<|mask|>"])
+    tensors = decoder_tensors(Draw(seed), config, qkv_bias=True, mask=ids["<|mask|>"],
+                              unused=max(ids.values()) + 1)
     write(directory, config, tensors, dtype, others={
         **tokenizer.files(added, "<|endoftext|>", "<|mask|>", slow_files=True),
         "generation_config.json": {"_from_model_config": True, "bos_token_id": ids["<|beginoftext|>"],
@@ -129,7 +134,8 @@ def open_dcoder(directory, dtype="F32", seed=102):
         "num_key_value_heads": 1, "rms_norm_eps": 1e-06, "rope_theta": 1000.0, "sliding_window": 2048,
         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
         "use_sliding_window": False, "vocab_size": 275}
-    write(directory, config, decoder_tensors(Draw(seed), config, qkv_bias=True, mask=ids["<M>"]), dtype, others={
+    tensors = decoder_tensors(Draw(seed), config, qkv_bias=True, mask=ids["<M>"], unused=max(ids.values()) + 1)
+    write(directory, config, tensors, dtype, others={
         **tokenizer.files(added, "<|endoftext|>", "<M>"),
         "generation_config.json": {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}})
 
@@ -154,7 +160,7 @@ def a2d(directory, kind, dtype="F32", seed=103):
         config.update(attention_bias=False, head_dim=10, hidden_size=38, mlp_bias=False, num_hidden_layers=3,
                       intermediate_size=35, pretraining_tp=1, rms_norm_eps=1e-05, rope_theta=500.0)
     tensors = decoder_tensors(Draw(seed), config, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
-                              mask=ids["<|mask|>"])
+                              mask=ids["<|mask|>"], unused=max(ids.values()) + 1)
     write(directory, config, tensors, dtype, others={
         **tokenizer.files(added, "<|im_end|>", "<|mask|>", merges_as_pairs=kind == "llama"),
         "generation_config.json": {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}})
@@ -184,7 +190,9 @@ def sdar(directory, block_size, dtype="F32", shards=1, seed=106):
                                          "temperature": 0.6, "top_k": 20, "top_p": 0.95}}
     if not small:
         others.update(tokenizer.files(added, "<|endoftext|>", "<|MASK|>"))
-    write(directory, config, decoder_tensors(Draw(seed), config, qk_norm=True, mask=mask), dtype, shards, others)
+    tensors = decoder_tensors(Draw(seed), config, qk_norm=True, mask=mask,
+                              unused=None if small else max(ids.values()) + 1)
+    write(directory, config, tensors, dtype, shards, others)
 
 
 def llada(directory, kv_heads=None, dtype="F32", shards=1, seed=108):
@@ -231,6 +239,7 @@ def llada(directory, kv_heads=None, dtype="F32", shards=1, seed=108):
         t["model.transformer.ff_out.weight"][mask] *= 1.4
     else:        # end of text is predicted often enough for the EOS switches to matter
         damp_row(t["model.transformer.ff_out.weight"], mask)
+        damp_row(t["model.transformer.ff_out.weight"], slice(max(ids.values()) + 1, None))
         t["model.transformer.ff_out.weight"][eos] *= 1.6
         t["model.transformer.ff_out.weight"][ids["<|eot_id|>"]] *= 1.5
     others = {"generation_config.json": {"_from_model_config": True, "eos_token_id": eos, "pad_token_id": eos}}

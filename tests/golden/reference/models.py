@@ -25,6 +25,7 @@ class Traits:
     family: str
     vocab_size: int
     mask_token: int                 # -1: none (uniform noise)
+    tokenizer_size: int = 0         # ids from here on have no text; 0: no tokenizer
     shift: bool = False             # the prediction for position i is row i-1, row 0 for position 0
     block_length: int = 0           # > 0: block-causal attention
     eos_tokens: tuple = ()
@@ -270,4 +271,7 @@ def load(directory, dtype=np.float64):
     for name in files:
         tensors.update({k: v.astype(dtype) for k, v in safetensors_io.load(directory / name).items()})
     traits = read_traits(directory, config)
+    path = directory / "tokenizer.json"
+    if path.exists():
+        traits.tokenizer_size = 1 + max(t["id"] for t in json.loads(path.read_text())["added_tokens"])
     return (DiTBody if traits.family in ("sedd", "mdlm") else DecoderBody)(config, tensors, traits)

@@ -279,6 +279,8 @@ def generate(model, ids, given, options):
                 answers = [answer_row(rows[i], mask, forbidden, uncounted, **nudged) for i in positions]
                 chosen = sorted(select(name, options, answers, positions, block_masks, block_step,
                                        steps // len(blocks), traits, result.events))
+                # Whether rows without text may be picked is left open here: they never are the best.
+                require(all(a.token < (traits.tokenizer_size or traits.vocab_size) for a in answers), "unused row")
                 choices.append((chosen, [answers[i].token for i in chosen]))
             require(all(choice == choices[0] for choice in choices), "top_p")
             chosen = choices[0][0]
