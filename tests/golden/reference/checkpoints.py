@@ -157,7 +157,7 @@ def a2d(directory, kind, dtype="F32", seed=103):
     elif kind == "qwen2":
         config.update(hidden_size=40, max_window_layers=2, sliding_window=None, use_sliding_window=False)
     else:
-        config.update(attention_bias=False, head_dim=10, hidden_size=38, mlp_bias=False, num_hidden_layers=3,
+        config.update(attention_bias=False, head_dim=10, mlp_bias=False, num_hidden_layers=3,
                       intermediate_size=35, pretraining_tp=1, rms_norm_eps=1e-05, rope_theta=500.0)
     tensors = decoder_tensors(Draw(seed), config, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
                               mask=ids["<|mask|>"], unused=max(ids.values()) + 1)
