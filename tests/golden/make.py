@@ -88,11 +88,14 @@ def make(out):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
     make_checkpoints(out)
-    index = {"logits": make_logits(out), "tokens": [], "probabilities": []}
+    index = {"logits": make_logits(out), "tokens": [], "properties": [], "probabilities": []}
     loaded = {name: models.load(out / "models" / name) for name in checkpoints.CHECKPOINTS}
     for name, case in cases.token_cases(loaded, text_ids):
         dump_json(out / "cases" / f"{name}.json", case)
         index["tokens"].append({"name": name, "case_file": f"cases/{name}.json"})
+    for name, case in cases.random_run_cases(loaded, text_ids):
+        dump_json(out / "cases" / f"random_run_{name}.json", case)
+        index["properties"].append({"name": name, "case_file": f"cases/random_run_{name}.json"})
     for name, case in cases.probability_cases(loaded, text_ids):
         dump_json(out / "probabilities" / f"{name}.json", case)
         index["probabilities"].append({"name": name, "case_file": f"probabilities/{name}.json"})

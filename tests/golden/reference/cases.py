@@ -194,5 +194,141 @@ def token_cases(loaded, text_ids):
         yield name, case
 
 
+# --- random steps ------------------------------------------------------------------------------------------
+
+# Schedules of one random run each: enough to test the sampler's loop through seeds.
+RANDOM_RUNS = [
+    ("sedd_euler_absorb", "sedd_absorb", "g5 +12", dict(sampler="sedd_euler", steps=16, temperature=1)),
+    ("sedd_analytic_absorb_infill", "sedd_absorb", HOLES, dict(sampler="sedd_analytic", steps=8, temperature=1)),
+    ("sedd_euler_uniform", "sedd_uniform", "g5 +9", dict(sampler="sedd_euler", steps=24, temperature=1)),
+    ("sedd_analytic_uniform_infill", "sedd_uniform", HOLES,
+     dict(sampler="sedd_analytic", steps=8, temperature=1)),
+    ("mdlm_ancestral", "mdlm", "g5 +12", dict(sampler="mdlm_ancestral", steps=16, temperature=1)),
+    ("mdlm_ancestral_infill", "mdlm", HOLES, dict(sampler="mdlm_ancestral", steps=6, temperature=1)),
+    ("random_llada", "llada", "g5 +12", dict(sampler="random", steps=6, block_length=6)),
+    ("origin_dream_infill", "dream", HOLES, dict(sampler="origin", steps=6, temperature=0.7, top_p=0.95)),
+    ("entropy_dream_warm", "dream", "g6 +12",
+     dict(sampler="entropy", steps=6, temperature=0.4, top_p=0.95, alg_temp=0.3)),
+    ("low_confidence_llada_warm", "llada", HOLES, dict(sampler="low_confidence", steps=11, temperature=0.8)),
+    ("block_dynamic_sdar_warm", "sdar_b4", "g6 +14",
+     dict(sampler="block_dynamic", steps=16, temperature=0.6, top_k=20, top_p=0.95, threshold=0.5)),
+]
+
+
+def random_run_cases(loaded, text_ids):
+    """Runs without expected tokens: whatever comes out, the given positions are unchanged, everything is filled,
+    and the same seed gives the same again."""
+    for number, (name, model_name, layout, options) in enumerate(RANDOM_RUNS):
+        ids, given, appended = draw_input(loaded[model_name], model_name, layout, 900 + number, text_ids)
+        if appended:
+            options = {**options, "gen_length": appended}
+        yield name, {"model": f"models/{model_name}", "input": {"ids": ids, "given": given},
+                     "options": {**options, "seed": 1234 + number},
+                     "properties": {"length": len(ids) + appended, "mask_token": loaded[model_name].traits.mask_token}}
+
+
+def listed(array):
+    return np.asarray(array, dtype=np.float64).tolist()
+
+
+def random_rows(seed, rows, vocabulary, spread):
+    """Logits of moderate spread, exactly representable in float32 so that both sides read the same numbers."""
+    uniforms = np.random.RandomState(seed).random_sample((4, rows, vocabulary))
+    return np.round((uniforms.sum(axis=0) - 2) * spread * 256) / 256
+
+
 def probability_cases(loaded, text_ids):
-    return []
+    """(name, case): exact distributions of single random draws and steps."""
+    # One token. V = 19, the mask token is id 17, in row 1 it is the best one.
+    logits = random_rows(1, 3, 19, 3.0)
+    logits[1, 17] = 4.0
+    filters = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.7),
+               dict(temperature=1.0, top_p=0.8), dict(temperature=0.8, top_k=4),
+               dict(temperature=1.3, top_p=0.75, top_k=5),
+               dict(temperature=1.3, top_p=0.75, top_k=5, top_k_first=True),
+               dict(temperature=0.6, top_p=0.92, top_k=7, top_k_first=True)]
+    draws = []
+    for options in filters:
+        rows = [samplers.categorical(row, 17, **options) for row in logits]
+        top_k_first = options.pop("top_k_first", False)
+        draws.append({**options, "filter_order": "top_k_then_top_p" if top_k_first else "top_p_then_top_k",
+                      "probabilities": [listed(p) for p, _ in rows], "confidence": [listed(c) for _, c in rows]})
+    yield "categorical", {"kind": "categorical", "mask_token": 17, "logits": listed(logits), "draws": draws}
+
+    # Dream: which positions.
+    yield "origin_schedule", {"kind": "origin", "schedules": [
+        {"steps": steps, "eps": eps, "probabilities": [samplers.origin_probability(i, steps, eps) for i in range(steps)]}
+        for steps, eps in ((1, 1e-3), (5, 1e-3), (8, 1e-3), (6, 0.2))]}
+    confidence = [0.83, 0.31, 0.57, 0.12, 0.95, 0.44]
+    yield "alg_temp", {"kind": "alg_temp", "confidence": confidence, "draws": [
+        {"alg_temp": t, "count": count, "inclusion": listed(samplers.without_replacement(
+            models.softmax(np.array(confidence) / t), count))} for t, count in ((0.1, 1), (0.1, 2), (0.4, 3), (1.0, 5))]}
+
+    # SEDD: one predictor step from inline log-scores, then from the tiny networks.
+    graphs = {"absorb": ("loglinear", 0.0, 0.0), "uniform": ("geometric", 1e-4, 20.0)}
+    for graph, (noise, sigma_min, sigma_max) in graphs.items():
+        schedule = {"noise": noise, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        n = 13
+        ids = [n - 1, 4, n - 1, 0] if graph == "absorb" else [3, 0, 12, 7]
+        log_score = random_rows(5, len(ids), n, 1.5) - (2.0 if graph == "absorb" else 1.0)
+        log_score[np.arange(len(ids)), ids] = 0
+        cases = []
+        for steps, step in ((10, 0), (10, 6), (3, 2), (200, 150)):
+            t, dt = samplers.step_time(step, steps)
+            cases += [{"sampler": name, "steps": steps, "step": step, "t": t, "dt": dt,
+                       "sigma": samplers.noise_at(t, **schedule)[0],
+                       "sigma_step": samplers.noise_at(t, **schedule)[0] - samplers.noise_at(t - dt, **schedule)[0],
+                       "rate": samplers.noise_at(t, **schedule)[1],
+                       "probabilities": listed(rule(log_score, ids, t, dt, graph, schedule))}
+                      for name, rule in (("sedd_euler", samplers.sedd_euler),
+                                         ("sedd_analytic", samplers.sedd_analytic))]
+        t = samplers.step_time(10, 10)[0]
+        cases.append({"sampler": "denoise", "steps": 10, "step": 10, "t": t,
+                      "sigma": samplers.noise_at(t, **schedule)[0],
+                      "probabilities": listed(samplers.sedd_denoise(log_score, ids, t, graph, schedule))})
+        yield f"sedd_{graph}_rows", {"kind": "sedd", "graph": graph, **schedule, "ids": ids,
+                                     "log_score": listed(log_score), "draws": cases}
+
+        name = f"sedd_{graph}"
+        model = loaded[name]
+        random = np.random.RandomState(77)
+        ids = random.randint(0, text_ids(name), 9)
+        given = np.array([True, True, False, False, True, False, False, True, False])
+        if graph == "absorb":
+            ids[~given] = model.traits.mask_token
+        traits = model.traits
+        schedule = {"noise": traits.noise, "sigma_min": traits.sigma_min, "sigma_max": traits.sigma_max}
+        cases = []
+        for steps, step in ((6, 1), (6, 5)):
+            t, dt = samplers.step_time(step, steps)
+            log_score = model.logits(ids, samplers.noise_at(t, **schedule)[0])
+            for sampler, rule in (("sedd_euler", samplers.sedd_euler), ("sedd_analytic", samplers.sedd_analytic)):
+                p = rule(log_score, ids, t, dt, graph, schedule)
+                cases.append({"sampler": sampler, "steps": steps, "step": step, "t": t, "dt": dt,
+                              "positions": np.flatnonzero(~given).tolist(), "probabilities": listed(p[~given])})
+        yield f"sedd_{graph}_model", {"kind": "sedd_model", "model": f"models/{name}",
+                                      "input": {"ids": ids.tolist(), "given": given.tolist()}, "draws": cases}
+
+    # MDLM: one ancestral step from inline logits, then from the tiny network.
+    n, mask = 15, 14
+    logits, ids = random_rows(9, 3, n, 2.0), [mask, 6, mask]
+    logits[0, mask] = 3.0
+    draws = []
+    for steps, step, temperature in ((10, 0, 1.0), (10, 7, 1.0), (4, 3, 1.0), (10, 4, 0.5), (10, 4, 0)):
+        t, dt = samplers.step_time(step, steps)
+        draws.append({"steps": steps, "step": step, "t": t, "dt": dt, "temperature": temperature, "probabilities":
+                      listed(samplers.mdlm_posterior(logits, ids, mask, t, dt, temperature))})
+    yield "mdlm_rows", {"kind": "mdlm", "mask_token": mask, "ids": ids, "logits": listed(logits), "draws": draws}
+    model = loaded["mdlm"]
+    mask = model.traits.mask_token
+    ids = np.random.RandomState(78).randint(0, text_ids("mdlm"), 9)
+    given = np.array([True, False, False, True, True, False, True, False, False])
+    ids[~given] = mask
+    draws = []
+    for steps, step in ((6, 0), (6, 4)):
+        t, dt = samplers.step_time(step, steps)
+        p = samplers.mdlm_posterior(model.logits(ids), ids, mask, t, dt)
+        draws.append({"steps": steps, "step": step, "t": t, "dt": dt, "temperature": 1.0,
+                      "positions": np.flatnonzero(~given).tolist(), "probabilities": listed(p[~given])})
+    yield "mdlm_model", {"kind": "mdlm_model", "model": "models/mdlm",
+                         "input": {"ids": ids.tolist(), "given": given.tolist()}, "draws": draws}
