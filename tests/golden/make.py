@@ -159,12 +159,11 @@ def check():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed files, change nothing")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE, help="folder to write into (default: here)")
     args = parser.parse_args()
     if args.check:
         return check()
-    index = make(args.out)
-    size = sum((args.out / name).stat().st_size for name in files_under(args.out))
+    index = make(HERE)
+    size = sum((HERE / name).stat().st_size for name in files_under(HERE))
     print(", ".join(f"{len(index[kind])} {kind}" for kind in index), f"- {size / 2**20:.2f} MiB")
     return 0
 
