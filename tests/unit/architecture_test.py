@@ -30,7 +30,13 @@ ALLOWED = {
     "tests": ["common", "proto", "kernels", "worker", "scheduler", "gateway", "cli"],
 }
 SOURCES = {".h", ".cc", ".cu", ".cuh", ".inc"}
-INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+INCLUDE = re.compile(r'^\s*#\s*include\s+["<]([^">]+)[">]', re.MULTILINE)
+OURS = re.compile(r"(common|kernels|worker|scheduler|gateway|cli|tests|proto)/")
+# Libraries that a folder must do without: (folder or suffix, pattern).
+FORBIDDEN = [
+    ("kernels/", re.compile(r"(google/protobuf|grpc|hiredis|prometheus|nlohmann)")),
+    (".cu", re.compile(r"absl/")),
+]
 
 
 def folder_of(path):
@@ -39,15 +45,18 @@ def folder_of(path):
     return max(covering, key=len, default=None)
 
 
-def wrong(path, include):
+def wrong(path, include, quoted=True):
     """Why `path` may not include `include`; None when it may."""
     if include.startswith("cinnabar/v1/"):
         include = "proto/" + include
+    for place, library in FORBIDDEN:
+        if (path.startswith(place) or path.endswith(place)) and library.match(include):
+            return f"{place} does without it"
     rule = folder_of(path)
     if rule is None:
         return "lies in no folder that the rules know"
-    if not re.match(r"(common|kernels|worker|scheduler|gateway|cli|tests|proto)/", include):
-        return "is not written from the repository root"
+    if not OURS.match(include):
+        return "is not written from the repository root" if quoted and "/" not in include else None
     for target in [rule, *ALLOWED[rule]]:
         if include == target or include.startswith(target + "/"):
             return None
@@ -62,8 +71,9 @@ def check(root):
                 continue
             files += 1
             name = path.relative_to(root).as_posix()
-            for include in INCLUDE.findall(path.read_text(encoding="utf-8")):
-                reason = wrong(name, include)
+            for match in INCLUDE.finditer(path.read_text(encoding="utf-8")):
+                include = match.group(1)
+                reason = wrong(name, include, quoted='"' in match.group(0))
                 if reason:
                     failures.append(f"{name} includes {include}: {reason}")
     return files, failures
@@ -78,6 +88,9 @@ def self_test():
     assert wrong("kernels/cpu/a.cc", "cinnabar/v1/sequence.pb.h")
     assert wrong("worker/engine/a.cc", "tests/support/fake.h")
     assert wrong("worker/engine/a.cc", "engine.h")
+    assert wrong("kernels/cpu/a.cc", "grpcpp/grpcpp.h")
+    assert wrong("kernels/cuda/a.cu", "absl/types/span.h")
+    assert not wrong("worker/engine/a.cc", "absl/types/span.h")
     assert not wrong("worker/engine/a.cc", "worker/model/denoiser.h")
     assert not wrong("common/wire/a.cc", "cinnabar/v1/sequence.pb.h")
 
