@@ -65,6 +65,12 @@ absl::StatusOr<std::string> FromOniguruma(absl::string_view pattern) {
         return Refused(pattern, absl::StrCat("\\", absl::string_view(&escaped, 1)));
       } else {
         out += {'\\', escaped};
+        // \p{..} and \x{..}: the braces are not an interval.
+        while (absl::string_view("pPx").find(escaped) != absl::string_view::npos &&
+               i + 1 < pattern.size() && (pattern[i + 1] == '{' || out.back() != escaped)) {
+          out += pattern[++i];
+          if (out.back() == '}') break;
+        }
       }
       continue;
     }

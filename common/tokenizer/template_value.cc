@@ -13,17 +13,9 @@
 namespace cinnabar::chat {
 namespace {
 
-constexpr int kValueDepthMax = 100;
-
 absl::Status TooDeep() {
   return absl::InvalidArgumentError(
       absl::StrCat("a value nests more than ", kValueDepthMax, " levels deep"));
-}
-
-int DepthOf(const Value& value) {
-  if (const ListValue* list = value.list()) return list->depth;
-  if (const DictValue* dict = value.dict()) return dict->depth;
-  return 0;
 }
 
 // Python's repr of a string, all of it marked when any of it is input.
@@ -125,7 +117,8 @@ absl::Status AppendJson(const Value& value, const JsonStyle& style, int level, B
   const size_t size_before = out->size();
   const auto new_line = [&](int at_level) {
     if (!style.indent.has_value()) return;
-    out->Append("\n" + std::string(static_cast<size_t>(*style.indent * at_level), ' '), false);
+    out->Append("\n", false);
+    out->Append(std::string(static_cast<size_t>(*style.indent * at_level), ' '), false);
   };
   if (const MarkedText* text = value.text()) {
     AppendJsonString(*text, style.ensure_ascii, out);
@@ -262,6 +255,15 @@ absl::Status Budget::Bytes(size_t count) {
   bytes -= static_cast<int64_t>(count);
   if (bytes < 0) return absl::ResourceExhaustedError("too much text");
   return absl::OkStatus();
+}
+
+// Deep values would overflow the stack where they are walked or destroyed.
+int DepthOf(const Value& value) {
+  if (const ListValue* list = value.list()) return list->depth;
+  if (const DictValue* dict = value.dict()) return dict->depth;
+  if (const LoopPtr* loop = value.As<LoopPtr>()) return (*loop)->value_depth;
+  if (const CallablePtr* callable = value.As<CallablePtr>()) return DepthOf((*callable)->self);
+  return 0;
 }
 
 Value MakeText(std::string bytes, bool is_input) {

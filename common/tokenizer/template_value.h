@@ -115,7 +115,6 @@ struct NamespaceValue {
   std::vector<std::pair<std::string, Value>> entries;
 };
 
-struct MacroNode;
 struct CallableValue {
   enum class Kind { kFunction, kMethod, kMacro };
   Kind kind = Kind::kFunction;
@@ -127,8 +126,12 @@ struct CallableValue {
 struct LoopValue {
   std::vector<Value> items;
   size_t index = 0;
-  int depth = 0;
+  int value_depth = 1;  // as ListValue::depth
 };
+
+// How deeply a value nests; 0 for one that holds no others.
+int DepthOf(const Value& value);
+inline constexpr int kValueDepthMax = 100;
 
 // What one render may still spend. Each walk over values takes from it, so a small template cannot
 // unfold a small value into a large one.

@@ -621,13 +621,16 @@ absl::StatusOr<std::shared_ptr<const State>> Loader::Finish() {
   for (const std::string& text : named_specials_) {
     CINNABAR_RETURN_IF_ERROR(MakeSpecial(text, std::nullopt, {"additional_special_tokens"}));
   }
-  for (const ExtraSpecialToken& token : options_.extra_special_tokens) {
-    CINNABAR_RETURN_IF_ERROR(MakeSpecial(token.text, token.id, {"extra special token"}));
-  }
+  std::vector<ExtraSpecialToken> extra = options_.extra_special_tokens;
   if (!options_.mask_token.text.empty()) {
-    CINNABAR_RETURN_IF_ERROR(
-        MakeSpecial(options_.mask_token.text, options_.mask_token.id, {"mask token"}));
+    extra.push_back(options_.mask_token);
     state_.special_tokens["mask_token"] = options_.mask_token.text;
+  }
+  // Those that ask for an id first: the others take what is free.
+  std::stable_partition(extra.begin(), extra.end(),
+                        [](const ExtraSpecialToken& token) { return token.id.has_value(); });
+  for (const ExtraSpecialToken& token : extra) {
+    CINNABAR_RETURN_IF_ERROR(MakeSpecial(token.text, token.id, {"extra special token"}));
   }
   CINNABAR_RETURN_IF_ERROR(Build());
   return std::make_shared<const State>(std::move(state_));
@@ -652,7 +655,7 @@ absl::Status Loader::Build() {
   };
   size_t num_bytes = 0;
   for (const auto& [text, id] : vocab_) num_bytes += text.size();
-  state_.bytes.reserve(num_bytes + added_bytes_);  // string_views into it must stay
+  state_.bytes.reserve(num_bytes + added_bytes_);
 
   std::array<int32_t, 256> byte_ids;
   byte_ids.fill(-1);
@@ -684,16 +687,19 @@ absl::Status Loader::Build() {
         std::find(byte_ids.begin(), byte_ids.end(), token.id) != byte_ids.end()) {
       return Bad({"mask_token"}, "the mask token is the symbol of a byte");
     }
-    // Added tokens stand for their text as it is, not for what the byte table makes of it.
-    set_bytes(token.id, token.content);
+    if (has_text[token.id] && !vocab_.contains(token.content)) {
+      return Bad({"added_tokens"}, absl::StrCat("id ", token.id, " of ", token.content,
+                                                " is that of another vocabulary entry"));
+    }
+    // Added tokens stand for their text as it is, not for what the byte table makes of it; of a
+    // normalized one the text that it matches.
+    const std::string text =
+        token.normalized ? state_.normalizer.Apply(token.content) : token.content;
+    set_bytes(token.id, text);
     entries[token.id].is_added = true;
     entries[token.id].is_special = token.special;
-    if (!token.normalized) {
-      state_.raw_added.Add(token.content, static_cast<int32_t>(i));
-    } else {
-      const std::string normalized = state_.normalizer.Apply(token.content);
-      if (!normalized.empty()) state_.normalized_added.Add(normalized, static_cast<int32_t>(i));
-    }
+    if (text.empty()) continue;
+    (token.normalized ? state_.normalized_added : state_.raw_added).Add(text, static_cast<int32_t>(i));
   }
   // The promise that plain text gives no special id: no merge may make one.
   std::vector<BpeMerge> merges;
@@ -716,7 +722,7 @@ absl::Status Loader::Build() {
     state_.whole_pieces.emplace(bytes, id);
   }
   for (const AddedToken& token : state_.added) {
-    state_.ids.insert_or_assign(state_.BytesOf(token.id), token.id);
+    state_.ids.insert_or_assign(token.content, token.id);
   }
   return absl::OkStatus();
 }
