@@ -9,9 +9,9 @@
 
 namespace cinnabar::cpu {
 
-// Ids of one chunk: the unit of partial sums. Part of the numerics (a chunk's sums run in float32, chunks
-// are merged in double), so the same for every shape, thread count and instruction set. A multiple of
-// 64 (one block of noise) and of the panel width.
+// Ids of one chunk: the unit of partial sums. Part of the numerics (a chunk's sums run in float32,
+// chunks are merged in double), so the same for every shape, thread count and instruction set. A
+// multiple of 64 (one block of noise) and of the panel width.
 inline constexpr int32_t kVocabularyChunk = 256;
 
 // VocabularyRule without its absl neighbours.
@@ -40,29 +40,29 @@ struct ChunkTask {
   int32_t num_ids;             // 1 .. kVocabularyChunk
   const ChunkRule* rules;      // those of this chunk
   int32_t num_rules;
-  float statistics_scale;      // log2(e) / statistics_temperature
+  float statistics_scale;  // log2(e) / statistics_temperature
   ChunkPick pick;
-  int32_t num_pickable;        // ids at or beyond first_id + num_pickable are not picked
-  float pick_scale;            // 1 / pick_temperature
+  int32_t num_pickable;  // ids at or beyond first_id + num_pickable are not picked
+  float pick_scale;      // 1 / pick_temperature
   NoiseKey noise;
-  float pick_floor;            // a score this row has already reached: lower ones need not be found
-  Candidate* candidates;       // room for kVocabularyChunk more; null: no filter
-  float candidate_floor;       // logits <= this are no candidates
+  float pick_floor;       // a score this row has already reached: lower ones need not be found
+  Candidate* candidates;  // room for kVocabularyChunk more; null: no filter
+  float candidate_floor;  // logits <= this are no candidates
 };
 
 // The partial result of one row over one chunk. Exponents are d = (l - largest) * statistics_scale,
 // in units of log 2.
 struct ChunkSummary {
-  float largest = 0.0F;      // counted logits; -inf when there is none
-  float second = 0.0F;       // equal to `largest` when that is reached twice
-  float num_largest = 0.0F;  // ids at `largest`; their exp is exactly 1, and stays out of `tail`
-  float tail = 0.0F;         // sum of 2^d over the other counted ids
-  float slope = 0.0F;        // sum of d 2^d over them
-  float score = 0.0F;        // of the pick, when it is not below pick_floor
-  float pick_logit = 0.0F;
-  int32_t pick_id = -1;      // -1: none, or none that could win
-  int32_t num_candidates = 0;
-  bool finite = true;        // false: NaN or +inf; all else is undefined
+  float largest;      // counted logits; -inf when there is none
+  float second;       // equal to `largest` when that is reached twice
+  float num_largest;  // ids at `largest`; their exp is exactly 1, and stays out of `tail`
+  float tail;         // sum of 2^d over the other counted ids
+  float slope;        // sum of d 2^d over them
+  float score;        // of the pick, when it is not below pick_floor
+  float pick_logit;
+  int32_t pick_id;  // -1: none, or none that could win
+  int32_t num_candidates;
+  bool finite;  // false: NaN or +inf; all else is undefined
 };
 
 // The per-ISA functions; one table an instruction set.
@@ -75,6 +75,11 @@ struct VocabularyKernels {
   void (*noise_words)(const NoiseKey& key, uint32_t block, uint32_t* words);
   void (*gumbel)(const uint32_t* words, float* numbers);  // 16 of each
 };
+
+// The AVX tables are there on x86-64 only, and may only be called where the processor has them.
+extern const VocabularyKernels kVocabularyAvx512;
+extern const VocabularyKernels kVocabularyAvx2;
+extern const VocabularyKernels kVocabularyGeneric;
 
 }  // namespace cinnabar::cpu
 

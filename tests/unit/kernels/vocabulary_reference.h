@@ -1,5 +1,5 @@
-// The vocabulary head in double precision, written straight from kernels/backend.h: the yardstick of
-// vocabulary_test.cc. Slow and plain; one row at a time, every logit in memory.
+// The vocabulary head in double precision, written straight from kernels/backend.h: the yardstick
+// of vocabulary_test.cc. Slow and plain; one row at a time, every logit in memory.
 #ifndef CINNABAR_TESTS_UNIT_KERNELS_VOCABULARY_REFERENCE_H_
 #define CINNABAR_TESTS_UNIT_KERNELS_VOCABULARY_REFERENCE_H_
 
@@ -16,10 +16,11 @@ namespace cinnabar {
 
 struct VocabularyReference {
   VocabularyAnswer answer;
-  std::vector<float> logits;       // l of every id: guidance and rule biases included
-  std::vector<double> scores;      // what the pick maximises; -inf where it may not pick
-  std::vector<double> pick_weights;  // the distribution that a random pick draws from, not normalised
-  int32_t num_kept = 0;            // ids of the kept set (counted ids when there is no filter)
+  std::vector<float> logits;   // l of every id: guidance and rule biases included
+  std::vector<double> scores;  // what the pick maximises; -inf where it may not pick
+  std::vector<double>
+      pick_weights;      // the distribution that a random pick draws from, not normalised
+  int32_t num_kept = 0;  // ids of the kept set (counted ids when there is no filter)
 };
 
 inline double GumbelInDouble(const NoiseKey& key, int32_t id) {
@@ -154,8 +155,8 @@ inline VocabularyReference AnswerInDouble(const VocabularyQuery& query,
     for (int32_t id = 0; id < vocabulary; ++id) {
       if (!in_set[id] || l[id] == -std::numeric_limits<float>::infinity()) continue;
       if (query.pick_temperature > 0.0F) {
-        reference.scores[id] = static_cast<double>(l[id]) / query.pick_temperature +
-                               GumbelInDouble(query.noise, id);
+        reference.scores[id] =
+            static_cast<double>(l[id]) / query.pick_temperature + GumbelInDouble(query.noise, id);
         reference.pick_weights[id] =
             std::exp((l[id] - pick_largest) / static_cast<double>(query.pick_temperature));
       } else {
@@ -166,13 +167,15 @@ inline VocabularyReference AnswerInDouble(const VocabularyQuery& query,
   }
   for (int32_t id = 0; id < vocabulary; ++id) {
     if (reference.scores[id] == -kInfinity) continue;
-    if (answer.token < 0 || reference.scores[id] > reference.scores[answer.token]) answer.token = id;
+    if (answer.token < 0 || reference.scores[id] > reference.scores[answer.token])
+      answer.token = id;
   }
   if (answer.token >= 0) {
     answer.token_logit = l[answer.token];
     answer.probability =
-        order.empty() ? 0.0
-                      : std::min(1.0, std::exp((l[answer.token] - largest) / temperature) / kept_mass);
+        order.empty()
+            ? 0.0
+            : std::min(1.0, std::exp((l[answer.token] - largest) / temperature) / kept_mass);
   }
   return reference;
 }
