@@ -1,10 +1,12 @@
 #include "kernels/cpu/vocabulary.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
@@ -39,12 +41,26 @@ int32_t NumChunks(int64_t vocabulary) {
   return static_cast<int32_t>((vocabulary + kVocabularyChunk - 1) / kVocabularyChunk);
 }
 
-// Candidates of one row that one thread has met.
-struct CandidateState {
-  int32_t count = 0;
-  // Nothing above this was dropped.
-  float dropped = kNegativeInfinity;
+// What the threads tell each other about a row while the chunks pass. Both only rise, and say no
+// more than what any thread has already made sure of, so it does not matter who reads them when.
+struct RowFloors {
+  std::atomic<float> pick = kNegativeInfinity;  // a score that was reached
+  std::atomic<float> dropped =
+      kNegativeInfinity;  // no logit above this was dropped from the candidates
 };
+
+void RaiseTo(std::atomic<float>& floor, float value) {
+  float seen = floor.load(std::memory_order_relaxed);
+  while (seen < value && !floor.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {
+  }
+}
+
+// Rows that are held whole at a time: enough to be bound by arithmetic, within 16 MiB.
+int32_t WholeRows(const WorkspaceShape& shape, int32_t strip_rows) {
+  const int64_t row_bytes = int64_t{NumChunks(shape.vocabulary)} * kVocabularyChunk * 4;
+  return std::clamp(static_cast<int32_t>((int64_t{16} << 20) / row_bytes), strip_rows,
+                    4 * strip_rows);
+}
 
 // A run of queries whose rows (one each, two with guidance) are multiplied together.
 struct Strip {
@@ -82,12 +98,12 @@ struct Arrays {
   RowTotals* totals = nullptr;        // [group rows]
   ChunkRule* rules = nullptr;         // [group rows, kVocabularyRulesMax], by id
   ChunkSummary* summaries = nullptr;  // [group rows, chunks]
-  float* pick_floors = nullptr;       // [threads, group rows]
-  CandidateState* states = nullptr;   // [threads, group rows]
+  RowFloors* floors = nullptr;        // [group rows]
+  int32_t* counts = nullptr;          // [threads, group rows]: candidates held
   Candidate* candidates = nullptr;    // [threads, group rows, kCandidateRoom]
   float* tiles = nullptr;             // [threads, strip rows, kVocabularyChunk]
   int32_t* whole_rows = nullptr;      // [group rows]: queries that need whole rows
-  float* whole_logits = nullptr;      // [strip rows, chunks * kVocabularyChunk]
+  float* whole_logits = nullptr;      // [WholeRows(), chunks * kVocabularyChunk]
   Candidate* sorted = nullptr;        // [finishers, vocabulary]
   int64_t size_bytes = 0;
 };
@@ -103,18 +119,18 @@ Arrays LayOut(std::byte* memory, const WorkspaceShape& shape, int32_t num_thread
   };
   const int64_t rows = GroupRows(shape, num_threads);
   const int64_t chunks = NumChunks(shape.vocabulary);
-  take(arrays.x, 2 * rows * shape.cols_max);
+  take(arrays.x, std::max<int64_t>(2 * rows, WholeRows(shape, strip_rows)) * shape.cols_max);
   take(arrays.strips, rows);
   take(arrays.plans, rows);
   take(arrays.totals, rows);
   take(arrays.rules, rows * kVocabularyRulesMax);
   take(arrays.summaries, rows * chunks);
-  take(arrays.pick_floors, num_threads * rows);
-  take(arrays.states, num_threads * rows);
+  take(arrays.floors, rows);
+  take(arrays.counts, num_threads * rows);
   take(arrays.candidates, num_threads * rows * kCandidateRoom);
   take(arrays.tiles, int64_t{num_threads} * strip_rows * kVocabularyChunk);
   take(arrays.whole_rows, rows);
-  take(arrays.whole_logits, strip_rows * chunks * kVocabularyChunk);
+  take(arrays.whole_logits, WholeRows(shape, strip_rows) * chunks * kVocabularyChunk);
   take(arrays.sorted, std::min(num_threads, kFinishersMax) * shape.vocabulary);
   return arrays;
 }
@@ -125,11 +141,6 @@ bool IsPickable(const VocabularyQuery& query, absl::Span<const ChunkRule> rules,
     if (rule.id == id) return rule.pickable;
   }
   return true;
-}
-
-// Descending, equal ones by id: the order in which filters see the ids.
-bool Before(const Candidate& a, const Candidate& b) {
-  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
 // exp of every exponent is taken relative to the largest logit, in double.
@@ -145,7 +156,7 @@ double Exponent(float logit, float largest, float temperature) {
 int64_t CountKept(const Candidate* sorted, int64_t known, bool all, const VocabularyQuery& query,
                   double mass) {
   if (known == 0) return all ? 0 : -1;
-  const float largest = sorted[0].logit;
+  const float largest = LogitOf(sorted[0]);
   const bool has_top_p = query.top_p < 1.0F;
   // The first `kept_by_k` survive top_k.
   int64_t kept_by_k = -1;
@@ -153,7 +164,7 @@ int64_t CountKept(const Candidate* sorted, int64_t known, bool all, const Vocabu
     if (all) kept_by_k = known;
   } else if (query.top_k <= known) {
     kept_by_k = query.top_k;
-    while (kept_by_k < known && sorted[kept_by_k].logit == sorted[query.top_k - 1].logit) {
+    while (kept_by_k < known && LogitOf(sorted[kept_by_k]) == LogitOf(sorted[query.top_k - 1])) {
       ++kept_by_k;
     }
     // An equal one may follow among the unknown.
@@ -167,7 +178,7 @@ int64_t CountKept(const Candidate* sorted, int64_t known, bool all, const Vocabu
     if (kept_by_k < 0) return -1;
     total = 0.0;
     for (int64_t rank = 0; rank < kept_by_k; ++rank) {
-      total += std::exp(Exponent(sorted[rank].logit, largest, query.statistics_temperature));
+      total += std::exp(Exponent(LogitOf(sorted[rank]), largest, query.statistics_temperature));
     }
   }
   const double limit = static_cast<double>(query.top_p) * total;
@@ -175,7 +186,7 @@ int64_t CountKept(const Candidate* sorted, int64_t known, bool all, const Vocabu
   double before = 0.0;
   for (int64_t rank = 0; rank < end; ++rank) {
     if (before > limit) return rank;
-    before += std::exp(Exponent(sorted[rank].logit, largest, query.statistics_temperature));
+    before += std::exp(Exponent(LogitOf(sorted[rank]), largest, query.statistics_temperature));
   }
   if (kept_by_k >= 0) return kept_by_k;
   return before > limit ? end : -1;
@@ -184,12 +195,13 @@ int64_t CountKept(const Candidate* sorted, int64_t known, bool all, const Vocabu
 class GroupAnswerer {
  public:
   GroupAnswerer(const VocabularyArgs& args, const VocabularyMachine& machine, const Arrays& arrays,
-                int32_t group_rows, absl::Span<const VocabularyQuery> queries,
+                int32_t group_rows, int32_t whole_rows, absl::Span<const VocabularyQuery> queries,
                 absl::Span<VocabularyAnswer> answers)
       : args_(args),
         machine_(machine),
         arrays_(arrays),
         group_rows_(group_rows),
+        whole_rows_(whole_rows),
         queries_(queries),
         answers_(answers),
         vocabulary_(static_cast<int32_t>(args.weight->rows())),
@@ -266,8 +278,8 @@ class GroupAnswerer {
     }
     arrays_.strips[num_strips_++] = strip;
     const int64_t num_states = int64_t{machine_.num_threads} * group_rows_;
-    std::fill_n(arrays_.pick_floors, num_states, kNegativeInfinity);
-    std::fill_n(arrays_.states, num_states, CandidateState());
+    std::fill_n(arrays_.counts, num_states, 0);
+    for (int64_t row = 0; row < num_rows(); ++row) new (&arrays_.floors[row]) RowFloors;
   }
 
   void PlanRules(int32_t row) {
@@ -332,25 +344,24 @@ class GroupAnswerer {
           query.pickable_ids == 0 ? num_ids : std::max(query.pickable_ids - first_id, 0);
       task.pick_scale = plan.pick_scale;
       task.noise = query.noise;
-      task.pick_floor = arrays_.pick_floors[state_index];
-      CandidateState& state = arrays_.states[state_index];
+      RowFloors& floors = arrays_.floors[row];
+      task.pick_floor = floors.pick.load(std::memory_order_relaxed);
+      int32_t& count = arrays_.counts[state_index];
       Candidate* candidates = arrays_.candidates + state_index * kCandidateRoom;
       if (plan.keep > 0) {
-        task.candidates = candidates + state.count;
-        task.candidate_floor = state.dropped;
+        task.candidates = candidates + count;
+        task.candidate_floor = floors.dropped.load(std::memory_order_relaxed);
       }
       ChunkSummary& summary = arrays_.summaries[int64_t{row} * num_chunks_ + chunk];
       machine_.kernels->summarise(task, &summary);
-      if (summary.pick_id >= 0) arrays_.pick_floors[state_index] = summary.score;
-      state.count += summary.num_candidates;
-      if (state.count > 2 * plan.keep) Shrink(candidates, plan.keep, state);
+      if (summary.pick_id >= 0) RaiseTo(floors.pick, summary.score);
+      count += summary.num_candidates;
+      if (count > 2 * plan.keep) {
+        std::nth_element(candidates, candidates + plan.keep, candidates + count);
+        RaiseTo(floors.dropped, LogitOf(candidates[plan.keep]));  // the largest of those that go
+        count = plan.keep;
+      }
     }
-  }
-
-  static void Shrink(Candidate* candidates, int32_t keep, CandidateState& state) {
-    std::nth_element(candidates, candidates + keep, candidates + state.count, Before);
-    state.dropped = candidates[keep].logit;  // the largest of those that go
-    state.count = keep;
   }
 
   // Merges the chunks of a row in their order, and answers what does not need the whole row.
@@ -449,20 +460,17 @@ class GroupAnswerer {
   // Filters, statistics and pick from the candidates that the threads have collected; false when
   // they do not decide the filters.
   bool AnswerFromCandidates(int64_t row, Candidate* sorted) {
-    float dropped = kNegativeInfinity;
-    for (int32_t thread = 0; thread < machine_.num_threads; ++thread) {
-      dropped = std::max(dropped, arrays_.states[int64_t{thread} * group_rows_ + row].dropped);
-    }
+    const float dropped = arrays_.floors[row].dropped.load(std::memory_order_relaxed);
     // Above `dropped` nothing is missing; what lies below is of no use.
     int64_t known = 0;
     for (int32_t thread = 0; thread < machine_.num_threads; ++thread) {
       const int64_t state_index = int64_t{thread} * group_rows_ + row;
       const Candidate* candidates = arrays_.candidates + state_index * kCandidateRoom;
-      for (int32_t index = 0; index < arrays_.states[state_index].count; ++index) {
-        if (candidates[index].logit > dropped) sorted[known++] = candidates[index];
+      for (int32_t index = 0; index < arrays_.counts[state_index]; ++index) {
+        if (LogitOf(candidates[index]) > dropped) sorted[known++] = candidates[index];
       }
     }
-    std::sort(sorted, sorted + known, Before);
+    std::sort(sorted, sorted + known);
     const bool all = dropped == kNegativeInfinity;
     const int64_t kept =
         CountKept(sorted, known, all, queries_[row], 1.0 + arrays_.totals[row].rest);
@@ -476,10 +484,10 @@ class GroupAnswerer {
     const VocabularyQuery& query = queries_[row];
     VocabularyAnswer& answer = answers_[row];
     RowTotals totals;
-    totals.largest = kept[0].logit;
-    if (kept.size() > 1) totals.second = kept[1].logit;
+    totals.largest = LogitOf(kept[0]);
+    if (kept.size() > 1) totals.second = LogitOf(kept[1]);
     for (size_t rank = 1; rank < kept.size(); ++rank) {
-      const double d = Exponent(kept[rank].logit, totals.largest, query.statistics_temperature);
+      const double d = Exponent(LogitOf(kept[rank]), totals.largest, query.statistics_temperature);
       const double e = std::exp(d);
       totals.rest += e;
       if (e > 0.0) totals.slope += d * e;
@@ -487,10 +495,10 @@ class GroupAnswerer {
     SetStatistics(totals, query, answer);
     const absl::Span<const ChunkRule> rules = RulesOf(row);
     if (query.pick_temperature == 0.0F) {
-      for (const Candidate& candidate : kept) {
-        if (!IsPickable(query, rules, candidate.id)) continue;
-        answer.token = candidate.id;
-        answer.token_logit = candidate.logit;
+      for (const Candidate candidate : kept) {
+        if (!IsPickable(query, rules, IdOf(candidate))) continue;
+        answer.token = IdOf(candidate);
+        answer.token_logit = LogitOf(candidate);
         break;
       }
     } else {
@@ -501,18 +509,18 @@ class GroupAnswerer {
         alignas(64) float noise[16];
         for (size_t index = 0; index < count; ++index) {
           words[index] = NoiseWord(query.noise, NoiseStream::kToken,
-                                   static_cast<uint32_t>(kept[begin + index].id));
+                                   static_cast<uint32_t>(IdOf(kept[begin + index])));
         }
         machine_.kernels->gumbel(words, noise);
         for (size_t index = 0; index < count; ++index) {
-          const Candidate& candidate = kept[begin + index];
-          const float score =
-              std::fma(candidate.logit, arrays_.plans[row].pick_scale, noise[index]);
-          if (score < best || (score == best && candidate.id > answer.token)) continue;
-          if (!IsPickable(query, rules, candidate.id)) continue;
+          const int32_t id = IdOf(kept[begin + index]);
+          const float logit = LogitOf(kept[begin + index]);
+          const float score = std::fma(logit, arrays_.plans[row].pick_scale, noise[index]);
+          if (score < best || (score == best && id > answer.token)) continue;
+          if (!IsPickable(query, rules, id)) continue;
           best = score;
-          answer.token = candidate.id;
-          answer.token_logit = candidate.logit;
+          answer.token = id;
+          answer.token_logit = logit;
         }
       }
     }
@@ -527,13 +535,13 @@ class GroupAnswerer {
       if (arrays_.plans[row].whole_row) arrays_.whole_rows[num_whole++] = row;
     }
     for (int32_t begin = 0; begin < num_whole;) {
-      // As many as fit one strip, in the place of the group's rows: nobody reads those any more.
+      // In the place of the group's rows in x: nobody reads those any more.
       int32_t end = begin;
       int32_t slots = 0;
       for (; end < num_whole; ++end) {
         const int32_t row = arrays_.whole_rows[end];
         const int32_t num_slots = queries_[row].unconditional_row >= 0 ? 2 : 1;
-        if (slots + num_slots > machine_.strip_rows) break;
+        if (slots + num_slots > whole_rows_) break;
         arrays_.plans[row].slot = slots;
         CopyRow(queries_[row].hidden_row, slots++);
         if (num_slots == 2) CopyRow(queries_[row].unconditional_row, slots++);
@@ -541,9 +549,12 @@ class GroupAnswerer {
       const int64_t stride = int64_t{num_chunks_} * kVocabularyChunk;
       machine_.ParallelFor(num_chunks_, [&](int64_t chunk, int32_t /*thread*/) {
         const int32_t first_id = static_cast<int32_t>(chunk) * kVocabularyChunk;
-        machine_.Multiply(arrays_.x, dim_, slots, first_id,
-                          std::min(vocabulary_ - first_id, kVocabularyChunk),
-                          arrays_.whole_logits + first_id, stride);
+        const int32_t num_ids = std::min(vocabulary_ - first_id, kVocabularyChunk);
+        for (int32_t slot = 0; slot < slots; slot += machine_.strip_rows) {
+          machine_.Multiply(arrays_.x + slot * dim_, dim_,
+                            std::min(slots - slot, machine_.strip_rows), first_id, num_ids,
+                            arrays_.whole_logits + slot * stride + first_id, stride);
+        }
       });
       const int64_t num_finishers = std::min(machine_.num_threads, kFinishersMax);
       machine_.ParallelFor(num_finishers, [&](int64_t finisher, int32_t /*thread*/) {
@@ -571,15 +582,15 @@ class GroupAnswerer {
     }
     int64_t count = 0;
     for (int32_t id = 0; id < vocabulary_; ++id) {
-      if (logits[id] > kNegativeInfinity) sorted[count++] = {logits[id], id};
+      if (logits[id] > kNegativeInfinity) sorted[count++] = MakeCandidate(logits[id], id);
     }
     // Sorts no more than the filters ask for.
     int64_t known = 0;
     int64_t kept = -1;
     for (int64_t wanted = 2048; kept < 0; wanted *= 8) {
       const int64_t next = std::min(wanted, count);
-      if (next < count) std::nth_element(sorted + known, sorted + next, sorted + count, Before);
-      std::sort(sorted + known, sorted + next, Before);
+      if (next < count) std::nth_element(sorted + known, sorted + next, sorted + count);
+      std::sort(sorted + known, sorted + next);
       known = next;
       kept = CountKept(sorted, known, known == count, query, 1.0 + arrays_.totals[row].rest);
     }
@@ -626,6 +637,7 @@ class GroupAnswerer {
   const VocabularyMachine& machine_;
   const Arrays& arrays_;
   const int32_t group_rows_;
+  const int32_t whole_rows_;
   const absl::Span<const VocabularyQuery> queries_;
   const absl::Span<VocabularyAnswer> answers_;
   const int32_t vocabulary_;
@@ -675,9 +687,10 @@ void AnswerVocabularyCpu(const VocabularyArgs& args, const VocabularyMachine& ma
   CINNABAR_CHECK(machine.strip_rows >= 2);
   const Arrays arrays = LayOut(workspace.memory(), shape, machine.num_threads, machine.strip_rows);
   const int32_t group_rows = GroupRows(shape, machine.num_threads);
+  const int32_t whole_rows = WholeRows(shape, machine.strip_rows);
   for (size_t begin = 0; begin < args.queries.size(); begin += group_rows) {
-    GroupAnswerer(args, machine, arrays, group_rows, args.queries.subspan(begin, group_rows),
-                  args.answers.subspan(begin, group_rows))
+    GroupAnswerer(args, machine, arrays, group_rows, whole_rows,
+                  args.queries.subspan(begin, group_rows), args.answers.subspan(begin, group_rows))
         .Run();
   }
 }

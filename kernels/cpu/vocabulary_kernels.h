@@ -22,11 +22,28 @@ struct ChunkRule {
   bool pickable;
 };
 
-// An id that may survive the filters of its row.
-struct Candidate {
+// An id that may survive the filters of its row, as one number: ascending keys are descending
+// logits, and equal logits ascending ids. The logit's bits are made to order like integers, then
+// inverted.
+using Candidate = uint64_t;
+
+inline __attribute__((always_inline)) Candidate MakeCandidate(float logit, int32_t id) {
+  const float no_negative_zero = logit + 0.0F;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &no_negative_zero, sizeof(bits));
+  const uint32_t inverted = (bits >> 31) != 0 ? bits : bits ^ 0x7FFFFFFFU;
+  return static_cast<uint64_t>(inverted) << 32 | static_cast<uint32_t>(id);
+}
+inline __attribute__((always_inline)) float LogitOf(Candidate candidate) {
+  const uint32_t inverted = static_cast<uint32_t>(candidate >> 32);
+  const uint32_t bits = (inverted >> 31) != 0 ? inverted : inverted ^ 0x7FFFFFFFU;
   float logit;
-  int32_t id;
-};
+  __builtin_memcpy(&logit, &bits, sizeof(logit));
+  return logit;
+}
+inline __attribute__((always_inline)) int32_t IdOf(Candidate candidate) {
+  return static_cast<int32_t>(candidate & 0xFFFFFFFFU);
+}
 
 enum class ChunkPick : uint8_t { kNone, kArgmax, kGumbel };
 
