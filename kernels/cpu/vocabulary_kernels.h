@@ -91,6 +91,8 @@ struct VocabularyKernels {
   // Words `64 * block .. 64 * block + 63` of (key, kToken), and their Gumbel numbers.
   void (*noise_words)(const NoiseKey& key, uint32_t block, uint32_t* words);
   void (*gumbel)(const uint32_t* words, float* numbers);  // 16 of each
+  // What `summarise` takes for a bound of `gumbel`; here for the tests.
+  void (*gumbel_bound)(const uint32_t* words, float* bounds);  // 16 of each
 };
 
 // The AVX tables are there on x86-64 only, and may only be called where the processor has them.

@@ -68,6 +68,13 @@ TEST_P(NoiseTest, GumbelNumbersKeepTheirPrecisionAtBothEnds) {
     GetParam().kernels->gumbel(words, numbers);
     kVocabularyGeneric.gumbel(words, generic);
     ASSERT_EQ(std::memcmp(numbers, generic, sizeof(numbers)), 0);
+    alignas(64) float bounds[16];
+    GetParam().kernels->gumbel_bound(words, bounds);
+    for (int lane = 0; lane < 16; ++lane) {
+      ASSERT_GE(bounds[lane], numbers[lane]) << words[lane];
+      const double v = 1.0 - UniformFromWord(words[lane]);
+      ASSERT_LE(bounds[lane], -std::log(v) + (v > 1e-7 ? 0.07 : 0.7)) << words[lane];
+    }
     for (int lane = 0; lane < 16; ++lane) {
       const double u = UniformFromWord(words[lane]);
       const double exponential = u < 0.5 ? -std::log(u) : -std::log1p(-(1.0 - u));
