@@ -157,7 +157,7 @@ std::vector<float> Normal(size_t count, float deviation, uint32_t seed) {
 //     2e-7 of its own. Two candidates closer than that may come out in either order; every other
 //     token must be the reference's.
 //   * probability: the token's own exp and the merge are double; a chunk's mass is a float32 sum of
-//     at most 32 terms a lane (relative error <= 32 * 2^-24 = 2e-6, typically 1e-7), its terms
+//     at most 16 terms a lane (relative error <= 20 * 2^-24 = 1.2e-6, typically 1e-7), its terms
 //     exact to 2e-7 plus 2^-24 |d| of the exponent d, weighted by exp(d).
 //   * entropy: sums of the same kind, of d * exp(d). What is below 1e-35 of its chunk's largest is
 //   left out.
