@@ -1,0 +1,385 @@
+// The one interface between the denoiser and the machine it runs on: one contract per op, two
+// implementations (kernels/cpu, kernels/cuda). The ops are what a diffusion transformer needs and no
+// more; the forward pass in worker/model is written once, against this page.
+//
+// What every implementation keeps, and tests/unit/kernels checks on each:
+//   * Batch invariance. Each output row is a function of its own inputs alone: the same bits whatever
+//     rows stand beside it, however many there are, and whatever the number of threads. Sums run in
+//     an order that depends on the row's own length only.
+//   * Packed rows. A batch is rows of many sequences one after another; nothing is padded.
+//   * No allocation after Reserve(): scratch is taken once.
+// Ops are enqueued in call order; what they read must stay alive and unchanged, and what they write
+// must not be read by the host, until Synchronize() returned OK. One thread at a time calls a Backend.
+// Shapes that do not fit each other are a caller's bug (CINNABAR_CHECK).
+#ifndef CINNABAR_KERNELS_BACKEND_H_
+#define CINNABAR_KERNELS_BACKEND_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "common/base/philox.h"
+
+namespace cinnabar {
+
+enum class DType : uint8_t { kF32, kF16, kBf16 };
+
+constexpr int64_t BytesOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+const char* NameOf(DType dtype);  // "F32", "F16", "BF16", as safetensors writes them
+
+// --- Weights ---------------------------------------------------------------------------------------
+
+// A matrix in host memory: [rows, cols] row-major, that is PyTorch's [out, in]. `data` need not be
+// aligned. Borrowed.
+struct HostMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+};
+
+// How the rows of several host matrices become the rows of one weight.
+enum class RowOrder : uint8_t {
+  kStacked,     // one matrix after another (q | k | v)
+  kGatedPairs,  // exactly two of equal shape, gate and up, kept so that Epilogue::kSwiGlu can pair them
+};
+
+// A weight as its backend wants it (packed, converted, on the device). Immutable; any thread.
+class Weight {
+ public:
+  virtual ~Weight() = default;
+  int64_t rows() const { return rows_; }  // outputs; with kGatedPairs gate and up together
+  int64_t cols() const { return cols_; }  // inputs
+  RowOrder row_order() const { return row_order_; }
+  DType dtype() const { return dtype_; }
+  virtual int64_t memory_bytes() const = 0;
+
+ protected:
+  Weight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype)
+      : rows_(rows), cols_(cols), row_order_(row_order), dtype_(dtype) {}
+
+ private:
+  int64_t rows_;
+  int64_t cols_;
+  RowOrder row_order_;
+  DType dtype_;
+};
+
+// --- Memory ----------------------------------------------------------------------------------------
+
+// Device memory, zeroed, aligned to 64 bytes. On the CPU `data` is ordinary memory.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  void* data() const { return data_; }
+  int64_t size_bytes() const { return size_bytes_; }
+
+ protected:
+  Buffer(void* data, int64_t size_bytes) : data_(data), size_bytes_(size_bytes) {}
+
+ private:
+  void* data_;
+  int64_t size_bytes_;
+};
+
+// Rows of device memory: row r starts at element r * stride. The CPU backend takes kF32 only.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride = 0;  // in elements
+  DType dtype = DType::kF32;
+
+  float* f32() const { return static_cast<float*>(data); }
+};
+
+// Keys and values of one sequence, for `num_layers` layers and positions 0 .. positions_max-1. The
+// layout is the backend's own. Keys are kept after per-head norm and rotation: positions are absolute
+// and never move.
+class KvMemory {
+ public:
+  virtual ~KvMemory() = default;
+  virtual int64_t memory_bytes() const = 0;
+};
+
+struct KvShape {
+  int32_t num_layers = 1;
+  int32_t num_kv_heads = 1;
+  int32_t head_dim = 1;
+  int32_t positions_max = 1;
+};
+
+// --- Batch geometry ----------------------------------------------------------------------------------
+
+// The rows of one sequence in a packed batch. Its rows are the consecutive absolute positions
+// first_position .. first_position + num_rows - 1.
+struct SequenceSpan {
+  int32_t row_begin = 0;  // first row in the packed batch
+  int32_t num_rows = 0;   // >= 1
+  int32_t first_position = 0;
+  // 0: full attention, every row sees positions 0 .. first_position + num_rows - 1.
+  // B > 0: block-causal, a row at position p sees the positions of blocks 0 .. p / B, up to the last
+  // position of this span. Positions before first_position are read from `kv`, where an earlier pass
+  // has left them.
+  int32_t block_length = 0;
+  KvMemory* kv = nullptr;
+  // Row of the modulation tensor that belongs to this sequence (DiT bodies); else unused.
+  int32_t modulation_row = 0;
+};
+
+// --- Ops -----------------------------------------------------------------------------------------------
+
+// What happens to y = x W^T (+ bias) on its way out.
+enum class Epilogue : uint8_t {
+  kStore,             // out = y
+  kAdd,               // out += y                     (residual)
+  kGatedAdd,          // out += gate[modulation_row] * y   (residual of a DiT body)
+  kSilu,              // out = y * sigmoid(y)
+  kGeluTanh,          // out = gelu(y), tanh form
+  kSwiGlu,            // out = silu(gate half) * (up half); weight in kGatedPairs, out has rows()/2 columns
+};
+
+struct LinearArgs {
+  Rows x;                        // [num_rows, weight.cols()]
+  int64_t num_rows = 0;
+  const Weight* weight = nullptr;
+  const float* bias = nullptr;   // device, [weight.rows()] in the order of the stacked rows; optional
+  Epilogue epilogue = Epilogue::kStore;
+  Rows out;                      // [num_rows, weight.rows()] (kSwiGlu: half); must not overlap x
+  // kGatedAdd only: gate value of output column c for row r is gate[modulation_row(r)][c].
+  Rows gate;                                    // [num modulation rows, weight.rows()]
+  absl::Span<const SequenceSpan> sequences;     // which modulation row a row belongs to
+};
+
+// out[i] = w * x[row(i)] * rsqrt(mean(x[row(i)]^2) + eps). Source: arXiv:1910.07467.
+struct RmsNormArgs {
+  Rows x;
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  const float* weight = nullptr;  // device, [dim]
+  float eps = 1e-6F;
+  Rows out;
+  // Host, [num_rows] when not empty: row(i) = row_indices[i]; else row(i) = i.
+  absl::Span<const int32_t> row_indices;
+};
+
+// out[i] = LN(x[row(i)]) * w * (1 + scale[m]) + shift[m], m the modulation row of row(i). LN subtracts
+// the mean, divides by sqrt(variance + eps), no bias. Source: DiT, arXiv:2212.09748 (adaLN).
+struct LayerNormModulateArgs {
+  Rows x;
+  int64_t num_rows = 0;
+  int64_t dim = 0;
+  const float* weight = nullptr;  // device, [dim]
+  float eps = 1e-5F;
+  Rows shift;                     // [num modulation rows, dim]
+  Rows scale;                     // [num modulation rows, dim]
+  absl::Span<const SequenceSpan> sequences;
+  Rows out;
+  absl::Span<const int32_t> row_indices;  // as in RmsNormArgs
+};
+
+// Cosines and sines of the rotary embedding, [positions_max, rotary_dim / 2] each, float32 computed in
+// double. Half-split pairs (i, i + rotary_dim / 2). Source: arXiv:2104.09864.
+struct RotaryTable {
+  const float* cosine = nullptr;  // device
+  const float* sine = nullptr;    // device
+  int32_t rotary_dim = 0;         // even, <= head_dim; 0 rotates nothing
+  int32_t positions_max = 0;
+};
+
+struct HeadShape {
+  int32_t num_heads = 1;
+  int32_t num_kv_heads = 1;  // divides num_heads
+  int32_t head_dim = 1;
+};
+
+// Splits fused rows [q heads | k heads | v heads], applies the per-head RMSNorm to q and k where
+// weights are given, rotates q and k at the row's absolute position, leaves q in place and writes k and
+// v of every row into its sequence's KvMemory at `layer`.
+struct PrepareHeadsArgs {
+  Rows qkv;  // [num_rows, (num_heads + 2 * num_kv_heads) * head_dim], read and written
+  int64_t num_rows = 0;
+  HeadShape heads;
+  const float* q_norm = nullptr;  // device, [head_dim]; optional
+  const float* k_norm = nullptr;
+  float norm_eps = 1e-6F;
+  RotaryTable rotary;
+  absl::Span<const SequenceSpan> sequences;
+  int32_t layer = 0;  // layer index inside KvMemory
+};
+
+// out = softmax(q k^T * scale) v for every head over the keys that SequenceSpan lets a row see, all of
+// which are in KvMemory by now. Query head h reads kv head h / (num_heads / num_kv_heads).
+struct AttendArgs {
+  Rows q;    // [num_rows, >= num_heads * head_dim]: the q part of the fused rows
+  int64_t num_rows = 0;
+  HeadShape heads;
+  float scale = 1.0F;
+  absl::Span<const SequenceSpan> sequences;
+  int32_t layer = 0;
+  Rows out;  // [num_rows, num_heads * head_dim]
+};
+
+// --- Vocabulary head -----------------------------------------------------------------------------------
+
+// An exception for one vocabulary id in one row. Ids in a query are distinct; at most
+// kVocabularyRulesMax.
+struct VocabularyRule {
+  int32_t id = 0;
+  float bias = 0.0F;     // added to the logit before anything else; -inf is allowed
+  bool counted = true;   // in the softmax statistics (normaliser, entropy, margin, filters)
+  bool pickable = true;  // may become the token
+};
+inline constexpr int32_t kVocabularyRulesMax = 16;
+
+// Which token is drawn, and from what.
+enum class PickRule : uint8_t {
+  // temperature 0: the largest logit, ties to the lower id. temperature > 0: Gumbel-max, the largest
+  // logit / temperature + g(id), a draw from softmax(logits / temperature) over the pickable ids (and
+  // inside the top-k / top-p set when there is one). g(id) = -ln(-ln u), u = UniformFromWord of
+  // NoiseStream::kToken, index id; computed so that the float32 result keeps its relative precision at
+  // both ends of (0, 1).
+  kSoftmax,
+  // SEDD's Tweedie step on the uniform graph (needs the sum before any weight is known): with
+  // s[y] = exp(logit[y]), s[own] = 1 and S = sum s over all ids, draws y with weight
+  //   max(0, (q - 1) / (N q) * S + s[y] / q) * transition[y], q = exp(-sigma_step), N = vocabulary size,
+  //   transition[y] = (1 - q) / N off the own token, 1 - (N - 1) (1 - q) / N on it.
+  // `own_token` and `sigma_step` are read. Source: Score-Entropy-Discrete-Diffusion, graph_lib.py.
+  kUniformTweedie,
+};
+
+enum class FilterOrder : uint8_t { kTopPThenTopK, kTopKThenTopP };
+
+// What one row of logits is wanted for. l = logits (+ guidance) + rule biases.
+struct VocabularyQuery {
+  int32_t hidden_row = 0;
+  // Classifier-free guidance: when >= 0, l = l_u + (guidance_scale + 1) * (l_c - l_u) with l_c the
+  // logits of hidden_row and l_u those of this row.
+  int32_t unconditional_row = -1;
+  float guidance_scale = 0.0F;
+
+  PickRule pick = PickRule::kSoftmax;
+  float pick_temperature = 0.0F;        // 0: argmax
+  // Softmax statistics are those of l / statistics_temperature (> 0): 1 for LLaDA's clean confidence,
+  // the sampling temperature for Dream's.
+  float statistics_temperature = 1.0F;
+  // Filters, on l / statistics_temperature over the counted ids; token and statistics then come from the
+  // kept set alone. top_k 0: off; keeps ids with l >= the k-th largest (ties survive). top_p 1: off;
+  // sorted descending (ties: lower id first), an id is dropped when the mass before it already exceeds
+  // top_p, so the one that crosses is kept.
+  int32_t top_k = 0;
+  float top_p = 1.0F;
+  FilterOrder filter_order = FilterOrder::kTopPThenTopK;
+
+  NoiseKey noise;                 // read when the pick is random
+  int32_t own_token = -1;         // kUniformTweedie only
+  float sigma_step = 0.0F;        // kUniformTweedie only
+  absl::Span<const VocabularyRule> rules;  // host memory, alive until Synchronize()
+  // Ids >= this are never picked (rows of the table above the tokenizer's size); they are counted.
+  // 0: no limit.
+  int32_t pickable_ids = 0;
+};
+
+// One row's answer. Probabilities are of softmax(l / statistics_temperature) over the counted ids (the
+// kept ones when filtered), from float32 logits and float32 sums of bounded length merged in double.
+struct VocabularyAnswer {
+  int32_t token = -1;          // the pick; -1 when nothing was pickable
+  float token_logit = 0.0F;    // l[token] without noise and temperature
+  double probability = 0.0;    // of `token`; a token that is pickable but not counted: exp of its logit
+                               // over the counted mass, capped at 1
+  double margin = 0.0;         // largest minus second largest probability
+  double entropy = 0.0;        // nats
+  double log_sum_exp = 0.0;    // ln sum exp(l / statistics_temperature) over the counted ids, unfiltered
+  bool finite = true;          // false: a NaN or +inf among the logits, every other field is undefined
+};
+
+struct VocabularyArgs {
+  Rows hidden;                    // [.., weight.cols()]
+  const Weight* weight = nullptr; // [vocabulary, dim], kStacked
+  const float* bias = nullptr;    // device, [vocabulary]; optional
+  absl::Span<const VocabularyQuery> queries;
+  absl::Span<VocabularyAnswer> answers;  // host, as long as queries
+};
+
+// Plain logits: out[i] = hidden[i] W^T + bias, [num_rows, vocabulary] float32. For inspection and for
+// samplers that need whole rows, a few at a time.
+struct LogitsArgs {
+  Rows hidden;
+  int64_t num_rows = 0;
+  const Weight* weight = nullptr;
+  const float* bias = nullptr;
+  Rows out;
+};
+
+// The largest shapes that later calls will have; Reserve() takes scratch for them.
+struct WorkspaceShape {
+  int64_t rows_max = 0;        // packed rows of a batch
+  int64_t cols_max = 0;        // widest input of a Linear
+  int64_t vocabulary = 0;
+  int64_t queries_max = 0;
+  int32_t positions_max = 0;   // longest sequence
+  int32_t head_dim_max = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string Describe() const = 0;  // "cpu avx512, 2 threads"
+  virtual DType activation_dtype() const = 0;  // of every Rows but the residual stream, which is float32
+
+  // ResourceExhausted when the memory cannot be had.
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) = 0;
+  virtual absl::StatusOr<std::unique_ptr<KvMemory>> AllocateKv(const KvShape& shape) = 0;
+  virtual int64_t KvBytes(const KvShape& shape) const = 0;
+  virtual absl::Status Reserve(const WorkspaceShape& shape) = 0;
+  virtual int64_t WorkspaceBytes(const WorkspaceShape& shape) const = 0;
+
+  // Stacks `parts` (equal cols; the sources may be let go afterwards). `dtype` is how the values are kept:
+  // kF32, kF16 or kBf16; narrowing rounds to nearest even, widening is exact. Products read the kept
+  // values and compute in float32.
+  virtual absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
+                                                             RowOrder row_order, DType dtype) = 0;
+  // An embedding table: rows are looked up, never multiplied. The CPU backend keeps no copy: `table` must
+  // outlive it.
+  virtual absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) = 0;
+  // A float32 vector on the device.
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) = 0;
+  // Copies host floats into device memory, in order with the ops.
+  virtual absl::Status Upload(absl::Span<const float> host, void* device) = 0;
+  // Copies device floats to the host; implies Synchronize().
+  virtual absl::Status Download(const void* device, absl::Span<float> host) = 0;
+
+  // out[i] = table[ids[i]] * scale, float32. Ids are in range.
+  virtual absl::Status Embed(const Weight& table, absl::Span<const int32_t> ids, float scale,
+                             const Rows& out) = 0;
+  virtual absl::Status Linear(const LinearArgs& args) = 0;
+  virtual absl::Status RmsNorm(const RmsNormArgs& args) = 0;
+  virtual absl::Status LayerNormModulate(const LayerNormModulateArgs& args) = 0;
+  virtual absl::Status PrepareHeads(const PrepareHeadsArgs& args) = 0;
+  virtual absl::Status Attend(const AttendArgs& args) = 0;
+  virtual absl::Status AnswerVocabulary(const VocabularyArgs& args) = 0;
+  virtual absl::Status Logits(const LogitsArgs& args) = 0;
+
+  // Waits for everything enqueued. A device error surfaces here (Unavailable).
+  virtual absl::Status Synchronize() = 0;
+};
+
+enum class BackendKind : uint8_t { kCpu, kCuda };
+
+struct BackendOptions {
+  int32_t num_threads = 0;  // CPU: 0 takes every core
+  // CPU: "auto", "avx512", "avx2" or "generic". Every choice gives the same bits.
+  std::string isa = "auto";
+};
+
+// Unimplemented when that backend was not built, Unavailable when there is no device (or the CPU lacks
+// the asked instruction set), InvalidArgument for an unknown isa.
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
+                                                     const BackendOptions& options);
+
+}  // namespace cinnabar
+
+#endif  // CINNABAR_KERNELS_BACKEND_H_

@@ -1,0 +1,121 @@
+// Samplers: pure functions from the canvas and per-position statistics to transfers.
+//
+// A denoising step of one sequence is: Plan() says which positions need which statistics, the engine runs
+// one forward pass for the whole batch and answers, Decide() turns the answers into transfers, and
+// ApplyOutcome() writes them and moves DecodingState on. No sampler keeps state of its own: everything is in
+// Canvas, DecodingState and DecodingParams, and randomness is NoiseWord(seed, position, step), so a sequence
+// runs the same alone or in any batch and resumes bit-exactly from any step.
+#ifndef CINNABAR_WORKER_DECODING_SAMPLER_H_
+#define CINNABAR_WORKER_DECODING_SAMPLER_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/container/inlined_vector.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "common/request/decoding_params.h"
+#include "common/request/sampler_catalog.h"
+#include "kernels/backend.h"
+#include "worker/decoding/canvas.h"
+
+namespace cinnabar {
+
+// Where a sequence stands between two denoising steps. With the canvas and the params it is all that is
+// needed to go on.
+struct DecodingState {
+  int32_t block_index = 0;
+  int32_t block_step = 0;   // steps done in the open block
+  int32_t block_masks = 0;  // undecided positions when the open block was opened
+  int32_t step = 0;         // denoising steps done in all; keys the random source
+  int32_t nfe = 0;          // forward passes taken part in
+  bool finished = false;
+};
+
+// Everything a sampler may look at.
+struct StepContext {
+  const Canvas& canvas;
+  const DecodingState& state;
+  const DecodingParams& params;  // resolved (ResolveParams)
+  const ModelTraits& model;
+  BlockRange block;  // the open block
+};
+
+// Statistics wanted for one position: VocabularyQuery without rows. The engine adds rows, guidance and the
+// rules common to all (mask token not pickable, EOS penalty, forbidden ids); a rule given here for
+// the same id wins over the common one.
+struct PositionQuery {
+  int32_t position = 0;
+  PickRule pick = PickRule::kSoftmax;
+  float pick_temperature = 0.0F;
+  float statistics_temperature = 1.0F;
+  int32_t top_k = 0;
+  float top_p = 1.0F;
+  FilterOrder filter_order = FilterOrder::kTopPThenTopK;
+  float sigma_step = 0.0F;
+  absl::InlinedVector<VocabularyRule, 4> rules;  // usually empty
+};
+
+struct StepPlan {
+  bool forward = true;   // false: nothing to compute, Decide() is called with no answers
+  float sigma = 0.0F;    // noise level for networks that read it
+  // Positions [begin, end) that the network sees; positions restart from 0 at `begin`. Block-causal models
+  // ignore it (they see everything up to the end of the open block).
+  int32_t visible_begin = 0;
+  int32_t visible_end = 0;
+  std::vector<PositionQuery> queries;  // ascending positions, inside the open block
+
+  void Clear();  // keeps capacity
+};
+
+struct Transfer {
+  int32_t position = 0;
+  TokenId token = 0;
+  float confidence = 0.0F;  // probability of the token as the sampler saw it, for display
+};
+
+struct StepOutcome {
+  // Ascending positions. For kMasked positions the token becomes committed. For kNoise positions it replaces
+  // the token; `settled` says whether all kNoise positions of the block are now committed.
+  std::vector<Transfer> transfers;
+  bool settled = false;
+
+  void Clear();
+};
+
+class Sampler {
+ public:
+  virtual ~Sampler() = default;
+
+  // Fills `plan` (cleared before). Called at the start of each denoising step, with at least one undecided
+  // position in the open block. Pure; no allocation beyond growing plan's vectors.
+  virtual void Plan(const StepContext& context, StepPlan& plan) const = 0;
+
+  // answers[i] belongs to plan.queries[i]; log_sum_exp already includes the network's output offset (SEDD).
+  // Every answer is finite (the engine fails a sequence whose row is not). Ties: the lower position.
+  virtual void Decide(const StepContext& context, const StepPlan& plan,
+                      absl::Span<const VocabularyAnswer> answers, StepOutcome& outcome) const = 0;
+};
+
+// Stateless singletons, one line of registration each. NotFound lists the names.
+absl::StatusOr<const Sampler*> GetSampler(absl::string_view name);
+std::vector<absl::string_view> RegisteredSamplers();
+
+// The state before the first step: block 0 open (blocks without undecided positions are passed over);
+// finished at once when nothing is undecided.
+DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params, const ModelTraits& model);
+
+// Writes the transfers (CHECKs that none touches a given or committed position and none writes the mask
+// token), counts the step (and the forward pass when `forward`), and opens the next block when the open one
+// has no undecided position left; finished after the last.
+void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
+                  const ModelTraits& model, Canvas& canvas, DecodingState& state);
+
+// Steps that the open block gets: num_steps split evenly over the blocks (validated to divide).
+int32_t StepsPerBlock(const Canvas& canvas, const DecodingParams& params, const ModelTraits& model);
+
+}  // namespace cinnabar
+
+#endif  // CINNABAR_WORKER_DECODING_SAMPLER_H_
