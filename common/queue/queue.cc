@@ -1,9 +1,10 @@
 #include "common/queue/queue.h"
 
 #include <algorithm>
+#include <functional>
+#include <map>
 #include <utility>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
@@ -82,7 +83,7 @@ class Fields {
     for (size_t i = 0; i + 1 < pairs.size(); i += 2) values_[pairs[i].text] = std::move(pairs[i + 1].text);
   }
   std::string Text(absl::string_view name) {
-    const auto found = values_.find(name);
+    const auto found = values_.find(std::string_view(name.data(), name.size()));
     if (found != values_.end()) return found->second;
     ok_ = false;
     return "";
@@ -102,7 +103,7 @@ class Fields {
   bool ok() const { return ok_; }
 
  private:
-  absl::flat_hash_map<std::string, std::string> values_;
+  std::map<std::string, std::string, std::less<>> values_;
   bool ok_ = true;
 };
 
@@ -732,7 +733,7 @@ absl::Status Queue::Drain(absl::string_view boot) { return Call("drain", {std::s
 
 absl::StatusOr<QueueStats> Queue::Stats() {
   CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("stats", {}));
-  absl::flat_hash_map<std::string, int64_t> values;
+  std::map<std::string, int64_t> values;
   Reader reader(elements, 2);
   while (reader.more()) {
     const std::string name = reader.Text();

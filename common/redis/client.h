@@ -59,7 +59,7 @@ class RedisEnvironment {
   virtual double Uniform();  // in [0, 1)
 };
 
-struct RedisServer {
+struct RedisServerInfo {
   std::string version;
   std::string run_id;  // another one after each start of the server, and on another server
   RedisAddress address;
@@ -98,7 +98,7 @@ class RedisClient {
   absl::Status Connect();
   void Close();
   // Of the present or last connection.
-  const RedisServer& server() const { return server_; }
+  const RedisServerInfo& server() const { return server_; }
 
   // One attempt. An error reply becomes the status of StatusFromRedisError; errors inside arrays stay
   // replies. Unavailable leaves open whether the command ran. `timeout` zero: command_timeout.
@@ -137,7 +137,7 @@ class RedisClient {
   std::unique_ptr<RedisConnection> connection_;
   bool connecting_ = false;
   bool subscribed_ = false;
-  RedisServer server_;
+  RedisServerInfo server_;
   std::string pipeline_;
   size_t num_appended_ = 0;
   RedisCounters counters_;
