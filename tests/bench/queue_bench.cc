@@ -64,7 +64,9 @@ void RunOnce(const Settings& settings, const std::string& fsync) {
     const int64_t epoch = queue.Lead("s", absl::Hours(1))->epoch;
     std::string position;
     std::vector<std::string> waiting;
-    for (const WaitingRequest& request : *queue.ScanWaiting(1000, position)) waiting.push_back(request.id);
+    const auto found = queue.ScanWaiting(1000, position);
+    CINNABAR_CHECK(found.ok()) << found.status();
+    for (const WaitingRequest& request : *found) waiting.push_back(request.id);
     int64_t num_packs = 0;
     while (!stop) {
       const auto feed = queue.ReadFeed(position, 512, absl::Milliseconds(10));

@@ -34,11 +34,11 @@ class Driver {
     for (int i = 0; i < num_calls && wrong_.empty(); ++i) {
       Step();
       if (!wrong_.empty()) break;
+      CheckMoves();
       if (i % 3 != 0 && i + 1 != num_calls) continue;
       const auto state = CheckQueueState(redis_, "cb:{rnd}:");
       if (!state.ok()) return state.status().ToString();
       if (!state->empty()) wrong_ = state->front();
-      CheckMoves();
     }
     if (wrong_.empty()) CheckOutcome();
     return wrong_.empty() ? "" : absl::StrCat(wrong_, " (after ", last_, ")");
@@ -231,8 +231,14 @@ class Driver {
   }
   void CheckMoves() {
     for (int i = 1; i <= num_requests_; ++i) {
+      const std::string key = absl::StrCat("cb:{rnd}:r:r", i);
+      (void)redis_.Append({"HGET", key, "st"});
+    }
+    const auto replies = redis_.Flush();
+    for (int i = 1; i <= num_requests_; ++i) {
       const std::string id = absl::StrCat("r", i);
-      const auto state = ParseRequestState(Record(id)[0]);
+      const auto& reply = replies[static_cast<size_t>(i) - 1];
+      const auto state = ParseRequestState(reply.ok() ? reply->text : "");
       if (!state.ok()) {
         wrong_ = absl::StrCat(id, " is lost");
         continue;
