@@ -446,16 +446,26 @@ absl::StatusOr<RequestView> Queue::Attach(absl::string_view request, absl::strin
 
 std::string Queue::EventChannel(absl::string_view gateway) const { return absl::StrCat(prefix_, "gw:", gateway); }
 
-absl::StatusOr<QueueEvent> Queue::ParseEventMessage(absl::string_view payload) {
-  const std::vector<absl::string_view> parts = absl::StrSplit(payload, absl::MaxSplits(' ', 3));
-  QueueEvent event;
-  if (parts.size() != 4 || !absl::SimpleAtoi(parts[1], &event.step)) return Malformed("event message");
-  event.request = std::string(parts[0]);
-  if (parts[2] != "p") {
-    CINNABAR_ASSIGN_OR_RETURN(event.final_state, ParseRequestState(parts[2]));
+absl::StatusOr<std::vector<QueueEvent>> Queue::ParseEventMessage(absl::string_view payload) {
+  std::vector<QueueEvent> events;
+  while (!payload.empty()) {
+    // "<id> <step> <kind> <bytes> <data>", and the next one right after.
+    const std::vector<absl::string_view> parts = absl::StrSplit(payload, absl::MaxSplits(' ', 4));
+    QueueEvent event;
+    size_t num_bytes = 0;
+    if (parts.size() != 5 || !absl::SimpleAtoi(parts[1], &event.step) || !absl::SimpleAtoi(parts[3], &num_bytes) ||
+        num_bytes > parts[4].size()) {
+      return Malformed("event message");
+    }
+    event.request = std::string(parts[0]);
+    if (parts[2] != "p") {
+      CINNABAR_ASSIGN_OR_RETURN(event.final_state, ParseRequestState(parts[2]));
+    }
+    event.data = std::string(parts[4].substr(0, num_bytes));
+    payload = parts[4].substr(num_bytes);
+    events.push_back(std::move(event));
   }
-  event.data = std::string(parts[3]);
-  return event;
+  return events;
 }
 
 absl::StatusOr<Leadership> Queue::Lead(absl::string_view me, absl::Duration lease_for) {

@@ -75,10 +75,11 @@ class Queue {
   // As Events, and from now on `gateway` is told of new ones.
   absl::StatusOr<RequestView> Attach(absl::string_view request, absl::string_view tenant, int32_t after_step,
                                      int32_t events_max, absl::string_view gateway);
-  // Events are pushed at most once to this channel, subscribed on another client. Missing steps show
-  // as a gap, and after a lost subscription nothing shows: read Events then.
+  // Events are pushed at most once to this channel, subscribed on another client; one message holds
+  // the events of one step of a whole batch. Missing steps show as a gap, and after a lost subscription
+  // nothing shows: read Events then.
   std::string EventChannel(absl::string_view gateway) const;
-  static absl::StatusOr<QueueEvent> ParseEventMessage(absl::string_view payload);
+  static absl::StatusOr<std::vector<QueueEvent>> ParseEventMessage(absl::string_view payload);
 
   // Scheduler. ----------------------------------------------------------------------------------
   absl::StatusOr<Leadership> Lead(absl::string_view me, absl::Duration lease_for);

@@ -57,7 +57,7 @@ end
 local function begin(K)
   if #K ~= 1 or not string.match(K[1], '^cb:{[%w_.%-]+}:$') then bad('prefix') end
   local time = call('TIME')
-  return {P = K[1], t = time[1] * 1000 + math.floor(time[2] / 1000), lsn = 0, fed = 0}
+  return {P = K[1], t = time[1] * 1000 + math.floor(time[2] / 1000), lsn = 0, fed = 0, notes = {}}
 end
 
 -- To be called before the first write of a call that changes a request.
@@ -81,12 +81,20 @@ local function announce(c, rid)
   feed(c, unpack(fields))
 end
 
--- Pushes one event to the gateways that watch the request. At most once, so never relied upon: the
--- event stream is the truth and a gap in the steps tells the gateway to read it.
-local function notify(P, watchers, rid, step, kind, data)
+-- Events for the gateways that watch a request: collected during a call, and pushed as one message for
+-- each gateway by flush. At most once, so never relied upon: the event stream is the truth, and a gap in
+-- the steps tells the gateway to read it. A message is a run of '<rid> <step> <kind> <bytes> <data>'.
+local function notify(c, watchers, rid, step, kind, data)
   if watchers == '' then return end
-  local message = rid .. ' ' .. string.format('%.0f', step) .. ' ' .. kind .. ' ' .. data
-  for gateway in string.gmatch(watchers, '[^,]+') do call('PUBLISH', P .. 'gw:' .. gateway, message) end
+  local event = rid .. ' ' .. step .. ' ' .. kind .. ' ' .. #data .. ' ' .. data
+  for gateway in string.gmatch(watchers, '[^,]+') do
+    local events = c.notes[gateway]
+    if events then events[#events + 1] = event else c.notes[gateway] = {event} end
+  end
+end
+
+local function flush(c)
+  for gateway, events in pairs(c.notes) do call('PUBLISH', c.P .. 'gw:' .. gateway, table.concat(events)) end
 end
 
 -- Batches. b:<bid> holds '@e' ready entry, '@l' lane, '@w' owner, and one field for each live row. --
@@ -145,7 +153,7 @@ local function settle(c, rid, st, why, use, result)
          'own', h[17], 'att', h[16], 'stp', stp, 'bh', h[18])
   end
   feed(c, 'k', 't', 'rid', rid, 'tn', tn, 'cl', cl, 'st', st, 'stp', stp, 'use', use, 'hint', h[19])
-  notify(P, h[13], rid, stp + 1, st, result ~= '' and result or why)
+  notify(c, h[13], rid, stp + 1, st, result ~= '' and result or why)
 end
 
 -- Back to its queue, in its old place. The caller has checked that it is leased or running.
@@ -313,10 +321,11 @@ local function enqueue(K, A)
   end
 
   change(c)
-  call('HSET', r, 'st', 'queued', 'tn', tn, 'cl', cl, 'lp', A[6], 'lg', A[7], 'steps', A[8], 'cost', A[9], 'dl',
-       t + deadline, 'keep', A[11], 'gw', A[12], 'tag', A[13], 'hint', A[14], 'bh', digest, 'seq', c.lsn,
-       'sub', t, 'att', 0, 'stp', 0, 'ps', 0, 'np', 0, 'cr', 0, 'nb', 0, 'use', '0 0 0 0', 'own', '', 'bid', '',
-       'pin', A[29], 'pout', A[30])
+  -- What progress reads comes first: a small hash is searched from its start.
+  call('HSET', r, 'st', 'queued', 'att', 0, 'own', '', 'bid', '', 'stp', 0, 'use', '0 0 0 0', 'steps', A[8], 'dl',
+       t + deadline, 'gw', A[12], 'tn', tn, 'cl', cl, 'lp', A[6], 'lg', A[7], 'cost', A[9], 'seq', c.lsn, 'sub', t,
+       'ps', 0, 'np', 0, 'cr', 0, 'nb', 0, 'keep', A[11], 'pin', A[29], 'pout', A[30], 'bh', digest, 'tag', A[13],
+       'hint', A[14])
   call('SET', P .. 'pl:' .. rid, A[15])
   call('DEL', P .. 'ev:' .. rid, P .. 'cv:' .. rid)
   call('ZADD', P .. 'q:' .. cl .. ':' .. tn, c.lsn, rid)
@@ -461,6 +470,7 @@ local function reap(K, A)
     end
   end
   if call('HEXISTS', P .. 'meta', 'bill') == 0 then call('XTRIM', P .. 'ledger', 'MAXLEN', '~', LEDGER_LOCAL_MAX) end
+  flush(c)
   return {'OK', c.lsn, requeued, not_started, dead, expired}
 end
 
@@ -562,6 +572,7 @@ local function start(K, A)
     feed(c, 'k', 's', 'bid', bid, 'own', boot)
   end
   if live then call('ZADD', P .. 'lease', 'XX', t + lease, bid) end
+  flush(c)
   reply[2] = c.lsn
   return reply
 end
@@ -581,9 +592,7 @@ local function progress(K, A)
   local c = begin(K)
   local P, t, boot, lease = c.P, c.t, name(A[1], 'boot'), integer(A[2], 'lease')
   rows_of(A, 3, PROGRESS_WIDTH)
-  for i = 3, #A, PROGRESS_WIDTH do
-    name(A[i], 'rid')
-    name(A[i + 1], 'bid')
+  for i = 3, #A, PROGRESS_WIDTH do  -- the hot path: an odd id is only a request that nobody has
     if integer(A[i + 3], 'step') < 1 then bad('step') end
     usage(A[i + 4])
   end
@@ -609,7 +618,7 @@ local function progress(K, A)
           call('HSET', r, 'stp', A[i + 3], 'use', A[i + 4])
           call('XADD', P .. 'ev:' .. rid, A[i + 3] .. '-1', 'k', 'p', 'd', A[i + 5])
           if A[i + 6] ~= '' then call('HSET', P .. 'cv:' .. rid, 's', A[i + 3], 'c', A[i + 6]) end
-          notify(P, h[8], rid, step, 'p', A[i + 5])
+          notify(c, h[8], rid, A[i + 3], 'p', A[i + 5])
         end
       end
     end
@@ -617,6 +626,7 @@ local function progress(K, A)
     reply[#reply + 1] = stp
   end
   for bid in pairs(renewed) do call('ZADD', P .. 'lease', 'XX', 'GT', t + lease, bid) end
+  flush(c)
   reply[2] = c.lsn
   return reply
 end
@@ -638,6 +648,7 @@ local function finish(K, A)
   if last < stp then return {'BAD_STEP', 0, stp} end
   if last > stp then return {'REWIND', 0, stp} end
   settle(c, rid, outcome, A[8], use, A[9])
+  flush(c)
   return {'OK', c.lsn}
 end
 
@@ -735,6 +746,7 @@ local function cancel(K, A)
   if not h[1] or h[2] ~= name(A[2], 'tenant') then return {'NOT_FOUND', 0} end
   if TERMINAL[h[1]] then return {'ALREADY', 0, h[1]} end
   settle(c, A[1], 'cancelled', A[3], nil, '')
+  flush(c)
   return {'OK', c.lsn}
 end
 

@@ -11,6 +11,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "common/base/check.h"
@@ -19,6 +20,21 @@
 
 namespace cinnabar {
 namespace {
+
+// Seconds of CPU that the server has used.
+double ServerCpuSeconds(RedisClient& redis) {
+  const auto info = redis.Command({"INFO", "cpu"});
+  CINNABAR_CHECK(info.ok()) << info.status();
+  double seconds = 0;
+  for (absl::string_view line : absl::StrSplit(info->text, absl::ByAnyChar("\r\n"))) {
+    double value = 0;
+    if (absl::ConsumePrefix(&line, "used_cpu_sys:") || absl::ConsumePrefix(&line, "used_cpu_user:")) {
+      CINNABAR_CHECK(absl::SimpleAtod(line, &value));
+      seconds += value;
+    }
+  }
+  return seconds;
+}
 
 struct Settings {
   int64_t seconds = 5;
@@ -116,21 +132,26 @@ void RunOnce(const Settings& settings, const std::string& fsync) {
     });
   }
   absl::SleepFor(absl::Seconds(1));  // warm
+  RedisClient observer(options);
+  const double cpu_before = ServerCpuSeconds(observer);
   const int64_t done_before = num_done;
   const absl::Time from = absl::Now();
   absl::SleepFor(absl::Seconds(settings.seconds));
   const double seconds = absl::ToDoubleSeconds(absl::Now() - from);
   const int64_t done = num_done - done_before;
+  const double cpu = ServerCpuSeconds(observer) - cpu_before;
   stop = true;
   for (std::thread& thread : threads) thread.join();
   std::vector<double> all;
   for (const std::vector<double>& each : latencies) all.insert(all.end(), each.begin(), each.end());
   std::sort(all.begin(), all.end());
   if (all.empty()) all.push_back(0);
-  std::printf("appendfsync %-8s  %ld workers x %ld rows x %ld steps: %.0f life-cycles/s, %.0f events/s, publish p50 %.2f ms p99 %.2f ms\n",
+  std::printf("appendfsync %-8s  %ld workers x %ld rows x %ld steps: %.0f life-cycles/s, %.0f events/s, publish p50 %.2f ms p99 %.2f ms, "
+              "Redis %.0f us of CPU a life-cycle, %.0f%% busy\n",
               fsync.c_str(), static_cast<long>(settings.workers), static_cast<long>(settings.rows),
               static_cast<long>(settings.steps), static_cast<double>(done) / seconds,
-              static_cast<double>(done * settings.steps) / seconds, all[all.size() / 2], all[all.size() * 99 / 100]);
+              static_cast<double>(done * settings.steps) / seconds, all[all.size() / 2], all[all.size() * 99 / 100],
+              1e6 * cpu / static_cast<double>(std::max<int64_t>(done, 1)), 100 * cpu / seconds);
 }
 
 }  // namespace

@@ -147,13 +147,17 @@ TEST_F(QueueTest, ALifeFromTheGatewayToTheLedger) {
   EXPECT_EQ(view->events[0].step, 2);
   EXPECT_EQ(view->events[2].final_state, RequestState::kDone);
   EXPECT_EQ(view->events[2].data, "the answer");
-  for (int32_t step = 1; step <= 4; ++step) {
+  std::vector<QueueEvent> pushed;
+  while (pushed.size() < 4) {
     const auto message = listener.ReadMessage(absl::Seconds(1));
     ASSERT_TRUE(message.ok() && message->has_value());
-    const auto event = Queue::ParseEventMessage((*message)->payload);
-    ASSERT_TRUE(event.ok());
-    EXPECT_EQ(event->step, step);
-    EXPECT_EQ(event->data, step <= 3 ? absl::StrCat("d", step) : "the answer");
+    const auto events = Queue::ParseEventMessage((*message)->payload);
+    ASSERT_TRUE(events.ok());
+    pushed.insert(pushed.end(), events->begin(), events->end());
+  }
+  for (int32_t step = 1; step <= 4; ++step) {
+    EXPECT_EQ(pushed[step - 1].step, step);
+    EXPECT_EQ(pushed[step - 1].data, step <= 3 ? absl::StrCat("d", step) : "the answer");
   }
   const auto ledger = queue_->ReadLedger("0", 10);
   ASSERT_TRUE(ledger.ok() && ledger->size() == 1) << ledger.status();
@@ -383,7 +387,7 @@ TEST_F(QueueTest, AttachedGatewaysAreToldAndTheirNumberIsBounded) {
   ASSERT_TRUE(queue_->Cancel("r1", "t", "client").ok());
   const auto message = listener.ReadMessage(absl::Seconds(1));
   ASSERT_TRUE(message.ok() && message->has_value());
-  EXPECT_EQ(Queue::ParseEventMessage((*message)->payload)->final_state, RequestState::kCancelled);
+  EXPECT_EQ(Queue::ParseEventMessage((*message)->payload)->front().final_state, RequestState::kCancelled);
 }
 
 TEST_F(QueueTest, AFullRedisRefusesNewWorkAndFinishesTheOld) {

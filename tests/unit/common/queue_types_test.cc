@@ -38,15 +38,18 @@ TEST(UsageTest, RoundTrips) {
 }
 
 TEST(EventMessageTest, DataIsAnyBytes) {
-  const auto event = Queue::ParseEventMessage("r-1 12 p a b\nc");
-  ASSERT_TRUE(event.ok());
-  EXPECT_EQ(event->request, "r-1");
-  EXPECT_EQ(event->step, 12);
-  EXPECT_FALSE(event->final_state.has_value());
-  EXPECT_EQ(event->data, "a b\nc");
-  EXPECT_EQ(Queue::ParseEventMessage("r-1 13 done ")->final_state, RequestState::kDone);
-  EXPECT_FALSE(Queue::ParseEventMessage("r-1 13 what x").ok());
-  EXPECT_FALSE(Queue::ParseEventMessage("r-1").ok());
+  const auto events = Queue::ParseEventMessage("r-1 12 p 5 a b\ncr-2 13 done 0 ");
+  ASSERT_TRUE(events.ok()) << events.status();
+  ASSERT_EQ(events->size(), 2U);
+  EXPECT_EQ((*events)[0].request, "r-1");
+  EXPECT_EQ((*events)[0].step, 12);
+  EXPECT_FALSE((*events)[0].final_state.has_value());
+  EXPECT_EQ((*events)[0].data, "a b\nc");
+  EXPECT_EQ((*events)[1].request, "r-2");
+  EXPECT_EQ((*events)[1].final_state, RequestState::kDone);
+  for (const char* wrong : {"r-1 13 what 1 x", "r-1", "r-1 1 p 9 short", "r-1 x p 1 y", "r-1 1 p -1 y", "r-1 1 p 1 yz"}) {
+    EXPECT_FALSE(Queue::ParseEventMessage(wrong).ok()) << wrong;
+  }
 }
 
 TEST(LibraryVersionTest, NewerReplacesAndATwinIsRefused) {
