@@ -24,7 +24,7 @@ local TENANT_KEEP_MS = 40 * 86400000  -- longer than a budget period
 local LEDGER_EXPORTED_MAX = 5000000   -- with an exporter: unread entries before admission stops
 local LEDGER_LOCAL_MAX = 100000       -- without one: the newest are kept
 
-local function call(...) return redis.call(...) end  -- redis.call is absent while a library loads
+local call  -- redis.call, which is absent while a library loads
 local TERMINAL = {done = true, failed = true, cancelled = true, expired = true}
 local CLASS = {interactive = true, standard = true, batch = true}
 local CLASSES = {'interactive', 'standard', 'batch'}
@@ -55,6 +55,7 @@ end
 
 -- One call's context: the prefix, one reading of the clock, and the change number once it has one.
 local function begin(K)
+  call = redis.call
   if #K ~= 1 or not string.match(K[1], '^cb:{[%w_.%-]+}:$') then bad('prefix') end
   local time = call('TIME')
   return {P = K[1], t = time[1] * 1000 + math.floor(time[2] / 1000), lsn = 0, fed = 0, notes = {}}
@@ -97,9 +98,24 @@ local function flush(c)
   for gateway, events in pairs(c.notes) do call('PUBLISH', c.P .. 'gw:' .. gateway, table.concat(events)) end
 end
 
--- Batches. b:<bid> holds '@e' ready entry, '@l' lane, '@w' owner, and one field for each live row. --
+-- Batches. b:<bid> holds '@e' ready entry, '@l' lane, '@w' owner, and one field for each live row: its
+-- attempt while it is leased, and all that a step needs while it runs. So a report on a whole batch costs
+-- one read and one write, and step and usage of a running request are here, not in its record; they
+-- move back when it leaves.
 
 local BATCH_FIELDS = 3
+
+local function running_row(att, stp, steps, dl, gw, use)
+  return table.concat({att, stp, steps, dl, gw == '' and '*' or gw, use}, ' ')
+end
+
+-- The row of a running request, or nil.
+local function parse_row(value)
+  local att, stp, steps, dl, gw, use = string.match(value or '', '^(%d+) (%d+) (%d+) (%d+) (%S+) (.+)$')
+  if not att then return nil end
+  return {att = att, stp = tonumber(stp), steps = tonumber(steps), dl = tonumber(dl), gw = gw == '*' and '' or gw, use = use,
+          deadline = dl}
+end
 
 local function drop_batch(P, bid, entry, lane)
   call('ZREM', P .. 'lease', bid)
@@ -123,9 +139,10 @@ local function settle(c, rid, st, why, use, result)
   local P, r = c.P, c.P .. 'r:' .. rid
   local h = call('HMGET', r, 'st', 'tn', 'cl', 'cost', 'lp', 'lg', 'steps', 'stp', 'bid', 'use', 'pin',
                  'pout', 'gw', 'keep', 'tag', 'att', 'own', 'bh', 'hint')
+  local row = h[1] == 'running' and parse_row(call('HGET', P .. 'b:' .. h[9], rid))
   local was, tn, cl, cost, lp, lg = h[1], h[2], h[3], tonumber(h[4]), h[5], tonumber(h[6])
-  local stp, bid, pin, pout, keep = tonumber(h[8]), h[9], tonumber(h[11]), tonumber(h[12]), tonumber(h[14])
-  use = use or h[10]
+  local stp, bid, pin, pout, keep = row and row.stp or tonumber(h[8]), h[9], tonumber(h[11]), tonumber(h[12]), tonumber(h[14])
+  use = use or row and row.use or h[10]
   local charge = 0
   if st == 'done' or (st == 'cancelled' and stp > 0) then
     local out = math.min(tonumber(string.match(use, '^%d+')), lg)
@@ -135,7 +152,7 @@ local function settle(c, rid, st, why, use, result)
   if was == 'queued' then call('ZREM', P .. 'q:' .. cl .. ':' .. tn, rid) end
   call('ZREM', P .. 'dl', rid)
   leave_batch(P, bid, rid)
-  call('HSET', r, 'st', st, 'fin', c.t, 'use', use, 'why', why, 'res', result, 'charge', charge)
+  call('HSET', r, 'st', st, 'stp', stp, 'fin', c.t, 'use', use, 'why', why, 'res', result, 'charge', charge)
   local lim = call('HMGET', P .. 'lim:' .. tn, 'n', 'rsv', 'bud', 'spend')
   call('HSET', P .. 'lim:' .. tn, 'n', (tonumber(lim[1]) or 0) - 1, 'rsv', (tonumber(lim[2]) or 0) - cost,
        'bud', (tonumber(lim[3]) or 0) - pin - pout, 'spend', (tonumber(lim[4]) or 0) + charge)
@@ -156,11 +173,13 @@ local function settle(c, rid, st, why, use, result)
   notify(c, h[13], rid, stp + 1, st, result ~= '' and result or why)
 end
 
--- Back to its queue, in its old place. The caller has checked that it is leased or running.
-local function requeue(c, rid, h, np, crashes, not_before)
+-- Back to its queue, in its old place. The caller has checked that it is leased or running; `row` is
+-- that of a running one.
+local function requeue(c, rid, h, row, np, crashes, not_before)
   local P = c.P
   change(c)
   leave_batch(P, h.bid, rid)
+  if row then call('HSET', P .. 'r:' .. rid, 'stp', row.stp, 'use', row.use) end
   call('HSET', P .. 'r:' .. rid, 'st', 'queued', 'bid', '', 'own', '', 'np', np, 'cr', crashes, 'nb', not_before)
   call('ZADD', P .. 'q:' .. h.cl .. ':' .. h.tn, h.seq, rid)
   call('SADD', P .. 'ten:' .. h.cl, h.tn)
@@ -321,7 +340,6 @@ local function enqueue(K, A)
   end
 
   change(c)
-  -- What progress reads comes first: a small hash is searched from its start.
   call('HSET', r, 'st', 'queued', 'att', 0, 'own', '', 'bid', '', 'stp', 0, 'use', '0 0 0 0', 'steps', A[8], 'dl',
        t + deadline, 'gw', A[12], 'tn', tn, 'cl', cl, 'lp', A[6], 'lg', A[7], 'cost', A[9], 'seq', c.lsn, 'sub', t,
        'ps', 0, 'np', 0, 'cr', 0, 'nb', 0, 'keep', A[11], 'pin', A[29], 'pout', A[30], 'bh', digest, 'tag', A[13],
@@ -441,16 +459,17 @@ local function reap(K, A)
           settle(c, rid, 'expired', 'deadline', nil, '')
         elseif v[1] == 'leased' then
           not_started = not_started + 1
-          requeue(c, rid, h, np, crashes, 0)
+          requeue(c, rid, h, nil, np, crashes, 0)
         else
-          np = tonumber(v[8]) > tonumber(v[9]) and 0 or np + 1
+          local row = parse_row(batch[rid])
+          np = row.stp > tonumber(v[9]) and 0 or np + 1
           crashes = crashes + 1
           if np >= np_max or crashes >= crashes_max then
             dead = dead + 1
             settle(c, rid, 'failed', np >= np_max and 'no_progress' or 'too_many_crashes', nil, '')
           else
             requeued = requeued + 1
-            requeue(c, rid, h, np, crashes, np > 0 and t + backoff * 4 ^ (np - 1) or 0)
+            requeue(c, rid, h, row, np, crashes, np > 0 and t + backoff * 4 ^ (np - 1) or 0)
           end
         end
       end
@@ -542,27 +561,30 @@ local function start(K, A)
   local reply, live = {'OK', 0}, false
   for _, rid in ipairs(rids) do
     local r = P .. 'r:' .. rid
-    local h = call('HMGET', r, 'st', 'bid', 'att', 'stp', 'use', 'dl', 'np', 'own')
+    local h = call('HMGET', r, 'st', 'bid', 'att', 'stp', 'use', 'dl', 'np', 'own', 'steps', 'gw')
     if h[2] == bid and (h[1] == 'leased' or (h[1] == 'running' and h[8] == boot)) then
       local payload = call('GET', P .. 'pl:' .. rid)
       if tonumber(h[6]) <= t then settle(c, rid, 'expired', 'deadline', nil, '')
       elseif not payload then settle(c, rid, 'failed', 'payload_lost', nil, '')
       else
+        local row = parse_row(batch[rid]) or {stp = tonumber(h[4]), use = h[5]}
         if h[1] == 'leased' then
           change(c)
           call('HSET', r, 'st', 'running', 'own', boot, 'ps', h[4])
+          call('HSET', b, rid, running_row(h[3], h[4], h[9], h[6], h[10], h[5]))
         end
         live = true
         local canvas = call('HMGET', P .. 'cv:' .. rid, 's', 'c')
-        local from, upto = tonumber(canvas[1] or '0'), tonumber(h[4])
-        local row = {rid, tonumber(h[3]), upto, h[5], tonumber(h[6]) - t, tonumber(h[7]), payload, from, canvas[2] or ''}
+        local from, upto = tonumber(canvas[1] or '0'), row.stp
+        local started = {rid, tonumber(h[3]), upto, row.use, tonumber(h[6]) - t, tonumber(h[7]), payload, from,
+                         canvas[2] or ''}
         if upto > from then
           for _, event in ipairs(call('XRANGE', P .. 'ev:' .. rid, string.format('%.0f-1', from + 1),
                                       string.format('%.0f-1', upto))) do
-            row[#row + 1] = event[2][4]
+            started[#started + 1] = event[2][4]
           end
         end
-        reply[#reply + 1] = row
+        reply[#reply + 1] = started
       end
     end
   end
@@ -577,12 +599,26 @@ local function start(K, A)
   return reply
 end
 
--- Whether (boot, bid, attempt) still holds the request; nil, or the verdict that says why not.
-local function fenced(h, boot, bid, att)
+-- Why (boot, bid, attempt) does not hold the request.
+local function refusal(c, boot, bid, rid, att)
+  local h = call('HMGET', c.P .. 'r:' .. rid, 'st', 'att', 'own', 'bid')
   if not h[1] then return 'GONE' end
-  if h[2] ~= att or h[3] ~= boot or h[4] ~= bid then return 'STALE' end
-  if TERMINAL[h[1]] then return string.upper(h[1]) end
-  if h[1] ~= 'running' then return 'STALE' end
+  if h[2] == att and h[3] == boot and h[4] == bid and TERMINAL[h[1]] then return string.upper(h[1]) end
+  return 'STALE'
+end
+
+-- The row, when (boot, bid, attempt) holds the request: it is in that batch, which is that worker's, by
+-- that attempt.
+local function fenced(owner, value, boot, att)
+  if owner ~= boot then return nil end
+  local row = parse_row(value)
+  if row and row.att ~= att then return nil end
+  return row
+end
+
+local function held(c, boot, bid, rid, att)
+  local v = call('HMGET', c.P .. 'b:' .. bid, '@w', rid)
+  return fenced(v[1], v[2], boot, att)
 end
 
 local PROGRESS_WIDTH = 7
@@ -592,40 +628,69 @@ local function progress(K, A)
   local c = begin(K)
   local P, t, boot, lease = c.P, c.t, name(A[1], 'boot'), integer(A[2], 'lease')
   rows_of(A, 3, PROGRESS_WIDTH)
-  for i = 3, #A, PROGRESS_WIDTH do  -- the hot path: an odd id is only a request that nobody has
+  local batches, order = {}, {}
+  for i = 3, #A, PROGRESS_WIDTH do
+    local rid, bid = A[i], A[i + 1]
+    if rid == '' or string.sub(rid, 1, 1) == '@' then bad('rid') end
     if integer(A[i + 3], 'step') < 1 then bad('step') end
     usage(A[i + 4])
+    local batch = batches[bid]
+    if not batch then
+      batch = {key = P .. 'b:' .. bid, bid = bid, fields = {'@w'}, at = {}, rows = {}, dirty = {}}
+      batches[bid] = batch
+      order[#order + 1] = batch
+    end
+    if not batch.at[rid] then
+      batch.fields[#batch.fields + 1] = rid
+      batch.at[rid] = #batch.fields
+    end
   end
-  local reply, renewed = {'OK', 0}, {}
+  for _, batch in ipairs(order) do batch.values = call('HMGET', batch.key, unpack(batch.fields)) end
+
+  local reply = {'OK', 0}
   for i = 3, #A, PROGRESS_WIDTH do
-    local rid, bid, step = A[i], A[i + 1], tonumber(A[i + 3])
-    local r = P .. 'r:' .. rid
-    local h = call('HMGET', r, 'st', 'att', 'own', 'bid', 'stp', 'steps', 'dl', 'gw')
-    local verdict, stp = fenced(h, boot, bid, A[i + 2]), tonumber(h[5] or '0')
-    if verdict then
-    elseif tonumber(h[7]) <= t then
+    local rid, batch, step = A[i], batches[A[i + 1]], tonumber(A[i + 3])
+    local row = batch.rows[rid]
+    if row == nil then row = fenced(batch.values[1], batch.values[batch.at[rid]], boot, A[i + 2]) end
+    local verdict
+    if not row or row.att ~= A[i + 2] then verdict = refusal(c, boot, batch.bid, rid, A[i + 2])
+    elseif row.dl <= t then
       settle(c, rid, 'expired', 'deadline', nil, '')
+      batch.rows[rid] = false
       verdict = 'EXPIRED'
-    elseif step > tonumber(h[6]) then verdict = 'BAD_STEP'
+    elseif step > row.steps then verdict = 'BAD_STEP'
     else
-      renewed[bid] = true
-      if step > stp + 1 then verdict = 'REWIND'  -- Redis forgot steps: the worker sends them again
+      batch.rows[rid] = row
+      batch.renewed = true
+      if step > row.stp + 1 then verdict = 'REWIND'  -- Redis forgot steps: the worker sends them again
       else
         verdict = 'OK'
-        if step == stp + 1 then
+        if step == row.stp + 1 then
           change(c)
-          stp = step
-          call('HSET', r, 'stp', A[i + 3], 'use', A[i + 4])
+          row.stp, row.text, row.use = step, A[i + 3], A[i + 4]
+          if not row.dirty then
+            row.dirty = true
+            batch.dirty[#batch.dirty + 1] = rid
+          end
           call('XADD', P .. 'ev:' .. rid, A[i + 3] .. '-1', 'k', 'p', 'd', A[i + 5])
           if A[i + 6] ~= '' then call('HSET', P .. 'cv:' .. rid, 's', A[i + 3], 'c', A[i + 6]) end
-          notify(c, h[8], rid, A[i + 3], 'p', A[i + 5])
+          notify(c, row.gw, rid, A[i + 3], 'p', A[i + 5])
         end
       end
     end
     reply[#reply + 1] = verdict
-    reply[#reply + 1] = stp
+    reply[#reply + 1] = row and row.stp or 0
   end
-  for bid in pairs(renewed) do call('ZADD', P .. 'lease', 'XX', 'GT', t + lease, bid) end
+  for _, batch in ipairs(order) do
+    local written = {}
+    for _, rid in ipairs(batch.dirty) do
+      local row = batch.rows[rid]
+      written[#written + 1] = rid
+      written[#written + 1] = running_row(row.att, row.text, row.steps, row.deadline, row.gw, row.use)
+    end
+    if #written > 0 then call('HSET', batch.key, unpack(written)) end
+    if batch.renewed then call('ZADD', P .. 'lease', 'XX', 'GT', t + lease, batch.bid) end
+  end
   flush(c)
   reply[2] = c.lsn
   return reply
@@ -640,11 +705,12 @@ local function finish(K, A)
   local last, outcome, use = integer(A[5], 'step'), A[6], usage(A[7])
   if outcome ~= 'done' and outcome ~= 'failed' then bad('outcome') end
   if #A[8] > 256 then bad('why') end
-  local h = call('HMGET', c.P .. 'r:' .. rid, 'st', 'att', 'own', 'bid', 'stp')
-  local verdict = fenced(h, boot, bid, att)
-  if verdict == string.upper(outcome) then return {'DUPLICATE', 0} end
-  if verdict then return {verdict, 0} end
-  local stp = tonumber(h[5])
+  local row = held(c, boot, bid, rid, att)
+  if not row then
+    local verdict = refusal(c, boot, bid, rid, att)
+    return {verdict == string.upper(outcome) and 'DUPLICATE' or verdict, 0}
+  end
+  local stp = row.stp
   if last < stp then return {'BAD_STEP', 0, stp} end
   if last > stp then return {'REWIND', 0, stp} end
   settle(c, rid, outcome, A[8], use, A[9])
@@ -667,18 +733,18 @@ local function hand_back(K, A)
   local reply = {'OK', 0}
   for i = 2, #A, HAND_BACK_WIDTH do
     local rid, bid, step, snapshot = A[i], A[i + 1], tonumber(A[i + 3]), A[i + 4]
-    local h = call('HMGET', P .. 'r:' .. rid, 'st', 'att', 'own', 'bid', 'stp', 'cl', 'tn', 'seq', 'np', 'cr')
-    local verdict, stp = fenced(h, boot, bid, A[i + 2]), tonumber(h[5] or '0')
-    if not verdict then
-      verdict = 'OK'
+    local row, verdict = held(c, boot, bid, rid, A[i + 2]), 'OK'
+    if not row then verdict = refusal(c, boot, bid, rid, A[i + 2])
+    else
+      local h = call('HMGET', P .. 'r:' .. rid, 'cl', 'tn', 'seq', 'np', 'cr')
       change(c)
-      if snapshot ~= '' and step <= stp and step > tonumber(call('HGET', P .. 'cv:' .. rid, 's') or '0') then
+      if snapshot ~= '' and step <= row.stp and step > tonumber(call('HGET', P .. 'cv:' .. rid, 's') or '0') then
         call('HSET', P .. 'cv:' .. rid, 's', step, 'c', snapshot)
       end
-      requeue(c, rid, {bid = bid, cl = h[6], tn = h[7], seq = h[8]}, h[9], h[10], 0)
+      requeue(c, rid, {bid = bid, cl = h[1], tn = h[2], seq = h[3]}, row, h[4], h[5], 0)
     end
     reply[#reply + 1] = verdict
-    reply[#reply + 1] = stp
+    reply[#reply + 1] = row and row.stp or 0
   end
   reply[2] = c.lsn
   return reply
@@ -752,7 +818,9 @@ end
 
 local function read_events(c, rid, after, count)
   local P, r = c.P, c.P .. 'r:' .. rid
-  local h = call('HMGET', r, 'st', 'stp', 'att', 'use', 'why', 'charge', 'res', 'sub')
+  local h = call('HMGET', r, 'st', 'stp', 'att', 'use', 'why', 'charge', 'res', 'sub', 'bid')
+  local row = h[1] == 'running' and parse_row(call('HGET', P .. 'b:' .. h[9], rid))
+  if row then h[2], h[4] = row.stp, row.use end
   local reply = {'OK', 0, h[1], tonumber(h[2]), tonumber(h[3]), h[4], h[5] or '', tonumber(h[6] or '0'), h[7] or '',
                  c.t - tonumber(h[8])}
   if count > 0 then
@@ -782,7 +850,7 @@ local function attach(K, A)
   local P, rid, tn = c.P, name(A[1], 'rid'), name(A[2], 'tenant')
   local after, count, gateway = integer(A[3], 'after'), integer(A[4], 'count'), name(A[5], 'gateway')
   local r = P .. 'r:' .. rid
-  local h = call('HMGET', r, 'tn', 'st', 'gw')
+  local h = call('HMGET', r, 'tn', 'st', 'gw', 'bid')
   if h[1] ~= tn then return {'NOT_FOUND', 0} end
   if not TERMINAL[h[2]] then
     local watchers = {}
@@ -792,7 +860,13 @@ local function attach(K, A)
     watchers[#watchers + 1] = gateway
     while #watchers > WATCHERS_MAX do table.remove(watchers, 1) end
     local text = table.concat(watchers, ',')
-    if text ~= h[3] then call('HSET', r, 'gw', text) end
+    if text ~= h[3] then
+      call('HSET', r, 'gw', text)
+      local row = h[2] == 'running' and parse_row(call('HGET', P .. 'b:' .. h[4], rid))
+      if row then
+        call('HSET', P .. 'b:' .. h[4], rid, running_row(row.att, row.stp, row.steps, row.deadline, text, row.use))
+      end
+    end
   end
   return read_events(c, rid, after, count)
 end

@@ -7,6 +7,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "common/base/status.h"
 
@@ -121,8 +122,13 @@ absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis, con
     };
     const std::string st = field("st");
     const bool live = st == "queued" || st == "leased" || st == "running";
-    const int64_t step = Number(record, "stp");
     const std::string bid = field("bid");
+    int64_t step = Number(record, "stp");
+    if (st == "running" && batches.contains(bid) && batches[bid].contains(id)) {
+      // "<attempt> <step> ...": of a running request, its batch knows more.
+      const std::vector<std::string> row = absl::StrSplit(batches[bid][id], ' ');
+      if (row.size() < 2 || !absl::SimpleAtoi(row[1], &step)) complain(id, " runs without a row");
+    }
     const bool in_queue = queues[field("cl") + ":" + field("tn")].contains(id);
     const bool in_batch = batches.contains(bid) && batches[bid].contains(id);
     if (in_queue != (st == "queued")) complain(id, " is ", st, in_queue ? " and in its queue" : " and not in its queue");
@@ -161,9 +167,9 @@ absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis, con
   for (const auto& [bid, batch] : batches) {
     if (batch.size() < 4) complain("batch ", bid, " is empty");
     if (batch.at("@w").empty() != ready.contains(bid)) complain("batch ", bid, " and the ready stream disagree");
-    for (const auto& [id, attempt] : batch) {
+    for (const auto& [id, row] : batch) {
       if (id[0] == '@') continue;
-      if (records[id]["bid"] != bid || records[id]["att"] != attempt) complain("batch ", bid, " holds ", id, " wrongly");
+      if (records[id]["bid"] != bid || records[id]["att"] != row.substr(0, row.find(' '))) complain("batch ", bid, " holds ", id, " wrongly");
     }
   }
   for (const std::string& bid : leases) {
