@@ -1,6 +1,6 @@
-// Whole life-cycles through the queue: enqueue, dispatch, take, start, progress each step, finish. One
-// gateway thread, one scheduler thread, a few workers, a real redis-server on this machine.
-//   queue_bench [--seconds=5] [--workers=8] [--rows=8] [--steps=32] [--delta=64] [--fsync=everysec|always]
+// Whole life-cycles through the queue: enqueue, dispatch, take, start, progress each step, finish. A few
+// gateway threads, one scheduler thread, a few workers, a real redis-server on this machine.
+//   queue_bench [--seconds=5] [--gateways=8] [--workers=8] [--rows=8] [--steps=32] [--delta=64] [--fsync=everysec|always]
 // Prints life-cycles a second, publish calls a second, and the latency of a publish call.
 #include <algorithm>
 #include <atomic>
@@ -38,6 +38,7 @@ double ServerCpuSeconds(RedisClient& redis) {
 
 struct Settings {
   int64_t seconds = 5;
+  int64_t gateways = 8;  // connections that enqueue
   int64_t workers = 8;
   int64_t rows = 8;
   int64_t steps = 32;
@@ -55,7 +56,7 @@ void RunOnce(const Settings& settings, const std::string& fsync) {
   const int64_t live_max = settings.workers * settings.rows * 3;
 
   std::vector<std::thread> threads;
-  threads.emplace_back([&] {  // gateway
+  for (int64_t g = 0; g < settings.gateways; ++g) threads.emplace_back([&, g] {
     RedisClient redis(options);
     Queue queue(redis, {});
     EnqueueRequest request = {.tenant = "t", .body_digest = "d", .prompt_tokens = 200, .canvas_tokens = 128};
@@ -69,7 +70,7 @@ void RunOnce(const Settings& settings, const std::string& fsync) {
         absl::SleepFor(absl::Microseconds(200));
         continue;
       }
-      request.id = absl::StrCat("r", i++);
+      request.id = absl::StrCat("r", g, "-", i++);
       CINNABAR_CHECK(queue.Enqueue(request, {}).ok());
       ++num_live;
     }
@@ -163,6 +164,7 @@ int main(int argc, char** argv) {
     absl::string_view arg = argv[i];
     bool ok = false;
     if (absl::ConsumePrefix(&arg, "--seconds=")) ok = absl::SimpleAtoi(arg, &settings.seconds);
+    else if (absl::ConsumePrefix(&arg, "--gateways=")) ok = absl::SimpleAtoi(arg, &settings.gateways);
     else if (absl::ConsumePrefix(&arg, "--workers=")) ok = absl::SimpleAtoi(arg, &settings.workers);
     else if (absl::ConsumePrefix(&arg, "--rows=")) ok = absl::SimpleAtoi(arg, &settings.rows);
     else if (absl::ConsumePrefix(&arg, "--steps=")) ok = absl::SimpleAtoi(arg, &settings.steps);
