@@ -11,7 +11,8 @@
 
 namespace cinnabar {
 
-// Texts of one layout (the v1 in their names) differ by revision and work with each other's callers.
+// Texts of one layout (the v1 in their names) differ by revision and work with each other's
+// callers.
 struct LibraryVersion {
   int64_t revision = 0;
   std::string digest;  // SHA-256 of the text
@@ -26,7 +27,8 @@ enum class LibraryAction {
   kRefuse,  // two texts claim one revision
 };
 
-LibraryAction DecideLibrary(const std::optional<LibraryVersion>& server, const LibraryVersion& ours);
+LibraryAction DecideLibrary(const std::optional<LibraryVersion>& server,
+                            const LibraryVersion& ours);
 
 // Asks the server and loads our text where DecideLibrary says so. With `may_load` false, or for a
 // user without the right to load: FailedPrecondition that says what to run.

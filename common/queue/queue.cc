@@ -15,7 +15,7 @@
 namespace cinnabar {
 namespace {
 
-constexpr size_t kRowsPerCall = 256;  // PACK_ROWS_MAX
+constexpr size_t kRowsPerCall = 256;        // PACK_ROWS_MAX
 constexpr int64_t kFeedEntriesMax = 65536;  // FEED_MAX
 constexpr int64_t kScanPage = 512;
 
@@ -30,7 +30,8 @@ absl::Status Malformed(absl::string_view function) {
 // Takes the elements of a reply one by one; what is missing or of another type is remembered.
 class Reader {
  public:
-  explicit Reader(std::vector<RedisReply>& elements, size_t next = 0) : elements_(elements), next_(next) {}
+  explicit Reader(std::vector<RedisReply>& elements, size_t next = 0)
+      : elements_(elements), next_(next) {}
 
   bool more() const { return ok_ && next_ < elements_.size(); }
   bool ok() const { return ok_; }
@@ -80,7 +81,8 @@ class Reader {
 class Fields {
  public:
   explicit Fields(std::vector<RedisReply>& pairs) {
-    for (size_t i = 0; i + 1 < pairs.size(); i += 2) values_[pairs[i].text] = std::move(pairs[i + 1].text);
+    for (size_t i = 0; i + 1 < pairs.size(); i += 2)
+      values_[pairs[i].text] = std::move(pairs[i + 1].text);
   }
   std::string Text(absl::string_view name) {
     const auto found = values_.find(std::string_view(name.data(), name.size()));
@@ -114,13 +116,15 @@ bool IsEntry(const RedisReply& entry) {
 
 // XREAD and XREADGROUP of one stream.
 std::vector<RedisReply>* EntriesOf(RedisReply& reply) {
-  if (!reply.is_array() || reply.elements.size() != 1 || reply.elements[0].elements.size() != 2) return nullptr;
+  if (!reply.is_array() || reply.elements.size() != 1 || reply.elements[0].elements.size() != 2)
+    return nullptr;
   return &reply.elements[0].elements[1].elements;
 }
 
 // "12-3" as numbers; (0, 0) when it is not an id.
 std::pair<uint64_t, uint64_t> StreamId(absl::string_view id) {
-  const std::pair<absl::string_view, absl::string_view> halves = absl::StrSplit(id, absl::MaxSplits('-', 1));
+  const std::pair<absl::string_view, absl::string_view> halves =
+      absl::StrSplit(id, absl::MaxSplits('-', 1));
   std::pair<uint64_t, uint64_t> numbers = {0, 0};
   if (!absl::SimpleAtoi(halves.first, &numbers.first)) return {0, 0};
   if (!halves.second.empty() && !absl::SimpleAtoi(halves.second, &numbers.second)) return {0, 0};
@@ -131,12 +135,16 @@ struct OutcomeName {
   absl::string_view code;
   EnqueueOutcome outcome;
 };
-constexpr OutcomeName kOutcomes[] = {
-    {"OK", EnqueueOutcome::kAccepted},          {"DUPLICATE", EnqueueOutcome::kDuplicate},
-    {"MISMATCH", EnqueueOutcome::kMismatch},    {"OVERLOADED", EnqueueOutcome::kOverloaded},
-    {"LEDGER_FULL", EnqueueOutcome::kLedgerFull}, {"QUEUE_FULL", EnqueueOutcome::kQueueFull},
-    {"TENANT_REQUESTS", EnqueueOutcome::kTenantRequests}, {"TENANT_COST", EnqueueOutcome::kTenantCost},
-    {"BUDGET", EnqueueOutcome::kBudget},        {"RATE", EnqueueOutcome::kRate}};
+constexpr OutcomeName kOutcomes[] = {{"OK", EnqueueOutcome::kAccepted},
+                                     {"DUPLICATE", EnqueueOutcome::kDuplicate},
+                                     {"MISMATCH", EnqueueOutcome::kMismatch},
+                                     {"OVERLOADED", EnqueueOutcome::kOverloaded},
+                                     {"LEDGER_FULL", EnqueueOutcome::kLedgerFull},
+                                     {"QUEUE_FULL", EnqueueOutcome::kQueueFull},
+                                     {"TENANT_REQUESTS", EnqueueOutcome::kTenantRequests},
+                                     {"TENANT_COST", EnqueueOutcome::kTenantCost},
+                                     {"BUDGET", EnqueueOutcome::kBudget},
+                                     {"RATE", EnqueueOutcome::kRate}};
 
 absl::StatusOr<DispatchVerdict> ParseDispatchVerdict(absl::string_view code) {
   if (code == "OK") return DispatchVerdict::kOk;
@@ -229,18 +237,27 @@ absl::StatusOr<FeedEntry> ReadFeedEntry(std::vector<RedisReply>& pairs) {
 }
 
 void AddProgress(const ProgressRow& row, std::vector<std::string>& args) {
-  args.insert(args.end(), {row.lease.request, row.lease.batch, absl::StrCat(row.lease.attempt), absl::StrCat(row.step),
-                           FormatUsage(row.usage), row.delta, row.snapshot});
+  args.insert(args.end(),
+              {row.lease.request, row.lease.batch, absl::StrCat(row.lease.attempt),
+               absl::StrCat(row.step), FormatUsage(row.usage), row.delta, row.snapshot});
 }
 
 std::vector<std::string> FinishArgs(absl::string_view boot, const FinishRow& row) {
-  return {std::string(boot),  row.lease.request, row.lease.batch, absl::StrCat(row.lease.attempt),
-          absl::StrCat(row.last_step), row.failed ? "failed" : "done", FormatUsage(row.usage), row.why, row.result};
+  return {std::string(boot),
+          row.lease.request,
+          row.lease.batch,
+          absl::StrCat(row.lease.attempt),
+          absl::StrCat(row.last_step),
+          row.failed ? "failed" : "done",
+          FormatUsage(row.usage),
+          row.why,
+          row.result};
 }
 
 // FCALL cinnabar_v1_<function> 1 <prefix> args...
 struct FunctionCall {
-  FunctionCall(absl::string_view function, const std::string& prefix, absl::Span<const std::string> args)
+  FunctionCall(absl::string_view function, const std::string& prefix,
+               absl::Span<const std::string> args)
       : name(absl::StrCat("cinnabar_v1_", function)), words({"FCALL", name, "1", prefix}) {
     words.insert(words.end(), args.begin(), args.end());
   }
@@ -252,7 +269,9 @@ struct FunctionCall {
 }  // namespace
 
 Queue::Queue(RedisClient& redis, QueueOptions options)
-    : redis_(redis), options_(std::move(options)), prefix_(absl::StrCat("cb:{", options_.partition, "}:")) {
+    : redis_(redis),
+      options_(std::move(options)),
+      prefix_(absl::StrCat("cb:{", options_.partition, "}:")) {
   redis_.set_on_connect([this](RedisClient& fresh) { return Greet(fresh); });
 }
 
@@ -263,24 +282,28 @@ absl::Status Queue::Greet(RedisClient& redis) {
   // What this client once saw it insists on, whatever the options leave open.
   const bool insist = !mark_.site.empty() || !options_.site.empty();
   const bool may_create = options_.may_create_site && mark_.site.empty();
-  const std::string site = !mark_.site.empty() ? mark_.site : options_.site.empty() ? "local" : options_.site;
-  const std::vector<std::string> args = {insist || may_create ? site : "", redis.server().run_id,
-                                         absl::StrCat(mark_.generation), absl::StrCat(mark_.change),
-                                         may_create ? "1" : "0", insist ? "1" : "0"};
+  const std::string site = !mark_.site.empty()     ? mark_.site
+                           : options_.site.empty() ? "local"
+                                                   : options_.site;
+  const std::vector<std::string> args = {
+      insist || may_create ? site : "", redis.server().run_id,  absl::StrCat(mark_.generation),
+      absl::StrCat(mark_.change),       may_create ? "1" : "0", insist ? "1" : "0"};
   const FunctionCall call("open", prefix_, args);
   CINNABAR_ASSIGN_OR_RETURN(RedisReply reply, redis.Command(call.words), "open the queue");
   Reader reader(reply.elements);
   const std::string code = reader.Text();
   if (code == "NO_SITE") {
     return absl::FailedPreconditionError(absl::StrCat(
-        "Redis at ", redis.server().address.ToString(), " holds no data of partition ", options_.partition,
-        mark_.site.empty() ? "" : " any more", ": the wrong server or an empty volume; restore it, or create the site on purpose"));
+        "Redis at ", redis.server().address.ToString(), " holds no data of partition ",
+        options_.partition, mark_.site.empty() ? "" : " any more",
+        ": the wrong server or an empty volume; restore it, or create the site on purpose"));
   }
   const int64_t change = reader.Integer();
   const std::string found = reader.Text();
   if (code == "WRONG_SITE") {
     return absl::FailedPreconditionError(
-        absl::StrCat("Redis at ", redis.server().address.ToString(), " holds site '", found, "', not '", site, "'"));
+        absl::StrCat("Redis at ", redis.server().address.ToString(), " holds site '", found,
+                     "', not '", site, "'"));
   }
   const int64_t generation = reader.Integer();
   const bool rewound = reader.Integer() != 0;
@@ -295,15 +318,18 @@ absl::Status Queue::Greet(RedisClient& redis) {
 
 absl::Status Queue::Open() { return Call("stats", {}).status(); }
 
-absl::StatusOr<std::vector<RedisReply>> Queue::Accept(absl::string_view function, RedisReply reply) {
-  if (!reply.is_array() || reply.elements.empty() || !reply.elements[0].is_text()) return Malformed(function);
+absl::StatusOr<std::vector<RedisReply>> Queue::Accept(absl::string_view function,
+                                                      RedisReply reply) {
+  if (!reply.is_array() || reply.elements.empty() || !reply.elements[0].is_text())
+    return Malformed(function);
   if (reply.elements.size() > 1 && reply.elements[1].is_integer()) {
     mark_.change = std::max(mark_.change, reply.elements[1].integer);
   }
   return std::move(reply.elements);
 }
 
-absl::StatusOr<std::vector<RedisReply>> Queue::Call(absl::string_view function, absl::Span<const std::string> args) {
+absl::StatusOr<std::vector<RedisReply>> Queue::Call(absl::string_view function,
+                                                    absl::Span<const std::string> args) {
   const FunctionCall call(function, prefix_, args);
   absl::StatusOr<RedisReply> reply = redis_.Retry(call.words);
   if (absl::IsUnimplemented(reply.status())) {
@@ -315,41 +341,41 @@ absl::StatusOr<std::vector<RedisReply>> Queue::Call(absl::string_view function, 
   return Accept(function, *std::move(reply));
 }
 
-absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request, const AdmissionLimits& limits) {
+absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request,
+                                             const AdmissionLimits& limits) {
   const auto number = [](int64_t value) { return absl::StrCat(value); };
-  CINNABAR_ASSIGN_OR_RETURN(
-      std::vector<RedisReply> elements,
-      Call("enqueue", {request.id,
-                       request.tenant,
-                       std::string(RequestClassName(request.request_class)),
-                       request.idempotency_key,
-                       request.body_digest,
-                       number(request.prompt_tokens),
-                       number(request.canvas_tokens),
-                       number(request.steps_max),
-                       number(request.cost),
-                       Ms(request.deadline),
-                       Ms(request.keep),
-                       request.gateway,
-                       request.tag,
-                       request.hint,
-                       request.payload,
-                       request.replay ? "1" : "0",
-                       number(limits.cost_max),
-                       number(limits.queue_requests_max),
-                       number(limits.tenant_requests_max),
-                       number(limits.tenant_cost_max),
-                       number(limits.requests.per_minute),
-                       number(limits.requests.burst),
-                       number(limits.tokens.per_minute),
-                       number(limits.tokens.burst),
-                       number(limits.cost.per_minute),
-                       number(limits.cost.burst),
-                       limits.budget_period,
-                       number(limits.budget_max_microdollars),
-                       number(request.input_price_microdollars),
-                       number(request.output_price_microdollars)}),
-      "request ", request.id);
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
+                            Call("enqueue", {request.id,
+                                             request.tenant,
+                                             std::string(RequestClassName(request.request_class)),
+                                             request.idempotency_key,
+                                             request.body_digest,
+                                             number(request.prompt_tokens),
+                                             number(request.canvas_tokens),
+                                             number(request.steps_max),
+                                             number(request.cost),
+                                             Ms(request.deadline),
+                                             Ms(request.keep),
+                                             request.gateway,
+                                             request.tag,
+                                             request.hint,
+                                             request.payload,
+                                             request.replay ? "1" : "0",
+                                             number(limits.cost_max),
+                                             number(limits.queue_requests_max),
+                                             number(limits.tenant_requests_max),
+                                             number(limits.tenant_cost_max),
+                                             number(limits.requests.per_minute),
+                                             number(limits.requests.burst),
+                                             number(limits.tokens.per_minute),
+                                             number(limits.tokens.burst),
+                                             number(limits.cost.per_minute),
+                                             number(limits.cost.burst),
+                                             limits.budget_period,
+                                             number(limits.budget_max_microdollars),
+                                             number(request.input_price_microdollars),
+                                             number(request.output_price_microdollars)}),
+                            "request ", request.id);
   Reader reader(elements);
   const std::string code = reader.Text();
   (void)reader.Integer();
@@ -371,13 +397,17 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request, cons
       result.id = reader.Text();
       result.state = reader.Parsed(&ParseRequestState);
       break;
-    case EnqueueOutcome::kMismatch: result.id = reader.Text(); break;
+    case EnqueueOutcome::kMismatch:
+      result.id = reader.Text();
+      break;
     case EnqueueOutcome::kOverloaded:
     case EnqueueOutcome::kLedgerFull:
     case EnqueueOutcome::kQueueFull:
     case EnqueueOutcome::kTenantRequests:
     case EnqueueOutcome::kTenantCost:
-    case EnqueueOutcome::kBudget: result.level = reader.Integer(); break;
+    case EnqueueOutcome::kBudget:
+      result.level = reader.Integer();
+      break;
     case EnqueueOutcome::kRate:
       result.retry_after = reader.Milliseconds();
       result.detail = reader.Text();
@@ -387,9 +417,11 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request, cons
   return result;
 }
 
-absl::StatusOr<RequestState> Queue::Cancel(absl::string_view request, absl::string_view tenant, absl::string_view why) {
-  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
-                            Call("cancel", {std::string(request), std::string(tenant), std::string(why)}));
+absl::StatusOr<RequestState> Queue::Cancel(absl::string_view request, absl::string_view tenant,
+                                           absl::string_view why) {
+  CINNABAR_ASSIGN_OR_RETURN(
+      std::vector<RedisReply> elements,
+      Call("cancel", {std::string(request), std::string(tenant), std::string(why)}));
   Reader reader(elements);
   const std::string code = reader.Text();
   if (code == "NOT_FOUND") return absl::NotFoundError(absl::StrCat("no request ", request));
@@ -404,7 +436,8 @@ absl::StatusOr<RequestView> Queue::ReadView(absl::string_view function, absl::st
                                             absl::Span<const std::string> args) {
   CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call(function, args));
   Reader reader(elements);
-  if (reader.Text() == "NOT_FOUND") return absl::NotFoundError(absl::StrCat("no request ", request));
+  if (reader.Text() == "NOT_FOUND")
+    return absl::NotFoundError(absl::StrCat("no request ", request));
   (void)reader.Integer();
   RequestView view;
   view.state = reader.Parsed(&ParseRequestState);
@@ -431,20 +464,24 @@ absl::StatusOr<RequestView> Queue::ReadView(absl::string_view function, absl::st
   return view;
 }
 
-absl::StatusOr<RequestView> Queue::Events(absl::string_view request, absl::string_view tenant, int32_t after_step,
-                                          int32_t events_max) {
+absl::StatusOr<RequestView> Queue::Events(absl::string_view request, absl::string_view tenant,
+                                          int32_t after_step, int32_t events_max) {
   return ReadView("events", request,
-                  {std::string(request), std::string(tenant), absl::StrCat(after_step), absl::StrCat(events_max)});
+                  {std::string(request), std::string(tenant), absl::StrCat(after_step),
+                   absl::StrCat(events_max)});
 }
 
-absl::StatusOr<RequestView> Queue::Attach(absl::string_view request, absl::string_view tenant, int32_t after_step,
-                                          int32_t events_max, absl::string_view gateway) {
+absl::StatusOr<RequestView> Queue::Attach(absl::string_view request, absl::string_view tenant,
+                                          int32_t after_step, int32_t events_max,
+                                          absl::string_view gateway) {
   return ReadView("attach", request,
-                  {std::string(request), std::string(tenant), absl::StrCat(after_step), absl::StrCat(events_max),
-                   std::string(gateway)});
+                  {std::string(request), std::string(tenant), absl::StrCat(after_step),
+                   absl::StrCat(events_max), std::string(gateway)});
 }
 
-std::string Queue::EventChannel(absl::string_view gateway) const { return absl::StrCat(prefix_, "gw:", gateway); }
+std::string Queue::EventChannel(absl::string_view gateway) const {
+  return absl::StrCat(prefix_, "gw:", gateway);
+}
 
 absl::StatusOr<std::vector<QueueEvent>> Queue::ParseEventMessage(absl::string_view payload) {
   std::vector<QueueEvent> events;
@@ -453,8 +490,8 @@ absl::StatusOr<std::vector<QueueEvent>> Queue::ParseEventMessage(absl::string_vi
     const std::vector<absl::string_view> parts = absl::StrSplit(payload, absl::MaxSplits(' ', 4));
     QueueEvent event;
     size_t num_bytes = 0;
-    if (parts.size() != 5 || !absl::SimpleAtoi(parts[1], &event.step) || !absl::SimpleAtoi(parts[3], &num_bytes) ||
-        num_bytes > parts[4].size()) {
+    if (parts.size() != 5 || !absl::SimpleAtoi(parts[1], &event.step) ||
+        !absl::SimpleAtoi(parts[3], &num_bytes) || num_bytes > parts[4].size()) {
       return Malformed("event message");
     }
     event.request = std::string(parts[0]);
@@ -469,7 +506,8 @@ absl::StatusOr<std::vector<QueueEvent>> Queue::ParseEventMessage(absl::string_vi
 }
 
 absl::StatusOr<Leadership> Queue::Lead(absl::string_view me, absl::Duration lease_for) {
-  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("lead", {std::string(me), Ms(lease_for)}));
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
+                            Call("lead", {std::string(me), Ms(lease_for)}));
   Reader reader(elements);
   Leadership leadership;
   leadership.leading = reader.Text() == "LEADER";
@@ -480,13 +518,17 @@ absl::StatusOr<Leadership> Queue::Lead(absl::string_view me, absl::Duration leas
   return leadership;
 }
 
-absl::Status Queue::Resign(absl::string_view me) { return Call("resign", {std::string(me)}).status(); }
+absl::Status Queue::Resign(absl::string_view me) {
+  return Call("resign", {std::string(me)}).status();
+}
 
 absl::StatusOr<DispatchResult> Queue::Dispatch(int64_t epoch, const PackOrder& order) {
-  std::vector<std::string> args = {absl::StrCat(epoch), order.batch, order.lane, absl::StrCat(order.ready_packs_max),
-                                   Ms(order.start_within), order.info};
+  std::vector<std::string> args = {
+      absl::StrCat(epoch),    order.batch, order.lane, absl::StrCat(order.ready_packs_max),
+      Ms(order.start_within), order.info};
   args.insert(args.end(), order.requests.begin(), order.requests.end());
-  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("dispatch", args), "batch ", order.batch);
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("dispatch", args), "batch ",
+                            order.batch);
   Reader reader(elements);
   const std::string code = reader.Text();
   (void)reader.Integer();
@@ -504,15 +546,16 @@ absl::StatusOr<DispatchResult> Queue::Dispatch(int64_t epoch, const PackOrder& o
     const int64_t attempt = reader.Integer();
     result.rows.push_back({.verdict = verdict, .attempt = attempt, .step = reader.Small()});
   }
-  if (code != "OK" || !reader.ok() || result.rows.size() != order.requests.size()) return Malformed("dispatch");
+  if (code != "OK" || !reader.ok() || result.rows.size() != order.requests.size())
+    return Malformed("dispatch");
   return result;
 }
 
 absl::StatusOr<ReapResult> Queue::Reap(int64_t epoch, const ReapLimits& limits) {
-  CINNABAR_ASSIGN_OR_RETURN(
-      std::vector<RedisReply> elements,
-      Call("reap", {absl::StrCat(epoch), absl::StrCat(limits.count_max), absl::StrCat(limits.attempts_without_progress_max),
-                    absl::StrCat(limits.crashes_max), Ms(limits.backoff)}));
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
+                            Call("reap", {absl::StrCat(epoch), absl::StrCat(limits.count_max),
+                                          absl::StrCat(limits.attempts_without_progress_max),
+                                          absl::StrCat(limits.crashes_max), Ms(limits.backoff)}));
   Reader reader(elements);
   ReapResult result;
   const std::string code = reader.Text();
@@ -529,7 +572,8 @@ absl::StatusOr<ReapResult> Queue::Reap(int64_t epoch, const ReapLimits& limits) 
   return result;
 }
 
-absl::StatusOr<std::vector<WaitingRequest>> Queue::ScanWaiting(int64_t requests_max, std::string& position) {
+absl::StatusOr<std::vector<WaitingRequest>> Queue::ScanWaiting(int64_t requests_max,
+                                                               std::string& position) {
   CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("queues", {}));
   Reader queues(elements);
   (void)queues.Text();
@@ -542,10 +586,12 @@ absl::StatusOr<std::vector<WaitingRequest>> Queue::ScanWaiting(int64_t requests_
     (void)queues.Integer();
     int64_t after = 0;
     while (queues.ok()) {
-      const int64_t page = std::min<int64_t>(kScanPage, requests_max - static_cast<int64_t>(requests.size()));
+      const int64_t page =
+          std::min<int64_t>(kScanPage, requests_max - static_cast<int64_t>(requests.size()));
       if (page <= 0) return requests;
-      CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> rows,
-                                Call("waiting", {request_class, tenant, absl::StrCat(after), absl::StrCat(page)}));
+      CINNABAR_ASSIGN_OR_RETURN(
+          std::vector<RedisReply> rows,
+          Call("waiting", {request_class, tenant, absl::StrCat(after), absl::StrCat(page)}));
       for (size_t i = 2; i < rows.size(); ++i) {
         Reader reader(rows[i].elements);
         requests.push_back(ReadWaiting(reader));
@@ -559,12 +605,14 @@ absl::StatusOr<std::vector<WaitingRequest>> Queue::ScanWaiting(int64_t requests_
   return requests;
 }
 
-absl::StatusOr<Feed> Queue::ReadFeed(absl::string_view position, int32_t entries_max, absl::Duration block) {
+absl::StatusOr<Feed> Queue::ReadFeed(absl::string_view position, int32_t entries_max,
+                                     absl::Duration block) {
   const std::string key = Key("feed");
   const std::string count = absl::StrCat(entries_max);
   const std::string block_ms = Ms(std::max(block, absl::Milliseconds(1)));
   CINNABAR_ASSIGN_OR_RETURN(
-      RedisReply reply, redis_.Block({"XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", key, position}, block),
+      RedisReply reply,
+      redis_.Block({"XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", key, position}, block),
       "read the feed");
   Feed feed;
   feed.position = std::string(position);
@@ -605,10 +653,10 @@ absl::StatusOr<std::vector<WorkerEntry>> Queue::Workers() {
 absl::StatusOr<std::optional<Pack>> Queue::TakePack(absl::string_view lane, absl::Duration block) {
   const std::string key = Key(absl::StrCat("ready:", lane));
   const std::string block_ms = Ms(std::max(block, absl::Milliseconds(1)));
-  // One name for all: the lease set, not the group's pending list, knows who holds what. NOACK keeps
-  // that list empty.
-  const absl::string_view words[] = {"XREADGROUP", "GROUP", "w",       "w", "COUNT", "1",
-                                     "BLOCK",      block_ms, "NOACK", "STREAMS", key, ">"};
+  // One name for all: the lease set, not the group's pending list, knows who holds what. NOACK
+  // keeps that list empty.
+  const absl::string_view words[] = {"XREADGROUP", "GROUP",  "w",     "w",       "COUNT", "1",
+                                     "BLOCK",      block_ms, "NOACK", "STREAMS", key,     ">"};
   absl::StatusOr<RedisReply> reply = redis_.Block(words, block);
   if (absl::IsNotFound(reply.status())) {
     CINNABAR_RETURN_IF_ERROR(Call("lane", {std::string(lane)}).status());
@@ -617,16 +665,21 @@ absl::StatusOr<std::optional<Pack>> Queue::TakePack(absl::string_view lane, absl
   if (!reply.ok()) return internal::WithContext(reply.status(), "take a pack");
   if (reply->is_nil()) return std::optional<Pack>();
   std::vector<RedisReply>* entries = EntriesOf(*reply);
-  if (entries == nullptr || entries->size() != 1 || !IsEntry((*entries)[0])) return Malformed("take a pack");
+  if (entries == nullptr || entries->size() != 1 || !IsEntry((*entries)[0]))
+    return Malformed("take a pack");
   Fields fields((*entries)[0].elements[1].elements);
-  Pack pack = {.batch = fields.Text("bid"), .solo = fields.Integer("solo") != 0, .info = fields.Text("info")};
+  Pack pack = {.batch = fields.Text("bid"),
+               .solo = fields.Integer("solo") != 0,
+               .info = fields.Text("info")};
   if (!fields.ok()) return Malformed("take a pack");
   return std::optional<Pack>(std::move(pack));
 }
 
-absl::StatusOr<StartResult> Queue::Start(absl::string_view boot, absl::string_view batch, absl::Duration lease_for) {
+absl::StatusOr<StartResult> Queue::Start(absl::string_view boot, absl::string_view batch,
+                                         absl::Duration lease_for) {
   CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
-                            Call("start", {std::string(boot), std::string(batch), Ms(lease_for)}), "batch ", batch);
+                            Call("start", {std::string(boot), std::string(batch), Ms(lease_for)}),
+                            "batch ", batch);
   StartResult result;
   if (elements[0].text == "GONE") {
     result.outcome = StartResult::Outcome::kGone;
@@ -651,7 +704,8 @@ absl::StatusOr<StartResult> Queue::Start(absl::string_view boot, absl::string_vi
     row.snapshot_step = reader.Small();
     row.snapshot = reader.Text();
     while (reader.more()) row.deltas.push_back(reader.Text());
-    if (!reader.ok() || row.snapshot_step + static_cast<int32_t>(row.deltas.size()) != row.step) return Malformed("start");
+    if (!reader.ok() || row.snapshot_step + static_cast<int32_t>(row.deltas.size()) != row.step)
+      return Malformed("start");
     result.rows.push_back(std::move(row));
   }
   return result;
@@ -682,7 +736,8 @@ absl::StatusOr<StepReply> Queue::Publish(absl::string_view boot, const StepRepor
         status = replies[i].status();
         break;
       }
-      CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Accept("publish", *std::move(replies[i])));
+      CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
+                                Accept("publish", *std::move(replies[i])));
       if (i < num_progress_calls) {
         Reader reader(elements, 2);
         for (const RowReply& row : ReadRows(reader)) result.progress.push_back(row);
@@ -698,17 +753,21 @@ absl::StatusOr<StepReply> Queue::Publish(absl::string_view boot, const StepRepor
       return result;
     }
     const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
-    if (!again || attempt >= redis_.options().retry.attempts_max) return internal::WithContext(status, "publish");
+    if (!again || attempt >= redis_.options().retry.attempts_max)
+      return internal::WithContext(status, "publish");
     if (absl::IsUnimplemented(status)) redis_.Close();
-    redis_.environment().Sleep(RedisBackoff(redis_.options().retry, attempt + 1, redis_.environment().Uniform()));
+    redis_.environment().Sleep(
+        RedisBackoff(redis_.options().retry, attempt + 1, redis_.environment().Uniform()));
   }
 }
 
-absl::StatusOr<std::vector<RowReply>> Queue::HandBack(absl::string_view boot, absl::Span<const HandBackRow> rows) {
+absl::StatusOr<std::vector<RowReply>> Queue::HandBack(absl::string_view boot,
+                                                      absl::Span<const HandBackRow> rows) {
   std::vector<RowReply> replies;
   for (size_t first = 0; first < rows.size(); first += kRowsPerCall) {
     std::vector<std::string> args = {std::string(boot)};
-    for (const HandBackRow& row : rows.subspan(first, std::min(kRowsPerCall, rows.size() - first))) {
+    for (const HandBackRow& row :
+         rows.subspan(first, std::min(kRowsPerCall, rows.size() - first))) {
       args.insert(args.end(), {row.lease.request, row.lease.batch, absl::StrCat(row.lease.attempt),
                                absl::StrCat(row.snapshot_step), row.snapshot});
     }
@@ -720,9 +779,11 @@ absl::StatusOr<std::vector<RowReply>> Queue::HandBack(absl::string_view boot, ab
   return replies;
 }
 
-absl::StatusOr<BeatReply> Queue::Beat(absl::string_view boot, absl::string_view state, absl::Duration alive_for,
-                                      absl::Duration lease_for, absl::Span<const std::string> batches) {
-  std::vector<std::string> args = {std::string(boot), Ms(alive_for), Ms(lease_for), std::string(state)};
+absl::StatusOr<BeatReply> Queue::Beat(absl::string_view boot, absl::string_view state,
+                                      absl::Duration alive_for, absl::Duration lease_for,
+                                      absl::Span<const std::string> batches) {
+  std::vector<std::string> args = {std::string(boot), Ms(alive_for), Ms(lease_for),
+                                   std::string(state)};
   args.insert(args.end(), batches.begin(), batches.end());
   CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("beat", args));
   BeatReply reply;
@@ -737,9 +798,13 @@ absl::StatusOr<BeatReply> Queue::Beat(absl::string_view boot, absl::string_view 
   return reply;
 }
 
-absl::Status Queue::Leave(absl::string_view boot) { return Call("leave", {std::string(boot)}).status(); }
+absl::Status Queue::Leave(absl::string_view boot) {
+  return Call("leave", {std::string(boot)}).status();
+}
 
-absl::Status Queue::Drain(absl::string_view boot) { return Call("drain", {std::string(boot)}).status(); }
+absl::Status Queue::Drain(absl::string_view boot) {
+  return Call("drain", {std::string(boot)}).status();
+}
 
 absl::StatusOr<QueueStats> Queue::Stats() {
   CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("stats", {}));
@@ -765,11 +830,13 @@ absl::StatusOr<QueueStats> Queue::Stats() {
   return stats;
 }
 
-absl::StatusOr<std::vector<LedgerEntry>> Queue::ReadLedger(absl::string_view position, int32_t entries_max) {
+absl::StatusOr<std::vector<LedgerEntry>> Queue::ReadLedger(absl::string_view position,
+                                                           int32_t entries_max) {
   const std::string key = Key("ledger");
-  CINNABAR_ASSIGN_OR_RETURN(
-      RedisReply reply,
-      redis_.Retry({"XRANGE", key, absl::StrCat("(", position), "+", "COUNT", absl::StrCat(entries_max)}), "read the ledger");
+  CINNABAR_ASSIGN_OR_RETURN(RedisReply reply,
+                            redis_.Retry({"XRANGE", key, absl::StrCat("(", position), "+", "COUNT",
+                                          absl::StrCat(entries_max)}),
+                            "read the ledger");
   std::vector<LedgerEntry> entries;
   for (RedisReply& each : reply.elements) {
     if (!IsEntry(each)) return Malformed("ledger");
@@ -793,12 +860,16 @@ absl::StatusOr<std::vector<LedgerEntry>> Queue::ReadLedger(absl::string_view pos
   return entries;
 }
 
-absl::Status Queue::AckLedger(absl::string_view position) { return Call("ledger_ack", {std::string(position)}).status(); }
+absl::Status Queue::AckLedger(absl::string_view position) {
+  return Call("ledger_ack", {std::string(position)}).status();
+}
 
 absl::StatusOr<std::vector<DeadLetter>> Queue::DeadLetters(int32_t entries_max) {
   const std::string key = Key("dlq");
-  CINNABAR_ASSIGN_OR_RETURN(RedisReply reply, redis_.Retry({"XREVRANGE", key, "+", "-", "COUNT", absl::StrCat(entries_max)}),
-                            "read the dead letters");
+  CINNABAR_ASSIGN_OR_RETURN(
+      RedisReply reply,
+      redis_.Retry({"XREVRANGE", key, "+", "-", "COUNT", absl::StrCat(entries_max)}),
+      "read the dead letters");
   std::vector<DeadLetter> letters;
   for (RedisReply& each : reply.elements) {
     if (!IsEntry(each)) return Malformed("dead letters");

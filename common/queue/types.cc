@@ -12,11 +12,13 @@ bool IsTerminal(RequestState state) {
   switch (state) {
     case RequestState::kQueued:
     case RequestState::kLeased:
-    case RequestState::kRunning: return false;
+    case RequestState::kRunning:
+      return false;
     case RequestState::kDone:
     case RequestState::kFailed:
     case RequestState::kCancelled:
-    case RequestState::kExpired: return true;
+    case RequestState::kExpired:
+      return true;
   }
   CINNABAR_CHECK(false) << "not a state: " << static_cast<int>(state);
   return true;
@@ -25,15 +27,19 @@ bool IsTerminal(RequestState state) {
 bool MayMove(RequestState from, RequestState to) {
   using enum RequestState;
   switch (from) {
-    case kQueued: return to == kLeased || to == kCancelled || to == kExpired;
+    case kQueued:
+      return to == kLeased || to == kCancelled || to == kExpired;
     // queued: nobody started it in time; failed: its payload is lost
-    case kLeased: return to == kRunning || to == kQueued || to == kFailed || to == kCancelled || to == kExpired;
+    case kLeased:
+      return to == kRunning || to == kQueued || to == kFailed || to == kCancelled || to == kExpired;
     // queued: handed back, or its worker's lease ran out
-    case kRunning: return to == kQueued || IsTerminal(to);
+    case kRunning:
+      return to == kQueued || IsTerminal(to);
     case kDone:
     case kFailed:
     case kCancelled:
-    case kExpired: return false;
+    case kExpired:
+      return false;
   }
   CINNABAR_CHECK(false) << "not a state: " << static_cast<int>(from);
   return false;
@@ -41,13 +47,20 @@ bool MayMove(RequestState from, RequestState to) {
 
 absl::string_view RequestStateName(RequestState state) {
   switch (state) {
-    case RequestState::kQueued: return "queued";
-    case RequestState::kLeased: return "leased";
-    case RequestState::kRunning: return "running";
-    case RequestState::kDone: return "done";
-    case RequestState::kFailed: return "failed";
-    case RequestState::kCancelled: return "cancelled";
-    case RequestState::kExpired: return "expired";
+    case RequestState::kQueued:
+      return "queued";
+    case RequestState::kLeased:
+      return "leased";
+    case RequestState::kRunning:
+      return "running";
+    case RequestState::kDone:
+      return "done";
+    case RequestState::kFailed:
+      return "failed";
+    case RequestState::kCancelled:
+      return "cancelled";
+    case RequestState::kExpired:
+      return "expired";
   }
   CINNABAR_CHECK(false) << "not a state: " << static_cast<int>(state);
   return "";
@@ -62,9 +75,12 @@ absl::StatusOr<RequestState> ParseRequestState(absl::string_view name) {
 
 absl::string_view RequestClassName(RequestClass request_class) {
   switch (request_class) {
-    case RequestClass::kInteractive: return "interactive";
-    case RequestClass::kStandard: return "standard";
-    case RequestClass::kBatch: return "batch";
+    case RequestClass::kInteractive:
+      return "interactive";
+    case RequestClass::kStandard:
+      return "standard";
+    case RequestClass::kBatch:
+      return "batch";
   }
   CINNABAR_CHECK(false) << "not a class: " << static_cast<int>(request_class);
   return "";
@@ -78,14 +94,16 @@ absl::StatusOr<RequestClass> ParseRequestClass(absl::string_view name) {
 }
 
 std::string FormatUsage(const Usage& usage) {
-  return absl::StrCat(usage.output_tokens, " ", usage.forwards, " ", usage.device_us, " ", usage.energy_mj);
+  return absl::StrCat(usage.output_tokens, " ", usage.forwards, " ", usage.device_us, " ",
+                      usage.energy_mj);
 }
 
 absl::StatusOr<Usage> ParseUsage(absl::string_view text) {
   const std::vector<absl::string_view> parts = absl::StrSplit(text, ' ');
   Usage usage;
   if (parts.size() != 4 || !absl::SimpleAtoi(parts[0], &usage.output_tokens) ||
-      !absl::SimpleAtoi(parts[1], &usage.forwards) || !absl::SimpleAtoi(parts[2], &usage.device_us) ||
+      !absl::SimpleAtoi(parts[1], &usage.forwards) ||
+      !absl::SimpleAtoi(parts[2], &usage.device_us) ||
       !absl::SimpleAtoi(parts[3], &usage.energy_mj)) {
     return absl::DataLossError("usage does not parse");
   }

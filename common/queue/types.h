@@ -16,11 +16,11 @@
 namespace cinnabar {
 
 enum class RequestState {
-  kQueued,     // waits in the queue of its class and tenant
-  kLeased,     // in a pack on a ready stream; no worker has started it
-  kRunning,    // a worker holds it
-  kDone,       // the last four are terminal
-  kFailed,     // `why` says how; a dead letter exists
+  kQueued,   // waits in the queue of its class and tenant
+  kLeased,   // in a pack on a ready stream; no worker has started it
+  kRunning,  // a worker holds it
+  kDone,     // the last four are terminal
+  kFailed,   // `why` says how; a dead letter exists
   kCancelled,
   kExpired,
 };
@@ -35,8 +35,8 @@ absl::string_view RequestStateName(RequestState state);  // as stored: "queued"
 absl::StatusOr<RequestState> ParseRequestState(absl::string_view name);
 
 enum class RequestClass { kInteractive, kStandard, kBatch };
-inline constexpr std::array<RequestClass, 3> kRequestClasses = {RequestClass::kInteractive, RequestClass::kStandard,
-                                                                RequestClass::kBatch};
+inline constexpr std::array<RequestClass, 3> kRequestClasses = {
+    RequestClass::kInteractive, RequestClass::kStandard, RequestClass::kBatch};
 absl::string_view RequestClassName(RequestClass request_class);
 absl::StatusOr<RequestClass> ParseRequestClass(absl::string_view name);
 
@@ -59,8 +59,8 @@ struct RateLimit {
 
 // What admission checks; 0 is no limit. The caller's config decides, Redis only counts.
 struct AdmissionLimits {
-  int64_t cost_max = 0;            // token-steps of all live requests of the partition
-  int64_t queue_requests_max = 0;  // waiting, of this tenant in this class
+  int64_t cost_max = 0;             // token-steps of all live requests of the partition
+  int64_t queue_requests_max = 0;   // waiting, of this tenant in this class
   int64_t tenant_requests_max = 0;  // live
   int64_t tenant_cost_max = 0;      // token-steps of live requests
   RateLimit requests, tokens, cost;
@@ -76,13 +76,13 @@ struct EnqueueRequest {
   std::string idempotency_key;  // digest of the client's key, or empty
   std::string body_digest;      // of the client's body, <= 64 bytes: another body is a mismatch
   int64_t prompt_tokens = 0;
-  int64_t canvas_tokens = 0;  // what `output_price` is for
-  int32_t steps_max = 1;      // >= 1
-  int64_t cost = 0;           // predicted token-steps
+  int64_t canvas_tokens = 0;                    // what `output_price` is for
+  int32_t steps_max = 1;                        // >= 1
+  int64_t cost = 0;                             // predicted token-steps
   absl::Duration deadline = absl::Seconds(60);  // from now, by Redis's clock
   absl::Duration keep = absl::Minutes(10);      // the record, after its end
   std::string gateway;                          // told of events; may be empty
-  std::string tag;   // <= 256 bytes for the ledger: key id, model
+  std::string tag;                              // <= 256 bytes for the ledger: key id, model
   std::string hint;  // <= 1024 bytes for the scheduler: sampler, bucket features
   std::string payload;
   bool replay = false;  // accepted before and lost by Redis: passes every limit
@@ -92,11 +92,11 @@ struct EnqueueRequest {
 
 enum class EnqueueOutcome {
   kAccepted,
-  kDuplicate,       // this id, or this idempotency key with the same body, exists: see `id` and `state`
-  kMismatch,        // the same id or key with another body or tenant: 422
-  kOverloaded,      // cost_max: 503
-  kLedgerFull,      // the ledger's exporter is far behind: 503
-  kQueueFull,       // queue_requests_max: 429
+  kDuplicate,   // this id, or this idempotency key with the same body, exists: see `id` and `state`
+  kMismatch,    // the same id or key with another body or tenant: 422
+  kOverloaded,  // cost_max: 503
+  kLedgerFull,  // the ledger's exporter is far behind: 503
+  kQueueFull,   // queue_requests_max: 429
   kTenantRequests,  // tenant_requests_max: 429
   kTenantCost,      // tenant_cost_max: 429
   kBudget,          // 429, not retryable
@@ -113,8 +113,8 @@ struct EnqueueResult {
   std::string id;  // accepted, duplicate, mismatch
   RequestState state = RequestState::kQueued;
   RateRemaining requests, tokens, cost;  // accepted
-  int64_t level = 0;                     // a refusal: how full what refused is (budget: what is left)
-  absl::Duration retry_after;            // kRate
+  int64_t level = 0;           // a refusal: how full what refused is (budget: what is left)
+  absl::Duration retry_after;  // kRate
   std::string detail;
 };
 
@@ -217,15 +217,20 @@ struct StartedRow {
   std::vector<std::string> deltas;  // of steps snapshot_step + 1 ... step
 };
 struct StartResult {
-  enum class Outcome { kOk, kGone, kStale };  // gone: planned anew meanwhile; stale: another worker's
+  enum class Outcome {
+    kOk,
+    kGone,
+    kStale
+  };  // gone: planned anew meanwhile; stale: another worker's
   Outcome outcome = Outcome::kOk;
   std::vector<StartedRow> rows;  // those that still are to run, by id
 };
 
 struct ProgressRow {
   RowLease lease;
-  int32_t step = 0;  // >= 1: the event's id. A row may come several times in one report, steps ascending
-  Usage usage;       // after this step
+  int32_t step =
+      0;        // >= 1: the event's id. A row may come several times in one report, steps ascending
+  Usage usage;  // after this step
   std::string delta;
   std::string snapshot;  // of the canvas after this step, or empty
 };
@@ -244,15 +249,15 @@ struct StepReport {
 };
 
 enum class RowVerdict {
-  kOk,         // also for a step, or an end, that was reported before
-  kRewind,     // Redis has only `step`: send what follows again
-  kGone,       // the record is lost: drop the row; its gateway enqueues it anew
-  kStale,      // another attempt holds it, or it is queued again: drop the row
-  kDone,       // terminal already: drop the row
+  kOk,      // also for a step, or an end, that was reported before
+  kRewind,  // Redis has only `step`: send what follows again
+  kGone,    // the record is lost: drop the row; its gateway enqueues it anew
+  kStale,   // another attempt holds it, or it is queued again: drop the row
+  kDone,    // terminal already: drop the row
   kFailed,
   kCancelled,
   kExpired,
-  kBadStep,    // beyond steps_max, or an end before the last published step: a bug of the caller
+  kBadStep,  // beyond steps_max, or an end before the last published step: a bug of the caller
 };
 struct RowReply {
   RowVerdict verdict = RowVerdict::kOk;
@@ -326,7 +331,7 @@ struct QueueStats {
   int64_t ledger_entries = 0;
   int64_t dead_letters = 0;
   int64_t workers = 0;
-  std::array<int64_t, 3> waiting = {};           // by class
+  std::array<int64_t, 3> waiting = {};  // by class
   std::array<absl::Duration, 3> oldest_age = {};
 };
 

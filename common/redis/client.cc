@@ -22,7 +22,8 @@ constexpr absl::Duration kBlockMargin = absl::Seconds(1);
 std::string InfoField(absl::string_view info, absl::string_view field) {
   for (absl::string_view line : absl::StrSplit(info, '\n')) {
     line = absl::StripSuffix(line, "\r");
-    if (absl::ConsumePrefix(&line, field) && absl::ConsumePrefix(&line, ":")) return std::string(line);
+    if (absl::ConsumePrefix(&line, field) && absl::ConsumePrefix(&line, ":"))
+      return std::string(line);
   }
   return "";
 }
@@ -31,7 +32,8 @@ std::string InfoField(absl::string_view info, absl::string_view field) {
 
 absl::Duration RedisBackoff(const RedisRetryPolicy& policy, int32_t attempt, double uniform) {
   const double doublings = std::clamp(attempt - 2, 0, 30);
-  const absl::Duration wait = std::min(policy.backoff_min * std::exp2(doublings), policy.backoff_max);
+  const absl::Duration wait =
+      std::min(policy.backoff_min * std::exp2(doublings), policy.backoff_max);
   return wait * (1.0 - policy.jitter * uniform);
 }
 
@@ -45,12 +47,15 @@ absl::Status ValidateRedisOptions(const RedisOptions& options) {
   if (!options.username.empty() && options.password.empty()) {
     return absl::InvalidArgumentError("redis: username without password");
   }
-  if (options.connect_timeout <= absl::ZeroDuration() || options.command_timeout <= absl::ZeroDuration()) {
-    return absl::InvalidArgumentError("redis: connect_timeout and command_timeout must be positive");
+  if (options.connect_timeout <= absl::ZeroDuration() ||
+      options.command_timeout <= absl::ZeroDuration()) {
+    return absl::InvalidArgumentError(
+        "redis: connect_timeout and command_timeout must be positive");
   }
   if (options.retry.attempts_max < 1 || options.retry.jitter < 0 || options.retry.jitter > 1 ||
       options.retry.backoff_min > options.retry.backoff_max) {
-    return absl::InvalidArgumentError("redis: retry needs attempts_max >= 1, jitter in [0, 1], backoff_min <= backoff_max");
+    return absl::InvalidArgumentError(
+        "redis: retry needs attempts_max >= 1, jitter in [0, 1], backoff_min <= backoff_max");
   }
   return absl::OkStatus();
 }
@@ -64,7 +69,8 @@ double RedisEnvironment::Uniform() {
 }
 
 RedisClient::RedisClient(RedisOptions options, RedisEnvironment* environment)
-    : options_(std::move(options)), environment_(environment != nullptr ? environment : &real_environment_) {
+    : options_(std::move(options)),
+      environment_(environment != nullptr ? environment : &real_environment_) {
   const absl::Status valid = ValidateRedisOptions(options_);
   CINNABAR_CHECK(valid.ok()) << valid.message();
 }
@@ -80,7 +86,8 @@ absl::StatusOr<RedisAddress> RedisClient::FindPrimary() {
   if (options_.sentinels.empty()) return options_.address;
   std::string failures;
   for (const RedisAddress& sentinel : options_.sentinels) {
-    auto connection = RedisConnection::Open(sentinel, options_.connect_timeout, options_.reply_limits);
+    auto connection =
+        RedisConnection::Open(sentinel, options_.connect_timeout, options_.reply_limits);
     if (!connection.ok()) {
       absl::StrAppend(&failures, "; ", connection.status().message());
       continue;
@@ -93,26 +100,29 @@ absl::StatusOr<RedisAddress> RedisClient::FindPrimary() {
     }
     AppendRedisCommand({"SENTINEL", "get-master-addr-by-name", options_.master_name}, out);
     std::vector<RedisReply> replies;
-    const absl::Status status =
-        (*connection)->Exchange(out, num_replies, options_.command_timeout, options_.pipeline_bytes_max, replies);
+    const absl::Status status = (*connection)
+                                    ->Exchange(out, num_replies, options_.command_timeout,
+                                               options_.pipeline_bytes_max, replies);
     if (!status.ok()) {
       absl::StrAppend(&failures, "; ", status.message());
       continue;
     }
     const RedisReply& reply = replies.back();
     RedisAddress primary;
-    if (reply.is_array() && reply.elements.size() == 2 && absl::SimpleAtoi(reply.elements[1].text, &primary.port)) {
+    if (reply.is_array() && reply.elements.size() == 2 &&
+        absl::SimpleAtoi(reply.elements[1].text, &primary.port)) {
       primary.host = reply.elements[0].text;
       return primary;
     }
-    absl::StrAppend(&failures, "; ", sentinel.ToString(), " knows no primary '", options_.master_name, "' ", reply.text);
+    absl::StrAppend(&failures, "; ", sentinel.ToString(), " knows no primary '",
+                    options_.master_name, "' ", reply.text);
   }
   return absl::UnavailableError(absl::StrCat("no Sentinel named the primary", failures));
 }
 
 absl::Status RedisClient::Handshake(const RedisAddress& address) {
-  CINNABAR_ASSIGN_OR_RETURN(connection_,
-                            RedisConnection::Open(address, options_.connect_timeout, options_.reply_limits));
+  CINNABAR_ASSIGN_OR_RETURN(
+      connection_, RedisConnection::Open(address, options_.connect_timeout, options_.reply_limits));
   std::string out;
   std::vector<absl::string_view> steps;
   if (!options_.password.empty()) {
@@ -128,11 +138,12 @@ absl::Status RedisClient::Handshake(const RedisAddress& address) {
   AppendRedisCommand({"INFO", "server"}, out);
   steps.insert(steps.end(), {"CLIENT SETNAME", "ROLE", "INFO"});
   std::vector<RedisReply> replies;
-  CINNABAR_RETURN_IF_ERROR(
-      connection_->Exchange(out, steps.size(), options_.command_timeout, options_.pipeline_bytes_max, replies));
+  CINNABAR_RETURN_IF_ERROR(connection_->Exchange(out, steps.size(), options_.command_timeout,
+                                                 options_.pipeline_bytes_max, replies));
   for (size_t i = 0; i < replies.size(); ++i) {
     if (replies[i].is_error()) {
-      return internal::WithContext(StatusFromRedisError(replies[i].text), absl::StrCat(address.ToString(), " refused ", steps[i]));
+      return internal::WithContext(StatusFromRedisError(replies[i].text),
+                                   absl::StrCat(address.ToString(), " refused ", steps[i]));
     }
   }
   const RedisReply& role = replies[replies.size() - 2];
@@ -143,15 +154,17 @@ absl::Status RedisClient::Handshake(const RedisAddress& address) {
              .run_id = InfoField(replies.back().text, "run_id"),
              .address = address};
   int32_t major = 0;
-  if (!absl::SimpleAtoi(server_.version.substr(0, server_.version.find('.')), &major) || major < 7) {
-    return absl::FailedPreconditionError(absl::StrCat(address.ToString(), " is Redis ", server_.version,
-                                                      "; Functions need Redis 7"));
+  if (!absl::SimpleAtoi(server_.version.substr(0, server_.version.find('.')), &major) ||
+      major < 7) {
+    return absl::FailedPreconditionError(absl::StrCat(address.ToString(), " is Redis ",
+                                                      server_.version, "; Functions need Redis 7"));
   }
   return absl::OkStatus();
 }
 
 absl::Status RedisClient::Connect() {
-  if (connecting_) return absl::OkStatus();  // on_connect_ issues its commands on the new connection
+  if (connecting_)
+    return absl::OkStatus();  // on_connect_ issues its commands on the new connection
   if (connection_ != nullptr && connection_->alive()) {
     // Found before anything is written on it, a closed peer costs a reconnect and no doubt.
     if (subscribed_ || !connection_->Stale()) return absl::OkStatus();
@@ -188,7 +201,8 @@ absl::StatusOr<RedisReply> RedisClient::Command(RedisArgs args, absl::Duration t
   CINNABAR_CHECK(num_appended_ == 0) << "Flush the pipeline first";
   CINNABAR_CHECK(!subscribed_) << "a subscribed connection takes no commands";
   CINNABAR_RETURN_IF_ERROR(Connect());
-  if (connection_ == nullptr || !connection_->alive()) return absl::UnavailableError("connection lost");
+  if (connection_ == nullptr || !connection_->alive())
+    return absl::UnavailableError("connection lost");
   std::string out;
   AppendRedisCommand(args, out);
   if (static_cast<int64_t>(out.size()) > options_.pipeline_bytes_max) {
@@ -196,7 +210,8 @@ absl::StatusOr<RedisReply> RedisClient::Command(RedisArgs args, absl::Duration t
   }
   std::vector<RedisReply> replies;
   const absl::Status status = connection_->Exchange(
-      out, 1, timeout > absl::ZeroDuration() ? timeout : options_.command_timeout, options_.pipeline_bytes_max, replies);
+      out, 1, timeout > absl::ZeroDuration() ? timeout : options_.command_timeout,
+      options_.pipeline_bytes_max, replies);
   if (!status.ok()) {
     ++counters_.connections_lost;
     Close();
@@ -208,14 +223,16 @@ absl::StatusOr<RedisReply> RedisClient::Command(RedisArgs args, absl::Duration t
 absl::StatusOr<RedisReply> RedisClient::Retry(RedisArgs args, absl::Duration timeout) {
   for (int32_t attempt = 1;; ++attempt) {
     absl::StatusOr<RedisReply> reply = Command(args, timeout);
-    if (!absl::IsUnavailable(reply.status()) || attempt >= options_.retry.attempts_max) return reply;
+    if (!absl::IsUnavailable(reply.status()) || attempt >= options_.retry.attempts_max)
+      return reply;
     ++counters_.retries;
     environment_->Sleep(RedisBackoff(options_.retry, attempt + 1, environment_->Uniform()));
   }
 }
 
 absl::StatusOr<RedisReply> RedisClient::Block(RedisArgs args, absl::Duration block) {
-  CINNABAR_CHECK(block > absl::ZeroDuration()) << "blocking for ever cannot be told from a dead server";
+  CINNABAR_CHECK(block > absl::ZeroDuration())
+      << "blocking for ever cannot be told from a dead server";
   return Command(args, block + std::max(kBlockMargin, options_.command_timeout));
 }
 
@@ -238,8 +255,10 @@ std::vector<absl::StatusOr<RedisReply>> RedisClient::Flush() {
   results.reserve(num_commands);
   std::vector<RedisReply> replies;
   absl::Status status = Connect();
+  if (status.ok() && connection_ == nullptr) status = absl::UnavailableError("connection lost");
   if (status.ok()) {
-    status = connection_->Exchange(out, num_commands, options_.command_timeout, options_.pipeline_bytes_max, replies);
+    status = connection_->Exchange(out, num_commands, options_.command_timeout,
+                                   options_.pipeline_bytes_max, replies);
     if (!status.ok()) {
       ++counters_.connections_lost;
       Close();
@@ -258,8 +277,8 @@ absl::Status RedisClient::Subscribe(absl::Span<const std::string> channels) {
   std::string out;
   AppendRedisCommand(args, out);
   std::vector<RedisReply> replies;
-  const absl::Status status =
-      connection_->Exchange(out, channels.size(), options_.command_timeout, options_.pipeline_bytes_max, replies);
+  const absl::Status status = connection_->Exchange(out, channels.size(), options_.command_timeout,
+                                                    options_.pipeline_bytes_max, replies);
   if (!status.ok()) {
     ++counters_.connections_lost;
     Close();
@@ -281,16 +300,17 @@ absl::StatusOr<std::optional<RedisMessage>> RedisClient::ReadMessage(absl::Durat
     return absl::UnavailableError("not subscribed: the connection was lost");
   }
   std::vector<RedisReply> replies;
-  CINNABAR_ASSIGN_OR_RETURN(
-      const bool ready, connection_->AwaitReply(timeout, options_.command_timeout, options_.pipeline_bytes_max, replies));
+  CINNABAR_ASSIGN_OR_RETURN(const bool ready,
+                            connection_->AwaitReply(timeout, options_.command_timeout,
+                                                    options_.pipeline_bytes_max, replies));
   if (!ready) return std::optional<RedisMessage>();
   RedisReply& reply = replies[0];
   if (!reply.is_array() || reply.elements.size() != 3 || reply.elements[0].text != "message") {
     Close();
     return absl::DataLossError("not a message");
   }
-  return std::optional<RedisMessage>(
-      RedisMessage{.channel = std::move(reply.elements[1].text), .payload = std::move(reply.elements[2].text)});
+  return std::optional<RedisMessage>(RedisMessage{.channel = std::move(reply.elements[1].text),
+                                                  .payload = std::move(reply.elements[2].text)});
 }
 
 }  // namespace cinnabar

@@ -1,6 +1,6 @@
 // A Redis client for one thread: commands, pipelines, blocking reads and subscriptions over one
-// connection that is rebuilt when it breaks. Written for the traps of hiredis 0.14 (README.md): only
-// its reply parser is used; sockets, deadlines and reconnects are ours.
+// connection that is rebuilt when it breaks. Written for the traps of hiredis 0.14 (README.md):
+// only its reply parser is used; sockets, deadlines and reconnects are ours.
 #ifndef CINNABAR_COMMON_REDIS_CLIENT_H_
 #define CINNABAR_COMMON_REDIS_CLIENT_H_
 
@@ -44,7 +44,7 @@ struct RedisOptions {
   absl::Duration connect_timeout = absl::Seconds(1);
   absl::Duration command_timeout = absl::Seconds(2);  // for a whole command or pipeline
   ReplyLimits reply_limits;
-  int64_t pipeline_bytes_max = 64 << 20;          // unsent commands, and again all replies of one pipeline
+  int64_t pipeline_bytes_max = 64 << 20;  // unsent commands, and again all replies of one pipeline
   RedisRetryPolicy retry;
 };
 
@@ -91,7 +91,9 @@ class RedisClient {
 
   // Runs on every new connection, before any command on it; its error closes the connection and is
   // the command's. It may call Command() on the client it is given.
-  void set_on_connect(std::function<absl::Status(RedisClient&)> on_connect) { on_connect_ = std::move(on_connect); }
+  void set_on_connect(std::function<absl::Status(RedisClient&)> on_connect) {
+    on_connect_ = std::move(on_connect);
+  }
 
   // No-op when connected. Finds the primary (asking the Sentinels), authenticates, and requires a
   // primary of Redis 7: Unavailable while there is none, FailedPrecondition for an older server.
@@ -100,13 +102,13 @@ class RedisClient {
   // Of the present or last connection.
   const RedisServerInfo& server() const { return server_; }
 
-  // One attempt. An error reply becomes the status of StatusFromRedisError; errors inside arrays stay
-  // replies. Unavailable leaves open whether the command ran. `timeout` zero: command_timeout.
+  // One attempt. An error reply becomes the status of StatusFromRedisError; errors inside arrays
+  // stay replies. Unavailable leaves open whether the command ran. `timeout` zero: command_timeout.
   absl::StatusOr<RedisReply> Command(RedisArgs args, absl::Duration timeout = absl::ZeroDuration());
   // Repeats after Unavailable by the retry policy: only for what may run twice.
   absl::StatusOr<RedisReply> Retry(RedisArgs args, absl::Duration timeout = absl::ZeroDuration());
-  // A command that the server holds for up to `block` (which is also in `args`, not 0): the client waits a
-  // second longer than that. One attempt.
+  // A command that the server holds for up to `block` (which is also in `args`, not 0): the client
+  // waits a second longer than that. One attempt.
   absl::StatusOr<RedisReply> Block(RedisArgs args, absl::Duration block);
 
   // A pipeline: Append queues, Flush sends all and returns one result for each in order. When the
@@ -116,7 +118,8 @@ class RedisClient {
   std::vector<absl::StatusOr<RedisReply>> Flush();
 
   // Subscribes this connection, which from then on serves ReadMessage only, until it is lost or
-  // closed. A lost one is Unavailable: subscribe again, and read elsewhere what was missed meanwhile.
+  // closed. A lost one is Unavailable: subscribe again, and read elsewhere what was missed
+  // meanwhile.
   absl::Status Subscribe(absl::Span<const std::string> channels);
   // The next message, or nullopt after `timeout`.
   absl::StatusOr<std::optional<RedisMessage>> ReadMessage(absl::Duration timeout);

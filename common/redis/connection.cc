@@ -41,7 +41,8 @@ bool PollUntil(int fd, short events, Clock::time_point deadline) {  // NOLINT: t
 }
 
 // A connected, non-blocking socket, or the errno.
-absl::StatusOr<int> Connect(int family, const sockaddr* address, socklen_t size, Clock::time_point deadline) {
+absl::StatusOr<int> Connect(int family, const sockaddr* address, socklen_t size,
+                            Clock::time_point deadline) {
   const int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
   if (fd < 0) return absl::ErrnoToStatus(errno, "socket");
   int error = connect(fd, address, size) == 0 ? 0 : errno;
@@ -68,25 +69,31 @@ std::string RedisAddress::ToString() const {
 
 void AppendRedisCommand(absl::Span<const absl::string_view> args, std::string& out) {
   absl::StrAppend(&out, "*", args.size(), "\r\n");
-  for (const absl::string_view arg : args) absl::StrAppend(&out, "$", arg.size(), "\r\n", arg, "\r\n");
+  for (const absl::string_view arg : args)
+    absl::StrAppend(&out, "$", arg.size(), "\r\n", arg, "\r\n");
 }
 
 absl::StatusOr<std::unique_ptr<RedisConnection>> RedisConnection::Open(const RedisAddress& address,
-                                                                       absl::Duration timeout, ReplyLimits limits) {
+                                                                       absl::Duration timeout,
+                                                                       ReplyLimits limits) {
   const Clock::time_point deadline = DeadlineAfter(timeout);
   absl::StatusOr<int> fd = absl::UnavailableError("no address");
   if (!address.host.empty() && address.host[0] == '/') {
     sockaddr_un path{};
     path.sun_family = AF_UNIX;
-    if (address.host.size() >= sizeof(path.sun_path)) return absl::InvalidArgumentError("socket path is too long");
+    if (address.host.size() >= sizeof(path.sun_path))
+      return absl::InvalidArgumentError("socket path is too long");
     std::memcpy(path.sun_path, address.host.data(), address.host.size());
     fd = Connect(AF_UNIX, reinterpret_cast<const sockaddr*>(&path), sizeof(path), deadline);
   } else {
     addrinfo hints{};
     hints.ai_socktype = SOCK_STREAM;
     addrinfo* found = nullptr;
-    const int error = getaddrinfo(address.host.c_str(), absl::StrCat(address.port).c_str(), &hints, &found);
-    if (error != 0) return absl::UnavailableError(absl::StrCat("resolve ", address.host, ": ", gai_strerror(error)));
+    const int error =
+        getaddrinfo(address.host.c_str(), absl::StrCat(address.port).c_str(), &hints, &found);
+    if (error != 0)
+      return absl::UnavailableError(
+          absl::StrCat("resolve ", address.host, ": ", gai_strerror(error)));
     for (const addrinfo* each = found; each != nullptr && !fd.ok(); each = each->ai_next) {
       fd = Connect(each->ai_family, each->ai_addr, each->ai_addrlen, deadline);
     }
@@ -98,7 +105,8 @@ absl::StatusOr<std::unique_ptr<RedisConnection>> RedisConnection::Open(const Red
     }
   }
   if (!fd.ok()) {
-    return absl::UnavailableError(absl::StrCat("connect to Redis at ", address.ToString(), ": ", fd.status().message()));
+    return absl::UnavailableError(
+        absl::StrCat("connect to Redis at ", address.ToString(), ": ", fd.status().message()));
   }
   return std::unique_ptr<RedisConnection>(new RedisConnection(*fd, address.ToString(), limits));
 }
@@ -122,7 +130,8 @@ bool RedisConnection::Stale() {
   return poll(&entry, 1, 0) != 0;
 }
 
-absl::StatusOr<bool> RedisConnection::AwaitReply(absl::Duration idle, absl::Duration timeout, int64_t bytes_max,
+absl::StatusOr<bool> RedisConnection::AwaitReply(absl::Duration idle, absl::Duration timeout,
+                                                 int64_t bytes_max,
                                                  std::vector<RedisReply>& replies) {
   CINNABAR_CHECK(fd_ >= 0) << "a dead connection";
   absl::StatusOr<std::optional<RedisReply>> reply = decoder_.Next();
@@ -137,8 +146,9 @@ absl::StatusOr<bool> RedisConnection::AwaitReply(absl::Duration idle, absl::Dura
   return true;
 }
 
-absl::Status RedisConnection::Exchange(absl::string_view out, size_t num_replies, absl::Duration timeout,
-                                       int64_t bytes_max, std::vector<RedisReply>& replies) {
+absl::Status RedisConnection::Exchange(absl::string_view out, size_t num_replies,
+                                       absl::Duration timeout, int64_t bytes_max,
+                                       std::vector<RedisReply>& replies) {
   CINNABAR_CHECK(fd_ >= 0) << "a dead connection";
   const Clock::time_point deadline = DeadlineAfter(timeout);
   const size_t want = replies.size() + num_replies;
@@ -161,22 +171,26 @@ absl::Status RedisConnection::Exchange(absl::string_view out, size_t num_replies
         return Die(absl::UnavailableError(absl::StrCat("send: ", std::strerror(errno))));
       }
     }
-    const short events = static_cast<short>(POLLIN | (out.empty() ? 0 : POLLOUT));  // NOLINT: of poll
+    const short events =
+        static_cast<short>(POLLIN | (out.empty() ? 0 : POLLOUT));  // NOLINT: of poll
     if (!PollUntil(fd_, events, deadline)) {
-      return Die(absl::UnavailableError(absl::StrCat("no reply within ", absl::FormatDuration(timeout),
-                                                     "; the command may have run")));
+      return Die(absl::UnavailableError(absl::StrCat(
+          "no reply within ", absl::FormatDuration(timeout), "; the command may have run")));
     }
     const ssize_t got = recv(fd_, buffer, sizeof(buffer), 0);
-    if (got == 0) return Die(absl::UnavailableError("closed by the server; the command may have run"));
+    if (got == 0)
+      return Die(absl::UnavailableError("closed by the server; the command may have run"));
     if (got < 0) {
       if (errno == EAGAIN || errno == EINTR) continue;
       return Die(absl::UnavailableError(absl::StrCat("receive: ", std::strerror(errno))));
     }
     received_bytes += got;
     if (received_bytes > bytes_max) {
-      return Die(absl::DataLossError(absl::StrCat("replies are longer than ", bytes_max, " bytes")));
+      return Die(
+          absl::DataLossError(absl::StrCat("replies are longer than ", bytes_max, " bytes")));
     }
-    if (absl::Status fed = decoder_.Feed({buffer, static_cast<size_t>(got)}); !fed.ok()) return Die(std::move(fed));
+    if (absl::Status fed = decoder_.Feed({buffer, static_cast<size_t>(got)}); !fed.ok())
+      return Die(std::move(fed));
   }
 }
 

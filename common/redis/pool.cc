@@ -8,7 +8,8 @@
 
 namespace cinnabar {
 
-RedisPool::RedisPool(RedisOptions options, int32_t clients_max, std::function<void(RedisClient&)> prepare)
+RedisPool::RedisPool(RedisOptions options, int32_t clients_max,
+                     std::function<void(RedisClient&)> prepare)
     : options_(std::move(options)), clients_max_(clients_max), prepare_(std::move(prepare)) {
   CINNABAR_CHECK(clients_max_ > 0);
 }
@@ -24,7 +25,8 @@ absl::StatusOr<RedisPool::Loan> RedisPool::Borrow(absl::Duration wait_max) {
     while (idle_.empty() && num_clients_ == clients_max_) {
       const absl::Duration left = deadline - absl::Now();
       if (left <= absl::ZeroDuration()) {
-        return absl::ResourceExhaustedError(absl::StrCat("all ", clients_max_, " Redis clients are busy"));
+        return absl::ResourceExhaustedError(
+            absl::StrCat("all ", clients_max_, " Redis clients are busy"));
       }
       (void)returned_.WaitFor(mu_, left);
     }

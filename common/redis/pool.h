@@ -27,13 +27,15 @@ class RedisPool {
 
    private:
     friend class RedisPool;
-    Loan(RedisPool& pool, std::unique_ptr<RedisClient> client) : pool_(&pool), client_(std::move(client)) {}
+    Loan(RedisPool& pool, std::unique_ptr<RedisClient> client)
+        : pool_(&pool), client_(std::move(client)) {}
     RedisPool* pool_;
     std::unique_ptr<RedisClient> client_;
   };
 
   // `prepare`, when given, sees every new client once (to set its on_connect).
-  RedisPool(RedisOptions options, int32_t clients_max, std::function<void(RedisClient&)> prepare = nullptr);
+  RedisPool(RedisOptions options, int32_t clients_max,
+            std::function<void(RedisClient&)> prepare = nullptr);
 
   // ResourceExhausted when all clients stay lent for `wait_max`.
   absl::StatusOr<Loan> Borrow(absl::Duration wait_max);

@@ -50,14 +50,16 @@ void* CreateNil(const redisReadTask* task) { return Place(task); }
 
 void FreeObject(void* reply) { delete static_cast<RedisReply*>(reply); }
 
-redisReplyObjectFunctions kFunctions = {CreateString, CreateArray, CreateInteger, CreateNil, FreeObject};
+redisReplyObjectFunctions kFunctions = {CreateString, CreateArray, CreateInteger, CreateNil,
+                                        FreeObject};
 
 }  // namespace
 
 absl::Status StatusFromRedisError(absl::string_view error) {
   const absl::string_view kind = error.substr(0, error.find(' '));
-  for (const absl::string_view again : {"LOADING", "READONLY", "MASTERDOWN", "-UNBLOCKED", "UNBLOCKED", "MISCONF",
-                                        "NOREPLICAS", "BUSY", "TRYAGAIN", "NOTREADY"}) {
+  for (const absl::string_view again :
+       {"LOADING", "READONLY", "MASTERDOWN", "-UNBLOCKED", "UNBLOCKED", "MISCONF", "NOREPLICAS",
+        "BUSY", "TRYAGAIN", "NOTREADY"}) {
     if (kind == again) return absl::UnavailableError(error);
   }
   if (kind == "OOM") return absl::ResourceExhaustedError(error);
@@ -70,11 +72,13 @@ absl::Status StatusFromRedisError(absl::string_view error) {
   if (kind == "NOGROUP") return absl::NotFoundError(error);
   if (kind == "BUSYGROUP") return absl::AlreadyExistsError(error);
   if (kind == "WRONGTYPE") return absl::DataLossError(error);
-  if (absl::StartsWith(error, "ERR Function not found") || absl::StartsWith(error, "ERR unknown command")) {
+  if (absl::StartsWith(error, "ERR Function not found") ||
+      absl::StartsWith(error, "ERR unknown command")) {
     return absl::UnimplementedError(error);
   }
   // A script that ran into one of the above reports it with its own words around it.
-  if (absl::StartsWith(error, "ERR") && absl::StrContains(error, "-READONLY")) return absl::UnavailableError(error);
+  if (absl::StartsWith(error, "ERR") && absl::StrContains(error, "-READONLY"))
+    return absl::UnavailableError(error);
   return absl::InvalidArgumentError(error);
 }
 
@@ -107,7 +111,8 @@ absl::StatusOr<std::optional<RedisReply>> ReplyDecoder::Next() {
   }
   if (root == nullptr) {
     if (pending_bytes_ > budget_.limits.reply_bytes_max) {
-      return absl::DataLossError(absl::StrCat("a reply is longer than ", budget_.limits.reply_bytes_max, " bytes"));
+      return absl::DataLossError(
+          absl::StrCat("a reply is longer than ", budget_.limits.reply_bytes_max, " bytes"));
     }
     return std::optional<RedisReply>();
   }

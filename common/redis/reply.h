@@ -32,15 +32,16 @@ struct RedisReply {
 };
 
 // What the caller should do about an error reply, as a code:
-//   Unavailable         LOADING READONLY MASTERDOWN UNBLOCKED MISCONF NOREPLICAS BUSY TRYAGAIN: again, later
-//   ResourceExhausted   OOM: refuse new work
-//   Unauthenticated     NOAUTH WRONGPASS;  PermissionDenied  NOPERM: fix the user's ACL
-//   Unimplemented       a function or a command that this server lacks: load the library
-//   FailedPrecondition  MOVED ASK CROSSSLOT CLUSTERDOWN: Redis Cluster, which is not supported
-//   NotFound NOGROUP, AlreadyExists BUSYGROUP, DataLoss WRONGTYPE, InvalidArgument everything else
+//   Unavailable         LOADING READONLY MASTERDOWN UNBLOCKED MISCONF NOREPLICAS BUSY TRYAGAIN:
+//   again, later ResourceExhausted   OOM: refuse new work Unauthenticated     NOAUTH WRONGPASS;
+//   PermissionDenied  NOPERM: fix the user's ACL Unimplemented       a function or a command that
+//   this server lacks: load the library FailedPrecondition  MOVED ASK CROSSSLOT CLUSTERDOWN: Redis
+//   Cluster, which is not supported NotFound NOGROUP, AlreadyExists BUSYGROUP, DataLoss WRONGTYPE,
+//   InvalidArgument everything else
 absl::Status StatusFromRedisError(absl::string_view error);
 
-// True for the errors after which the connection points at the wrong server: look for the primary anew.
+// True for the errors after which the connection points at the wrong server: look for the primary
+// anew.
 bool RedisErrorMovesPrimary(absl::string_view error);
 
 struct ReplyLimits {

@@ -105,7 +105,8 @@ void FaultProxy::Pump(int client, int server) {
       MutexLock lock(mu_);
       if (stop_) break;
     }
-    pollfd entries[2] = {{.fd = client, .events = POLLIN, .revents = 0}, {.fd = server, .events = POLLIN, .revents = 0}};
+    pollfd entries[2] = {{.fd = client, .events = POLLIN, .revents = 0},
+                         {.fd = server, .events = POLLIN, .revents = 0}};
     if (poll(entries, 2, 10) <= 0) continue;
     for (const bool request : {true, false}) {
       if (entries[request ? 0 : 1].revents == 0) continue;
@@ -119,7 +120,8 @@ void FaultProxy::Pump(int client, int server) {
       const Fault fault = Get();
       switch (fault.kind) {
         case Fault::Kind::kNone:
-        case Fault::Kind::kRefuse: break;
+        case Fault::Kind::kRefuse:
+          break;
         case Fault::Kind::kSwallowReplies:
           if (!request) size = 0;
           break;

@@ -1,4 +1,5 @@
-// What clients saw of the service, and whether the promises held. Pure: for chaos tests of any size.
+// What clients saw of the service, and whether the promises held. Pure: for chaos tests of any
+// size.
 #ifndef CINNABAR_TESTS_SUPPORT_HISTORY_H_
 #define CINNABAR_TESTS_SUPPORT_HISTORY_H_
 
@@ -32,9 +33,9 @@ struct HistoryEvent {
 
 // The violations, one line each; empty when all holds:
 //   an accepted request ends exactly once, for every observer in the same state, and has one ledger
-//   entry of that state; a refused one leaves no trace; each observer's steps go up by one (a resumed
-//   observer starts where it likes), the final event is the last; a step has one content, whoever
-//   saw it. `complete` false allows what has not ended yet.
+//   entry of that state; a refused one leaves no trace; each observer's steps go up by one (a
+//   resumed observer starts where it likes), the final event is the last; a step has one content,
+//   whoever saw it. `complete` false allows what has not ended yet.
 std::vector<std::string> CheckHistory(absl::Span<const HistoryEvent> events, bool complete);
 
 }  // namespace cinnabar

@@ -16,11 +16,17 @@ namespace {
 
 void Print(const RedisReply& reply, std::string& out) {
   switch (reply.kind) {
-    case RedisReply::Kind::kNil: absl::StrAppend(&out, "nil "); break;
-    case RedisReply::Kind::kInteger: absl::StrAppend(&out, reply.integer, " "); break;
+    case RedisReply::Kind::kNil:
+      absl::StrAppend(&out, "nil ");
+      break;
+    case RedisReply::Kind::kInteger:
+      absl::StrAppend(&out, reply.integer, " ");
+      break;
     case RedisReply::Kind::kString:
     case RedisReply::Kind::kStatus:
-    case RedisReply::Kind::kError: absl::StrAppend(&out, "'", reply.text, "' "); break;
+    case RedisReply::Kind::kError:
+      absl::StrAppend(&out, "'", reply.text, "' ");
+      break;
     case RedisReply::Kind::kArray:
       absl::StrAppend(&out, "[");
       for (const RedisReply& element : reply.elements) Print(element, out);
@@ -30,7 +36,8 @@ void Print(const RedisReply& reply, std::string& out) {
 }
 
 absl::StatusOr<std::vector<std::string>> Keys(RedisClient& redis, const std::string& prefix) {
-  CINNABAR_ASSIGN_OR_RETURN(const RedisReply reply, redis.Command({"KEYS", absl::StrCat(prefix, "*")}));
+  CINNABAR_ASSIGN_OR_RETURN(const RedisReply reply,
+                            redis.Command({"KEYS", absl::StrCat(prefix, "*")}));
   std::vector<std::string> keys;
   for (const RedisReply& each : reply.elements) keys.push_back(each.text);
   std::sort(keys.begin(), keys.end());
@@ -39,7 +46,8 @@ absl::StatusOr<std::vector<std::string>> Keys(RedisClient& redis, const std::str
 
 std::map<std::string, std::string> Pairs(const RedisReply& reply) {
   std::map<std::string, std::string> pairs;
-  for (size_t i = 0; i + 1 < reply.elements.size(); i += 2) pairs[reply.elements[i].text] = reply.elements[i + 1].text;
+  for (size_t i = 0; i + 1 < reply.elements.size(); i += 2)
+    pairs[reply.elements[i].text] = reply.elements[i + 1].text;
   return pairs;
 }
 
@@ -67,7 +75,8 @@ absl::StatusOr<std::string> DumpKeys(RedisClient& redis, const std::string& pref
     CINNABAR_ASSIGN_OR_RETURN(RedisReply value, redis.Command(command));
     if (kind == "hash") {  // fields in a fixed order
       std::string sorted;
-      for (const auto& [field, text] : Pairs(value)) absl::StrAppend(&sorted, field, "=", text, " ");
+      for (const auto& [field, text] : Pairs(value))
+        absl::StrAppend(&sorted, field, "=", text, " ");
       value = {.kind = RedisReply::Kind::kString, .text = sorted};
     }
     absl::StrAppend(&out, key.substr(prefix.size()), " ");
@@ -77,7 +86,8 @@ absl::StatusOr<std::string> DumpKeys(RedisClient& redis, const std::string& pref
   return out;
 }
 
-absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis, const std::string& prefix) {
+absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis,
+                                                         const std::string& prefix) {
   std::vector<std::string> wrong;
   const auto complain = [&](const auto&... words) { wrong.push_back(absl::StrCat(words...)); };
   CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> keys, Keys(redis, prefix));
@@ -99,13 +109,16 @@ absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis, con
       batches[std::string(name)] = Pairs(reply);
     } else if (absl::ConsumePrefix(&name, "q:") || name == "dl" || name == "lease") {
       CINNABAR_ASSIGN_OR_RETURN(const RedisReply reply, redis.Command({"ZRANGE", key, "0", "-1"}));
-      std::set<std::string>& into = name == "dl" ? deadlines : name == "lease" ? leases : queues[std::string(name)];
+      std::set<std::string>& into = name == "dl"      ? deadlines
+                                    : name == "lease" ? leases
+                                                      : queues[std::string(name)];
       for (const RedisReply& each : reply.elements) into.insert(each.text);
     } else if (name == "ledger" || name == "dlq" || absl::StartsWith(name, "ready:")) {
       CINNABAR_ASSIGN_OR_RETURN(const RedisReply reply, redis.Command({"XRANGE", key, "-", "+"}));
       for (const RedisReply& entry : reply.elements) {
         const auto fields = Pairs(entry.elements[1]);
-        if (name == "ledger") ++ledger[fields.at("rid") + "=" + fields.at("st")], ++ledger[fields.at("rid")];
+        if (name == "ledger")
+          ++ledger[fields.at("rid") + "=" + fields.at("st")], ++ledger[fields.at("rid")];
         if (name == "dlq") ++dead[fields.at("rid")];
         if (absl::StartsWith(name, "ready:")) ready.insert(fields.at("bid"));
       }
@@ -131,24 +144,34 @@ absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis, con
     }
     const bool in_queue = queues[field("cl") + ":" + field("tn")].contains(id);
     const bool in_batch = batches.contains(bid) && batches[bid].contains(id);
-    if (in_queue != (st == "queued")) complain(id, " is ", st, in_queue ? " and in its queue" : " and not in its queue");
-    if (in_batch != (st == "leased" || st == "running")) complain(id, " is ", st, in_batch ? " and in" : " and not in", " batch ", bid);
+    if (in_queue != (st == "queued"))
+      complain(id, " is ", st, in_queue ? " and in its queue" : " and not in its queue");
+    if (in_batch != (st == "leased" || st == "running"))
+      complain(id, " is ", st, in_batch ? " and in" : " and not in", " batch ", bid);
     if (in_batch && !leases.contains(bid)) complain("batch ", bid, " has no lease");
-    if (st == "queued" && (!bid.empty() || !field("own").empty())) complain(id, " is queued and has an owner");
-    if (st == "running" && batches[bid]["@w"] != field("own")) complain(id, " runs, but its batch has another owner");
+    if (st == "queued" && (!bid.empty() || !field("own").empty()))
+      complain(id, " is queued and has an owner");
+    if (st == "running" && batches[bid]["@w"] != field("own"))
+      complain(id, " runs, but its batch has another owner");
     if (deadlines.contains(id) != live) complain(id, " is ", st, " and its deadline is wrong");
     if (exists("pl:" + id) != live) complain(id, " is ", st, " and its payload is wrong");
     if (!live && exists("cv:" + id)) complain(id, " is ", st, " and keeps a canvas");
-    if (ledger[id] != (live ? 0 : 1)) complain(id, " is ", st, " with ", ledger[id], " ledger entries");
+    if (ledger[id] != (live ? 0 : 1))
+      complain(id, " is ", st, " with ", ledger[id], " ledger entries");
     if (!live && ledger[id + "=" + st] != 1) complain(id, " is ", st, " but not in the ledger");
-    if ((dead[id] == 1) != (st == "failed")) complain(id, " is ", st, " with ", dead[id], " dead letters");
-    CINNABAR_ASSIGN_OR_RETURN(const RedisReply events, redis.Command({"XRANGE", prefix + "ev:" + id, "-", "+"}));
+    if ((dead[id] == 1) != (st == "failed"))
+      complain(id, " is ", st, " with ", dead[id], " dead letters");
+    CINNABAR_ASSIGN_OR_RETURN(const RedisReply events,
+                              redis.Command({"XRANGE", prefix + "ev:" + id, "-", "+"}));
     const size_t want = static_cast<size_t>(step) + (live ? 0 : 1);
-    if (events.elements.size() != want) complain(id, " has ", events.elements.size(), " events at step ", step);
+    if (events.elements.size() != want)
+      complain(id, " has ", events.elements.size(), " events at step ", step);
     for (size_t i = 0; i < events.elements.size(); ++i) {
       const std::string kind = Pairs(events.elements[i].elements[1])["k"];
-      if (events.elements[i].elements[0].text != absl::StrCat(i + 1, "-1")) complain(id, " has a gap before event ", i + 1);
-      if (kind != (i < static_cast<size_t>(step) ? "p" : st)) complain(id, " is ", st, ", event ", i + 1, " is ", kind);
+      if (events.elements[i].elements[0].text != absl::StrCat(i + 1, "-1"))
+        complain(id, " has a gap before event ", i + 1);
+      if (kind != (i < static_cast<size_t>(step) ? "p" : st))
+        complain(id, " is ", st, ", event ", i + 1, " is ", kind);
     }
     if (step > Number(record, "steps")) complain(id, " is beyond its steps");
     if (live) {
@@ -166,10 +189,12 @@ absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis, con
   }
   for (const auto& [bid, batch] : batches) {
     if (batch.size() < 4) complain("batch ", bid, " is empty");
-    if (batch.at("@w").empty() != ready.contains(bid)) complain("batch ", bid, " and the ready stream disagree");
+    if (batch.at("@w").empty() != ready.contains(bid))
+      complain("batch ", bid, " and the ready stream disagree");
     for (const auto& [id, row] : batch) {
       if (id[0] == '@') continue;
-      if (records[id]["bid"] != bid || records[id]["att"] != row.substr(0, row.find(' '))) complain("batch ", bid, " holds ", id, " wrongly");
+      if (records[id]["bid"] != bid || records[id]["att"] != row.substr(0, row.find(' ')))
+        complain("batch ", bid, " holds ", id, " wrongly");
     }
   }
   for (const std::string& bid : leases) {
@@ -181,12 +206,15 @@ absl::StatusOr<std::vector<std::string>> CheckQueueState(RedisClient& redis, con
     const auto limits = Pairs(reply);
     for (const std::string name : {"n", "rsv", "bud"}) {
       const int64_t want = tenants[key.substr(prefix.size() + 4)][name];
-      if (Number(limits, name) != want) complain(key, " ", name, " is ", Number(limits, name), ", not ", want);
+      if (Number(limits, name) != want)
+        complain(key, " ", name, " is ", Number(limits, name), ", not ", want);
     }
   }
   CINNABAR_ASSIGN_OR_RETURN(const RedisReply total, redis.Command({"HGETALL", prefix + "tot"}));
-  if (Number(Pairs(total), "n") != live_requests) complain("tot n is ", Number(Pairs(total), "n"), ", not ", live_requests);
-  if (Number(Pairs(total), "rsv") != live_cost) complain("tot rsv is ", Number(Pairs(total), "rsv"), ", not ", live_cost);
+  if (Number(Pairs(total), "n") != live_requests)
+    complain("tot n is ", Number(Pairs(total), "n"), ", not ", live_requests);
+  if (Number(Pairs(total), "rsv") != live_cost)
+    complain("tot rsv is ", Number(Pairs(total), "rsv"), ", not ", live_cost);
   return wrong;
 }
 

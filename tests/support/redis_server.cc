@@ -37,7 +37,8 @@ absl::StatusOr<std::unique_ptr<RedisServer>> RedisServer::Start(RedisServerOptio
   if (mkdtemp(folder.data()) == nullptr) return absl::ErrnoToStatus(errno, "mkdtemp");
   server->directory_ = folder;
   absl::Status status;
-  for (int attempt = 0; attempt < 3; ++attempt) {  // the port may be taken between the look and the use
+  for (int attempt = 0; attempt < 3;
+       ++attempt) {  // the port may be taken between the look and the use
     server->port_ = FreePort();
     status = server->Spawn();
     if (status.ok()) return server;
@@ -49,9 +50,11 @@ absl::Status RedisServer::Spawn() {
   const std::string conf = directory_ + "/redis.conf";
   if (!options_.sentinel || !std::filesystem::exists(conf)) {  // a Sentinel rewrites its own
     std::ofstream out(conf);
-    out << "port " << port_ << "\nbind 127.0.0.1\ndir " << directory_ << "\nlogfile " << directory_ << "/log\n";
+    out << "port " << port_ << "\nbind 127.0.0.1\ndir " << directory_ << "\nlogfile " << directory_
+        << "/log\n";
     if (!options_.sentinel) {
-      out << "save \"\"\nappendonly yes\nappendfsync " << options_.appendfsync << "\nmaxmemory-policy noeviction\n";
+      out << "save \"\"\nappendonly yes\nappendfsync " << options_.appendfsync
+          << "\nmaxmemory-policy noeviction\n";
     }
     for (const std::string& line : options_.config) out << line << "\n";
   }
@@ -62,7 +65,8 @@ absl::Status RedisServer::Spawn() {
     const int null = open("/dev/null", O_RDWR);
     dup2(null, 0);
     dup2(null, 1);
-    execlp("redis-server", "redis-server", conf.c_str(), options_.sentinel ? "--sentinel" : nullptr, nullptr);
+    execlp("redis-server", "redis-server", conf.c_str(), options_.sentinel ? "--sentinel" : nullptr,
+           nullptr);
     _exit(127);
   }
   const absl::Time deadline = absl::Now() + absl::Seconds(10);
@@ -72,14 +76,16 @@ absl::Status RedisServer::Spawn() {
     auto connection = RedisConnection::Open({.port = port_}, absl::Seconds(1), {});
     if (connection.ok()) {
       std::vector<RedisReply> replies;
-      if ((*connection)->Exchange(ping, 1, absl::Seconds(1), 1 << 20, replies).ok() && replies[0].text == "PONG") {
+      if ((*connection)->Exchange(ping, 1, absl::Seconds(1), 1 << 20, replies).ok() &&
+          replies[0].text == "PONG") {
         return absl::OkStatus();
       }
     }
     int state = 0;
     if (waitpid(pid_, &state, WNOHANG) == pid_) {
       pid_ = -1;
-      return absl::UnavailableError(absl::StrCat("redis-server ended with ", state, "; see ", directory_, "/log"));
+      return absl::UnavailableError(
+          absl::StrCat("redis-server ended with ", state, "; see ", directory_, "/log"));
     }
     absl::SleepFor(absl::Milliseconds(5));
   }

@@ -1,4 +1,5 @@
-// A real redis-server of a test's own: a free loopback port, a temporary folder, gone with the object.
+// A real redis-server of a test's own: a free loopback port, a temporary folder, gone with the
+// object.
 #ifndef CINNABAR_TESTS_SUPPORT_REDIS_SERVER_H_
 #define CINNABAR_TESTS_SUPPORT_REDIS_SERVER_H_
 
@@ -37,9 +38,9 @@ class RedisServer {
   RedisOptions client_options() const;
 
   void Signal(int signal) const;
-  void Kill();               // SIGKILL, and waits
-  void Shutdown();           // SIGTERM, and waits: all is on disk
-  absl::Status Restart();    // the same port and folder
+  void Kill();             // SIGKILL, and waits
+  void Shutdown();         // SIGTERM, and waits: all is on disk
+  absl::Status Restart();  // the same port and folder
 
  private:
   RedisServer() = default;

@@ -1,5 +1,6 @@
-// Every state a request can be in, times every call: the verdict, the state after it, that the move is
-// one MayMove allows, that all of Redis still makes sense, and that a second call changes nothing.
+// Every state a request can be in, times every call: the verdict, the state after it, that the move
+// is one MayMove allows, that all of Redis still makes sense, and that a second call changes
+// nothing.
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -19,13 +20,15 @@ namespace {
 
 using Words = std::vector<std::string>;
 
-const Words kStates = {"missing", "queued", "leased", "running", "done", "failed", "cancelled", "expired"};
+const Words kStates = {"missing", "queued", "leased",    "running",
+                       "done",    "failed", "cancelled", "expired"};
 
 // One partition with at most one request, r, in a given state. Its worker is w1, its batch b1, its
 // attempt 1; while it runs, steps 1 and 2 of 10 are published.
 class Cell {
  public:
-  Cell(RedisClient& redis, const std::string& partition) : redis_(redis), prefix_(absl::StrCat("cb:{", partition, "}:")) {
+  Cell(RedisClient& redis, const std::string& partition)
+      : redis_(redis), prefix_(absl::StrCat("cb:{", partition, "}:")) {
     Raw({"FLUSHALL"});  // functions stay
     epoch_ = Fcall({"lead", "s1", "60000"}).elements[2].integer;
   }
@@ -61,20 +64,34 @@ class Cell {
   const std::string& prefix() const { return prefix_; }
 
   Words Enqueue(const std::string& tenant, const std::string& digest) const {
-    return {"enqueue", "r", tenant, "standard", "", digest, "10", "32", "10", "420", "60000", "60000", "gw", "tag", "hint",
-            "payload", "0", "0", "0", "0", "0", "0", "0", "0", "0", "0", "0", "", "0", "5", "7"};
+    return {"enqueue", "r",   tenant,  "standard", "",   digest, "10",   "32",
+            "10",      "420", "60000", "60000",    "gw", "tag",  "hint", "payload",
+            "0",       "0",   "0",     "0",        "0",  "0",    "0",    "0",
+            "0",       "0",   "0",     "",         "0",  "5",    "7"};
   }
   Words Dispatch(const std::string& epoch, const std::string& batch) const {
     return {"dispatch", epoch, batch, "any", "4", "10000", "info", "r"};
   }
-  static Words Progress(const std::string& boot, const std::string& batch, const std::string& attempt, int step) {
-    return {"progress", boot, "10000", "r", batch, attempt, absl::StrCat(step), absl::StrCat(step, " ", step, " 10 0"), "delta", ""};
+  static Words Progress(const std::string& boot, const std::string& batch,
+                        const std::string& attempt, int step) {
+    return {"progress",
+            boot,
+            "10000",
+            "r",
+            batch,
+            attempt,
+            absl::StrCat(step),
+            absl::StrCat(step, " ", step, " 10 0"),
+            "delta",
+            ""};
   }
-  static Words Finish(const std::string& boot, const std::string& batch, const std::string& attempt, int last,
-                      const std::string& outcome) {
-    return {"finish", boot, "r", batch, attempt, absl::StrCat(last), outcome, "2 2 20 0", "stop", "result"};
+  static Words Finish(const std::string& boot, const std::string& batch, const std::string& attempt,
+                      int last, const std::string& outcome) {
+    return {"finish",           boot,    "r",        batch,  attempt,
+            absl::StrCat(last), outcome, "2 2 20 0", "stop", "result"};
   }
-  static Words HandBack(const std::string& boot, const std::string& batch, const std::string& attempt) {
+  static Words HandBack(const std::string& boot, const std::string& batch,
+                        const std::string& attempt) {
     return {"hand_back", boot, "r", batch, attempt, "2", "canvas"};
   }
   Words Reap(const std::string& epoch) const { return {"reap", epoch, "10", "3", "10", "0"}; }
@@ -142,23 +159,49 @@ std::vector<Call> Calls() {
        "GONE OK>leased NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED"},
       {"dispatch the same batch", [](Cell& c) { return c.Dispatch(c.Epoch(), "b1"); },
        "GONE OK>leased OK OK NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED"},
-      {"dispatch by a deposed leader", [](Cell& c) { return c.Dispatch(c.StaleEpoch(), "b2"); }, "STALE_EPOCH"},
-      {"dispatch after the deadline", [](Cell& c) { c.EndDeadline(); return c.Dispatch(c.Epoch(), "b2"); },
+      {"dispatch by a deposed leader", [](Cell& c) { return c.Dispatch(c.StaleEpoch(), "b2"); },
+       "STALE_EPOCH"},
+      {"dispatch after the deadline",
+       [](Cell& c) {
+         c.EndDeadline();
+         return c.Dispatch(c.Epoch(), "b2");
+       },
        "GONE EXPIRED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED"},
-      {"start", [](Cell&) { return Words{"start", "w1", "b1", "10000"}; },
+      {"start",
+       [](Cell&) {
+         return Words{"start", "w1", "b1", "10000"};
+       },
        "GONE GONE OK>running OK GONE GONE GONE GONE"},
-      {"start by another worker", [](Cell&) { return Words{"start", "w2", "b1", "10000"}; },
+      {"start by another worker",
+       [](Cell&) {
+         return Words{"start", "w2", "b1", "10000"};
+       },
        "GONE GONE OK>running STALE GONE GONE GONE GONE"},
-      {"start after the deadline", [](Cell& c) { c.EndDeadline(); return Words{"start", "w1", "b1", "10000"}; },
+      {"start after the deadline",
+       [](Cell& c) {
+         c.EndDeadline();
+         return Words{"start", "w1", "b1", "10000"};
+       },
        "GONE GONE OK>expired OK>expired GONE GONE GONE GONE"},
-      {"progress", [](Cell&) { return Cell::Progress("w1", "b1", "1", 3); }, "GONE STALE STALE OK " + terminal},
-      {"progress again", [](Cell&) { return Cell::Progress("w1", "b1", "1", 2); }, "GONE STALE STALE OK " + terminal},
-      {"progress with a gap", [](Cell&) { return Cell::Progress("w1", "b1", "1", 4); }, "GONE STALE STALE REWIND " + terminal},
-      {"progress beyond", [](Cell&) { return Cell::Progress("w1", "b1", "1", 11); }, "GONE STALE STALE BAD_STEP " + terminal},
-      {"progress of another worker", [](Cell&) { return Cell::Progress("w2", "b1", "1", 3); }, fenced_out},
-      {"progress of another batch", [](Cell&) { return Cell::Progress("w1", "b9", "1", 3); }, fenced_out},
-      {"progress of another attempt", [](Cell&) { return Cell::Progress("w1", "b1", "2", 3); }, fenced_out},
-      {"progress after the deadline", [](Cell& c) { c.EndDeadline(); return Cell::Progress("w1", "b1", "1", 3); },
+      {"progress", [](Cell&) { return Cell::Progress("w1", "b1", "1", 3); },
+       "GONE STALE STALE OK " + terminal},
+      {"progress again", [](Cell&) { return Cell::Progress("w1", "b1", "1", 2); },
+       "GONE STALE STALE OK " + terminal},
+      {"progress with a gap", [](Cell&) { return Cell::Progress("w1", "b1", "1", 4); },
+       "GONE STALE STALE REWIND " + terminal},
+      {"progress beyond", [](Cell&) { return Cell::Progress("w1", "b1", "1", 11); },
+       "GONE STALE STALE BAD_STEP " + terminal},
+      {"progress of another worker", [](Cell&) { return Cell::Progress("w2", "b1", "1", 3); },
+       fenced_out},
+      {"progress of another batch", [](Cell&) { return Cell::Progress("w1", "b9", "1", 3); },
+       fenced_out},
+      {"progress of another attempt", [](Cell&) { return Cell::Progress("w1", "b1", "2", 3); },
+       fenced_out},
+      {"progress after the deadline",
+       [](Cell& c) {
+         c.EndDeadline();
+         return Cell::Progress("w1", "b1", "1", 3);
+       },
        "GONE STALE STALE EXPIRED>expired " + terminal},
       {"finish", [](Cell&) { return Cell::Finish("w1", "b1", "1", 2, "done"); },
        "GONE STALE STALE OK>done DUPLICATE FAILED CANCELLED EXPIRED"},
@@ -168,34 +211,94 @@ std::vector<Call> Calls() {
        "GONE STALE STALE REWIND DUPLICATE FAILED CANCELLED EXPIRED"},
       {"finish too early", [](Cell&) { return Cell::Finish("w1", "b1", "1", 1, "done"); },
        "GONE STALE STALE BAD_STEP DUPLICATE FAILED CANCELLED EXPIRED"},
-      {"finish of another worker", [](Cell&) { return Cell::Finish("w2", "b1", "1", 2, "done"); }, fenced_out},
-      {"finish of another batch", [](Cell&) { return Cell::Finish("w1", "b9", "1", 2, "done"); }, fenced_out},
-      {"finish of another attempt", [](Cell&) { return Cell::Finish("w1", "b1", "2", 2, "done"); }, fenced_out},
-      {"hand back", [](Cell&) { return Cell::HandBack("w1", "b1", "1"); }, "GONE STALE STALE OK>queued " + terminal},
-      {"hand back of another worker", [](Cell&) { return Cell::HandBack("w2", "b1", "1"); }, fenced_out},
-      {"hand back of another attempt", [](Cell&) { return Cell::HandBack("w1", "b1", "2"); }, fenced_out},
-      {"cancel", [](Cell&) { return Words{"cancel", "r", "t", "client"}; },
+      {"finish of another worker", [](Cell&) { return Cell::Finish("w2", "b1", "1", 2, "done"); },
+       fenced_out},
+      {"finish of another batch", [](Cell&) { return Cell::Finish("w1", "b9", "1", 2, "done"); },
+       fenced_out},
+      {"finish of another attempt", [](Cell&) { return Cell::Finish("w1", "b1", "2", 2, "done"); },
+       fenced_out},
+      {"hand back", [](Cell&) { return Cell::HandBack("w1", "b1", "1"); },
+       "GONE STALE STALE OK>queued " + terminal},
+      {"hand back of another worker", [](Cell&) { return Cell::HandBack("w2", "b1", "1"); },
+       fenced_out},
+      {"hand back of another attempt", [](Cell&) { return Cell::HandBack("w1", "b1", "2"); },
+       fenced_out},
+      {"cancel",
+       [](Cell&) {
+         return Words{"cancel", "r", "t", "client"};
+       },
        "NOT_FOUND OK>cancelled OK>cancelled OK>cancelled ALREADY ALREADY ALREADY ALREADY"},
-      {"cancel by another tenant", [](Cell&) { return Words{"cancel", "r", "other", "client"}; }, "NOT_FOUND"},
-      {"events", [](Cell&) { return Words{"events", "r", "t", "0", "100"}; }, visible},
-      {"events by another tenant", [](Cell&) { return Words{"events", "r", "other", "0", "100"}; }, "NOT_FOUND"},
+      {"cancel by another tenant",
+       [](Cell&) {
+         return Words{"cancel", "r", "other", "client"};
+       },
+       "NOT_FOUND"},
+      {"events",
+       [](Cell&) {
+         return Words{"events", "r", "t", "0", "100"};
+       },
+       visible},
+      {"events by another tenant",
+       [](Cell&) {
+         return Words{"events", "r", "other", "0", "100"};
+       },
+       "NOT_FOUND"},
       {"attach", [](Cell&) { return Words{"attach", "r", "t", "0", "100", "gw2"}; }, visible},
-      {"attach by another tenant", [](Cell&) { return Words{"attach", "r", "other", "0", "100", "gw2"}; }, "NOT_FOUND"},
+      {"attach by another tenant",
+       [](Cell&) { return Words{"attach", "r", "other", "0", "100", "gw2"}; }, "NOT_FOUND"},
       {"reap with nothing due", [](Cell& c) { return c.Reap(c.Epoch()); }, "OK"},
-      {"reap after the lease", [](Cell& c) { c.EndLeases(); return c.Reap(c.Epoch()); },
+      {"reap after the lease",
+       [](Cell& c) {
+         c.EndLeases();
+         return c.Reap(c.Epoch());
+       },
        "OK OK OK>queued OK>queued OK OK OK OK"},
-      {"reap after the deadline", [](Cell& c) { c.EndDeadline(); return c.Reap(c.Epoch()); },
+      {"reap after the deadline",
+       [](Cell& c) {
+         c.EndDeadline();
+         return c.Reap(c.Epoch());
+       },
        "OK OK>expired OK>expired OK>expired OK OK OK OK"},
-      {"reap by a deposed leader", [](Cell& c) { c.EndLeases(); c.EndDeadline(); return c.Reap(c.StaleEpoch()); }, "STALE_EPOCH"},
+      {"reap by a deposed leader",
+       [](Cell& c) {
+         c.EndLeases();
+         c.EndDeadline();
+         return c.Reap(c.StaleEpoch());
+       },
+       "STALE_EPOCH"},
       {"beat", [](Cell&) { return Words{"beat", "w1", "10000", "10000", "state", "b1"}; }, "OK"},
-      {"leave", [](Cell&) { return Words{"leave", "w1"}; }, "OK"},
-      {"drain", [](Cell&) { return Words{"drain", "w1"}; }, "OK"},
-      {"lane", [](Cell&) { return Words{"lane", "any"}; }, "OK"},
-      {"lead by another", [](Cell&) { return Words{"lead", "s2", "1000"}; }, "FOLLOWER"},
-      {"resign by another", [](Cell&) { return Words{"resign", "s2"}; }, "NOT_LEADER"},
+      {"leave",
+       [](Cell&) {
+         return Words{"leave", "w1"};
+       },
+       "OK"},
+      {"drain",
+       [](Cell&) {
+         return Words{"drain", "w1"};
+       },
+       "OK"},
+      {"lane",
+       [](Cell&) {
+         return Words{"lane", "any"};
+       },
+       "OK"},
+      {"lead by another",
+       [](Cell&) {
+         return Words{"lead", "s2", "1000"};
+       },
+       "FOLLOWER"},
+      {"resign by another",
+       [](Cell&) {
+         return Words{"resign", "s2"};
+       },
+       "NOT_LEADER"},
       {"open", [](Cell&) { return Words{"open", "site", "run", "0", "0", "1", "0"}; }, "OK"},
       {"queues", [](Cell&) { return Words{"queues"}; }, "OK"},
-      {"waiting", [](Cell&) { return Words{"waiting", "standard", "t", "0", "10"}; }, "OK"},
+      {"waiting",
+       [](Cell&) {
+         return Words{"waiting", "standard", "t", "0", "10"};
+       },
+       "OK"},
       {"workers", [](Cell&) { return Words{"workers"}; }, "OK"},
       {"stats", [](Cell&) { return Words{"stats"}; }, "OK"},
   };
@@ -227,15 +330,18 @@ TEST_F(MatrixTest, EveryStateTimesEveryCallTwice) {
       cell.Bring(kStates[i]);
       if (HasFatalFailure()) return;
       const Words words = call.words(cell);
-      const std::vector<std::string> want = absl::StrSplit(expected[expected.size() == 1 ? 0 : i], '>');
+      const std::vector<std::string> want =
+          absl::StrSplit(expected[expected.size() == 1 ? 0 : i], '>');
       EXPECT_EQ(cell.Verdict(words), want[0]);
       const std::string after = cell.State();
       EXPECT_EQ(after, want.size() == 2 ? want[1] : kStates[i]);
       if (after != kStates[i]) {
-        EXPECT_TRUE(kStates[i] == "missing" ? after == "queued"
-                                            : MayMove(*ParseRequestState(kStates[i]), *ParseRequestState(after)));
+        EXPECT_TRUE(kStates[i] == "missing"
+                        ? after == "queued"
+                        : MayMove(*ParseRequestState(kStates[i]), *ParseRequestState(after)));
       }
-      const bool tampered = call.name.find("deadline") != std::string::npos || call.name.find("deposed") != std::string::npos;
+      const bool tampered = call.name.find("deadline") != std::string::npos ||
+                            call.name.find("deposed") != std::string::npos;
       if (!tampered) {
         const auto wrong = CheckQueueState(*redis_, cell.prefix());
         ASSERT_TRUE(wrong.ok()) << wrong.status();
@@ -257,7 +363,8 @@ TEST_F(MatrixTest, BadArgumentsChangeNothing) {
   int num_refused = 0;
   const Words good = cell.Enqueue("t", "d");
   for (size_t i = 1; i < good.size(); ++i) {
-    for (const std::string& value : {std::string("-1.5e3\n"), std::string(2000, 'x'), std::string("a b")}) {
+    for (const std::string& value :
+         {std::string("-1.5e3\n"), std::string(2000, 'x'), std::string("a b")}) {
       Words words = good;
       words[1] = "fresh";
       words[i] = value;
@@ -268,37 +375,43 @@ TEST_F(MatrixTest, BadArgumentsChangeNothing) {
       if (free_text && value.size() < 2000) continue;
       if (i == 15 || i == 16) continue;
       ++num_refused;
-      EXPECT_TRUE(absl::IsInvalidArgument(redis_->Command(views).status())) << "argument " << i << " " << value;
+      EXPECT_TRUE(absl::IsInvalidArgument(redis_->Command(views).status()))
+          << "argument " << i << " " << value;
     }
   }
-  for (const Words& words : {Words{"progress", "w1", "10000", "r", "b1", "1"}, Words{"progress", "w1", "10000"},
-                             Words{"progress", "w1", "1000", "r", "b1", "1", "0", "1 1 1 1", "", ""},
-                             Words{"progress", "w1", "1000", "r", "b1", "1", "3", "1 1 1", "", ""},
-                             Words{"finish", "w1", "r", "b1", "1", "2", "expired", "0 0 0 0", "", ""},
-                             Words{"dispatch", "1", "b", "any", "1", "1", "info"}, Words{"hand_back", "w1"},
-                             Words{"ledger_ack", "what"}, Words{"start", "w 1", "b1", "1"}, Words{"lead", "", "1"}}) {
+  for (const Words& words :
+       {Words{"progress", "w1", "10000", "r", "b1", "1"}, Words{"progress", "w1", "10000"},
+        Words{"progress", "w1", "1000", "r", "b1", "1", "0", "1 1 1 1", "", ""},
+        Words{"progress", "w1", "1000", "r", "b1", "1", "3", "1 1 1", "", ""},
+        Words{"finish", "w1", "r", "b1", "1", "2", "expired", "0 0 0 0", "", ""},
+        Words{"dispatch", "1", "b", "any", "1", "1", "info"}, Words{"hand_back", "w1"},
+        Words{"ledger_ack", "what"}, Words{"start", "w 1", "b1", "1"}, Words{"lead", "", "1"}}) {
     Words all = {"FCALL", absl::StrCat("cinnabar_v1_", words[0]), "1", cell.prefix()};
     all.insert(all.end(), words.begin() + 1, words.end());
     const std::vector<absl::string_view> views(all.begin(), all.end());
-    EXPECT_TRUE(absl::IsInvalidArgument(redis_->Command(views).status())) << absl::StrJoin(words, " ");
+    EXPECT_TRUE(absl::IsInvalidArgument(redis_->Command(views).status()))
+        << absl::StrJoin(words, " ");
     ++num_refused;
   }
-  EXPECT_TRUE(absl::IsInvalidArgument(redis_->Command({"FCALL", "cinnabar_v1_stats", "1", "other:"}).status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      redis_->Command({"FCALL", "cinnabar_v1_stats", "1", "other:"}).status()));
   EXPECT_EQ(*DumpKeys(*redis_, cell.prefix()), before);
   EXPECT_GT(num_refused, 20);
 }
 
 // Somebody else's data under our names: an error before anything is written.
 TEST_F(MatrixTest, KeysOfAnotherTypeAreAnErrorThatChangesNothing) {
-  for (const Words& words : {Cell::Progress("w1", "b1", "1", 3), Cell::Finish("w1", "b1", "1", 2, "done"),
-                             Cell::HandBack("w1", "b1", "1"), Words{"cancel", "r", "t", ""}}) {
+  for (const Words& words :
+       {Cell::Progress("w1", "b1", "1", 3), Cell::Finish("w1", "b1", "1", 2, "done"),
+        Cell::HandBack("w1", "b1", "1"), Words{"cancel", "r", "t", ""}}) {
     Cell cell(*redis_, absl::StrCat("type_", words[0]));
     cell.Raw({"SET", cell.Key("r:r"), "not a hash"});
     const std::string before = *DumpKeys(*redis_, cell.prefix());
     Words all = {"FCALL", absl::StrCat("cinnabar_v1_", words[0]), "1", cell.prefix()};
     all.insert(all.end(), words.begin() + 1, words.end());
     const std::vector<absl::string_view> views(all.begin(), all.end());
-    EXPECT_TRUE(absl::IsDataLoss(redis_->Command(views).status())) << redis_->Command(views).status();
+    EXPECT_TRUE(absl::IsDataLoss(redis_->Command(views).status()))
+        << redis_->Command(views).status();
     EXPECT_EQ(*DumpKeys(*redis_, cell.prefix()), before);
   }
 }

@@ -71,8 +71,10 @@ class QueueTest : public testing::Test {
     return result.ok() ? result->outcome : EnqueueOutcome::kMismatch;
   }
   // Dispatches and starts; the rows must all come.
-  std::vector<StartedRow> Run(const std::string& boot, const std::string& batch, const std::vector<std::string>& ids) {
-    const auto dispatched = queue_->Dispatch(epoch_, {.batch = batch, .info = "info", .requests = ids});
+  std::vector<StartedRow> Run(const std::string& boot, const std::string& batch,
+                              const std::vector<std::string>& ids) {
+    const auto dispatched =
+        queue_->Dispatch(epoch_, {.batch = batch, .info = "info", .requests = ids});
     EXPECT_TRUE(dispatched.ok()) << dispatched.status();
     const auto pack = queue_->TakePack("any", absl::Seconds(1));
     EXPECT_TRUE(pack.ok() && pack->has_value()) << pack.status();
@@ -97,7 +99,9 @@ class QueueTest : public testing::Test {
             .delta = absl::StrCat("d", step),
             .snapshot = snapshot};
   }
-  void EndLease(const std::string& batch) { ASSERT_TRUE(redis_->Command({"ZADD", "cb:{q}:lease", "XX", "1", batch}).ok()); }
+  void EndLease(const std::string& batch) {
+    ASSERT_TRUE(redis_->Command({"ZADD", "cb:{q}:lease", "XX", "1", batch}).ok());
+  }
 
   static RedisServer* server_;
   std::unique_ptr<RedisClient> redis_;
@@ -127,14 +131,16 @@ TEST_F(QueueTest, ALifeFromTheGatewayToTheLedger) {
   ASSERT_EQ(rows.size(), 1U);
   EXPECT_EQ(rows[0].payload, request.payload);
   EXPECT_EQ(rows[0].lease.attempt, 1);
-  EXPECT_THAT(Publish("w1", {Step(rows[0].lease, 1), Step(rows[0].lease, 2, "canvas2")}), ElementsAre(RowVerdict::kOk, RowVerdict::kOk));
-  const auto reply = queue_->Publish("w1", {.lease_for = kLong,
-                                            .progress = {Step(rows[0].lease, 3)},
-                                            .finished = {{.lease = rows[0].lease,
-                                                          .last_step = 3,
-                                                          .usage = {.output_tokens = 16, .forwards = 3, .device_us = 300},
-                                                          .why = "stop",
-                                                          .result = "the answer"}}});
+  EXPECT_THAT(Publish("w1", {Step(rows[0].lease, 1), Step(rows[0].lease, 2, "canvas2")}),
+              ElementsAre(RowVerdict::kOk, RowVerdict::kOk));
+  const auto reply = queue_->Publish(
+      "w1", {.lease_for = kLong,
+             .progress = {Step(rows[0].lease, 3)},
+             .finished = {{.lease = rows[0].lease,
+                           .last_step = 3,
+                           .usage = {.output_tokens = 16, .forwards = 3, .device_us = 300},
+                           .why = "stop",
+                           .result = "the answer"}}});
   ASSERT_TRUE(reply.ok()) << reply.status();
   EXPECT_EQ(reply->finished[0].verdict, RowVerdict::kOk);
 
@@ -173,7 +179,8 @@ TEST_F(QueueTest, ALifeFromTheGatewayToTheLedger) {
   EXPECT_THAT(queue_->ReadFeed(feed->position, 100, absl::Milliseconds(10))->entries, IsEmpty());
   ASSERT_TRUE(queue_->AckLedger((*ledger)[0].position).ok());
   EXPECT_THAT(*queue_->ReadLedger("0", 10), IsEmpty());
-  ASSERT_TRUE(redis_->Command({"XADD", "cb:{q}:ledger", "*", "rid", "r1", "st", "done"}).ok());  // for TearDown
+  ASSERT_TRUE(redis_->Command({"XADD", "cb:{q}:ledger", "*", "rid", "r1", "st", "done"})
+                  .ok());  // for TearDown
 }
 
 TEST_F(QueueTest, AdmissionBoundsEverythingAndReplaysPass) {
@@ -183,16 +190,22 @@ TEST_F(QueueTest, AdmissionBoundsEverythingAndReplaysPass) {
     return limits;
   };
   EXPECT_EQ(Enqueue(Request("r1")), EnqueueOutcome::kAccepted);
-  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.cost_max = 199; })), EnqueueOutcome::kOverloaded);
-  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.queue_requests_max = 1; })), EnqueueOutcome::kQueueFull);
-  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.tenant_requests_max = 1; })), EnqueueOutcome::kTenantRequests);
-  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.tenant_cost_max = 199; })), EnqueueOutcome::kTenantCost);
-  const AdmissionLimits all = {.cost_max = 1, .queue_requests_max = 1, .tenant_requests_max = 1, .tenant_cost_max = 1};
+  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.cost_max = 199; })),
+            EnqueueOutcome::kOverloaded);
+  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.queue_requests_max = 1; })),
+            EnqueueOutcome::kQueueFull);
+  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.tenant_requests_max = 1; })),
+            EnqueueOutcome::kTenantRequests);
+  EXPECT_EQ(Enqueue(Request("r2"), with([](auto& l) { l.tenant_cost_max = 199; })),
+            EnqueueOutcome::kTenantCost);
+  const AdmissionLimits all = {
+      .cost_max = 1, .queue_requests_max = 1, .tenant_requests_max = 1, .tenant_cost_max = 1};
   EXPECT_EQ(Enqueue(Request("r1"), all), EnqueueOutcome::kDuplicate);
   EnqueueRequest replay = Request("r2");
   replay.replay = true;
   EXPECT_EQ(Enqueue(replay, all), EnqueueOutcome::kAccepted);
-  EXPECT_EQ(Enqueue(Request("r3", "other"), with([](auto& l) { l.queue_requests_max = 1; })), EnqueueOutcome::kAccepted);
+  EXPECT_EQ(Enqueue(Request("r3", "other"), with([](auto& l) { l.queue_requests_max = 1; })),
+            EnqueueOutcome::kAccepted);
 }
 
 TEST_F(QueueTest, RatesGiveAnHonestRetryAfter) {
@@ -255,7 +268,8 @@ TEST_F(QueueTest, AKilledWorkersRowsResumeWhereTheyWere) {
   Enqueue(Request("r2"));
   auto rows = Run("w1", "b1", {"r1", "r2"});
   ASSERT_EQ(rows.size(), 2U);
-  Publish("w1", {Step(rows[0].lease, 1), Step(rows[0].lease, 2, "canvas2"), Step(rows[0].lease, 3), Step(rows[0].lease, 4)});
+  Publish("w1", {Step(rows[0].lease, 1), Step(rows[0].lease, 2, "canvas2"), Step(rows[0].lease, 3),
+                 Step(rows[0].lease, 4)});
   EndLease("b1");
   const auto reaped = queue_->Reap(epoch_, {.backoff = absl::ZeroDuration()});
   ASSERT_TRUE(reaped.ok()) << reaped.status();
@@ -294,7 +308,8 @@ TEST_F(QueueTest, PoisonEndsInTheDeadLettersAndBacksOff) {
     ASSERT_TRUE(reaped.ok());
     EXPECT_EQ(reaped->dead, attempt == 3 ? 1 : 0);
     if (attempt == 3) break;
-    EXPECT_EQ(queue_->Dispatch(epoch_, {.batch = batch + "x", .requests = {"r1"}})->rows[0].verdict, DispatchVerdict::kBackoff);
+    EXPECT_EQ(queue_->Dispatch(epoch_, {.batch = batch + "x", .requests = {"r1"}})->rows[0].verdict,
+              DispatchVerdict::kBackoff);
     absl::SleepFor(absl::Milliseconds(attempt == 1 ? 45 : 165));
   }
   const auto letters = queue_->DeadLetters(10);
@@ -327,7 +342,8 @@ TEST_F(QueueTest, ADrainHandsBackWithItsCanvas) {
   ASSERT_TRUE(beat.ok());
   EXPECT_TRUE(beat->drain);
   EXPECT_THAT(beat->lost_batches, ElementsAre("b9"));
-  const std::vector<HandBackRow> back = {{.lease = rows[0].lease, .snapshot_step = 2, .snapshot = "canvas2"}};
+  const std::vector<HandBackRow> back = {
+      {.lease = rows[0].lease, .snapshot_step = 2, .snapshot = "canvas2"}};
   EXPECT_EQ((*queue_->HandBack("w1", back))[0].verdict, RowVerdict::kOk);
   EXPECT_EQ((*queue_->HandBack("w1", back))[0].verdict, RowVerdict::kStale);
   ASSERT_TRUE(queue_->Leave("w1").ok());
@@ -340,7 +356,12 @@ TEST_F(QueueTest, ADrainHandsBackWithItsCanvas) {
 TEST_F(QueueTest, ThePacksThatNobodyStartsComeBackAndTheStreamIsShallow) {
   for (int i = 1; i <= 4; ++i) Enqueue(Request(absl::StrCat("r", i)));
   const auto order = [&](const std::string& id) {
-    return queue_->Dispatch(epoch_, {.batch = "b" + id, .ready_packs_max = 2, .start_within = absl::Milliseconds(20), .requests = {id}})->outcome;
+    return queue_
+        ->Dispatch(epoch_, {.batch = "b" + id,
+                            .ready_packs_max = 2,
+                            .start_within = absl::Milliseconds(20),
+                            .requests = {id}})
+        ->outcome;
   };
   EXPECT_EQ(order("r1"), DispatchResult::Outcome::kOk);
   EXPECT_EQ(order("r2"), DispatchResult::Outcome::kOk);
@@ -372,7 +393,8 @@ TEST_F(QueueTest, OneLeaderAndANewEpochForEach) {
   const auto leader = other.Lead("s2", absl::Milliseconds(20));
   EXPECT_TRUE(leader->leading);
   EXPECT_GT(leader->epoch, epoch_);
-  EXPECT_EQ(queue_->Dispatch(epoch_, {.batch = "b", .requests = {"r"}})->outcome, DispatchResult::Outcome::kStaleEpoch);
+  EXPECT_EQ(queue_->Dispatch(epoch_, {.batch = "b", .requests = {"r"}})->outcome,
+            DispatchResult::Outcome::kStaleEpoch);
   EXPECT_TRUE(queue_->Reap(epoch_, {})->stale_epoch);
   absl::SleepFor(absl::Milliseconds(30));
   EXPECT_GT(queue_->Lead("s1", kLong)->epoch, leader->epoch);
@@ -380,14 +402,16 @@ TEST_F(QueueTest, OneLeaderAndANewEpochForEach) {
 
 TEST_F(QueueTest, AttachedGatewaysAreToldAndTheirNumberIsBounded) {
   Enqueue(Request("r1"));
-  for (int i = 2; i <= 9; ++i) ASSERT_TRUE(queue_->Attach("r1", "t", 0, 0, absl::StrCat("g", i)).ok());
+  for (int i = 2; i <= 9; ++i)
+    ASSERT_TRUE(queue_->Attach("r1", "t", 0, 0, absl::StrCat("g", i)).ok());
   EXPECT_EQ(redis_->Command({"HGET", "cb:{q}:r:r1", "gw"})->text, "g6,g7,g8,g9");
   RedisClient listener(server_->client_options());
   ASSERT_TRUE(listener.Subscribe({queue_->EventChannel("g9")}).ok());
   ASSERT_TRUE(queue_->Cancel("r1", "t", "client").ok());
   const auto message = listener.ReadMessage(absl::Seconds(1));
   ASSERT_TRUE(message.ok() && message->has_value());
-  EXPECT_EQ(Queue::ParseEventMessage((*message)->payload)->front().final_state, RequestState::kCancelled);
+  EXPECT_EQ(Queue::ParseEventMessage((*message)->payload)->front().final_state,
+            RequestState::kCancelled);
 }
 
 TEST_F(QueueTest, AFullRedisRefusesNewWorkAndFinishesTheOld) {
@@ -396,7 +420,8 @@ TEST_F(QueueTest, AFullRedisRefusesNewWorkAndFinishesTheOld) {
   ASSERT_TRUE(redis_->Command({"CONFIG", "SET", "maxmemory", "1"}).ok());
   EXPECT_TRUE(absl::IsResourceExhausted(queue_->Enqueue(Request("r2"), {}).status()));
   EXPECT_THAT(Publish("w1", {Step(rows[0].lease, 1)}), ElementsAre(RowVerdict::kOk));
-  const auto reply = queue_->Publish("w1", {.finished = {{.lease = rows[0].lease, .last_step = 1}}});
+  const auto reply =
+      queue_->Publish("w1", {.finished = {{.lease = rows[0].lease, .last_step = 1}}});
   EXPECT_EQ(reply->finished[0].verdict, RowVerdict::kOk);
   ASSERT_TRUE(redis_->Command({"CONFIG", "SET", "maxmemory", "0"}).ok());
   EXPECT_EQ(Enqueue(Request("r2")), EnqueueOutcome::kAccepted);
@@ -407,11 +432,14 @@ TEST_F(QueueTest, AFlushedLibraryIsLoadedAgainOlderReplacedNewerKeptATwinRefused
   const auto load = [&](const std::string& revision) {
     const std::string text = absl::StrReplaceAll(
         kQueueLibraryText, {{kQueueLibraryVersion.digest, "another"},
-                            {absl::StrCat("local REVISION = ", kQueueLibraryVersion.revision), "local REVISION = " + revision}});
+                            {absl::StrCat("local REVISION = ", kQueueLibraryVersion.revision),
+                             "local REVISION = " + revision}});
     ASSERT_TRUE(admin.Command({"FUNCTION", "LOAD", "REPLACE", text}).ok());
     redis_->Close();
   };
-  const auto on_server = [&] { return admin.Command({"FCALL", "cinnabar_v1_version", "0"})->elements[1].text; };
+  const auto on_server = [&] {
+    return admin.Command({"FCALL", "cinnabar_v1_version", "0"})->elements[1].text;
+  };
   ASSERT_TRUE(admin.Command({"FUNCTION", "FLUSH"}).ok());
   EXPECT_EQ(Enqueue(Request("r1")), EnqueueOutcome::kAccepted);
   load(absl::StrCat(kQueueLibraryVersion.revision));
@@ -455,10 +483,12 @@ TEST_F(QueueTest, LostRepliesChangeNothing) {
     return result;
   };
   EXPECT_EQ(losing([&] { return queue.Lead("s1", kLong); })->epoch, epoch_);
-  const auto enqueued = losing([&] { return queue.Enqueue(Request("r1"), {.tenant_requests_max = 1}); });
+  const auto enqueued =
+      losing([&] { return queue.Enqueue(Request("r1"), {.tenant_requests_max = 1}); });
   ASSERT_TRUE(enqueued.ok()) << enqueued.status();
   EXPECT_EQ(enqueued->outcome, EnqueueOutcome::kDuplicate);
-  const auto dispatched = losing([&] { return queue.Dispatch(epoch_, {.batch = "b1", .requests = {"r1"}}); });
+  const auto dispatched =
+      losing([&] { return queue.Dispatch(epoch_, {.batch = "b1", .requests = {"r1"}}); });
   ASSERT_TRUE(dispatched.ok()) << dispatched.status();
   EXPECT_EQ(dispatched->rows[0].verdict, DispatchVerdict::kOk);
   EXPECT_EQ(dispatched->rows[0].attempt, 1);
@@ -467,7 +497,9 @@ TEST_F(QueueTest, LostRepliesChangeNothing) {
   ASSERT_EQ(started->rows.size(), 1U);
   const RowLease lease = started->rows[0].lease;
   const auto published = losing([&] {
-    return queue.Publish("w1", {.lease_for = kLong, .progress = {Step(lease, 1)}, .finished = {{.lease = lease, .last_step = 1}}});
+    return queue.Publish("w1", {.lease_for = kLong,
+                                .progress = {Step(lease, 1)},
+                                .finished = {{.lease = lease, .last_step = 1}}});
   });
   ASSERT_TRUE(published.ok()) << published.status();
   EXPECT_EQ(published->finished[0].verdict, RowVerdict::kOk);

@@ -77,25 +77,32 @@ TEST_F(RewindTest, ARestartThatLostNothingIsNoRewind) {
 TEST_F(RewindTest, LostStepsAreSentAgainAndTheStreamHasNoGap) {
   ASSERT_TRUE(queue_->Enqueue(Request("r1"), {}).ok());
   const RowLease lease = Start("r1", "b1");
-  ASSERT_TRUE(queue_->Publish("w1", {.lease_for = kLong, .progress = {Step(lease, 1), Step(lease, 2)}}).ok());
+  ASSERT_TRUE(
+      queue_->Publish("w1", {.lease_for = kLong, .progress = {Step(lease, 1), Step(lease, 2)}})
+          .ok());
   Keep();
-  ASSERT_TRUE(queue_->Publish("w1", {.lease_for = kLong, .progress = {Step(lease, 3), Step(lease, 4)}}).ok());
+  ASSERT_TRUE(
+      queue_->Publish("w1", {.lease_for = kLong, .progress = {Step(lease, 3), Step(lease, 4)}})
+          .ok());
   Restore();
-  const auto next = queue_->Publish("w1", {.lease_for = kLong, .progress = {Step(lease, 5)}, .finished = {{.lease = lease, .last_step = 5}}});
+  const auto next = queue_->Publish("w1", {.lease_for = kLong,
+                                           .progress = {Step(lease, 5)},
+                                           .finished = {{.lease = lease, .last_step = 5}}});
   ASSERT_TRUE(next.ok()) << next.status();
   EXPECT_EQ(next->progress[0].verdict, RowVerdict::kRewind);
   EXPECT_EQ(next->progress[0].step, 2);
   EXPECT_EQ(next->finished[0].verdict, RowVerdict::kRewind);
   EXPECT_EQ(queue_->mark().rewinds, 1);
-  const auto replay = queue_->Publish("w1", {.lease_for = kLong,
-                                             .progress = {Step(lease, 3), Step(lease, 4), Step(lease, 5)},
-                                             .finished = {{.lease = lease, .last_step = 5}}});
+  const auto replay =
+      queue_->Publish("w1", {.lease_for = kLong,
+                             .progress = {Step(lease, 3), Step(lease, 4), Step(lease, 5)},
+                             .finished = {{.lease = lease, .last_step = 5}}});
   ASSERT_TRUE(replay.ok());
   EXPECT_EQ(replay->finished[0].verdict, RowVerdict::kOk);
   const auto view = queue_->Events("r1", "t", 0, 100);
   ASSERT_EQ(view->events.size(), 6U);
   for (int32_t i = 0; i < 5; ++i) EXPECT_EQ(view->events[i].data, absl::StrCat("d", i + 1));
-  EXPECT_THAT(*CheckQueueState(*redis_, "cb:{q}:") , IsEmpty());
+  EXPECT_THAT(*CheckQueueState(*redis_, "cb:{q}:"), IsEmpty());
 }
 
 TEST_F(RewindTest, ALostAdmissionIsReplayedByItsGateway) {
@@ -106,8 +113,10 @@ TEST_F(RewindTest, ALostAdmissionIsReplayedByItsGateway) {
   Restore();
   EXPECT_TRUE(absl::IsNotFound(queue_->Events("r1", "t", 0, 10).status()));
   EXPECT_EQ(queue_->mark().rewinds, 1);
-  EXPECT_EQ(queue_->Publish("w1", {.progress = {Step(lease, 1)}})->progress[0].verdict, RowVerdict::kGone);
-  ASSERT_EQ(queue_->Enqueue(Request("other"), {})->outcome, EnqueueOutcome::kAccepted);  // the tenant is at its limit
+  EXPECT_EQ(queue_->Publish("w1", {.progress = {Step(lease, 1)}})->progress[0].verdict,
+            RowVerdict::kGone);
+  ASSERT_EQ(queue_->Enqueue(Request("other"), {})->outcome,
+            EnqueueOutcome::kAccepted);  // the tenant is at its limit
   EnqueueRequest replay = Request("r1");
   replay.replay = true;
   EXPECT_EQ(queue_->Enqueue(replay, limits)->outcome, EnqueueOutcome::kAccepted);
@@ -116,13 +125,16 @@ TEST_F(RewindTest, ALostAdmissionIsReplayedByItsGateway) {
   const int64_t epoch = queue_->Lead("s1", kLong)->epoch;
   ASSERT_EQ(queue_->Dispatch(epoch, {.batch = "b2", .requests = {"r1"}})->rows[0].attempt, 1);
   ASSERT_EQ(queue_->Start("w1", "b2", kLong)->rows.size(), 1U);
-  EXPECT_EQ(queue_->Publish("w1", {.progress = {Step(lease, 1)}})->progress[0].verdict, RowVerdict::kStale);
+  EXPECT_EQ(queue_->Publish("w1", {.progress = {Step(lease, 1)}})->progress[0].verdict,
+            RowVerdict::kStale);
 }
 
 TEST_F(RewindTest, ALostEndIsRepeated) {
   ASSERT_TRUE(queue_->Enqueue(Request("r1"), {}).ok());
   const RowLease lease = Start("r1", "b1");
-  const StepReport report = {.lease_for = kLong, .progress = {Step(lease, 1)}, .finished = {{.lease = lease, .last_step = 1}}};
+  const StepReport report = {.lease_for = kLong,
+                             .progress = {Step(lease, 1)},
+                             .finished = {{.lease = lease, .last_step = 1}}};
   Keep();
   ASSERT_EQ(queue_->Publish("w1", report)->finished[0].verdict, RowVerdict::kOk);
   Restore();
@@ -152,7 +164,8 @@ TEST_F(RewindTest, ATornTailIsCutAtAWholeCall) {
   }
   server_->Kill();
   for (const auto& file : fs::directory_iterator(Aof())) {
-    if (absl::StrContains(file.path().string(), ".incr.aof")) fs::resize_file(file.path(), fs::file_size(file.path()) - 40);
+    if (absl::StrContains(file.path().string(), ".incr.aof"))
+      fs::resize_file(file.path(), fs::file_size(file.path()) - 40);
   }
   ASSERT_TRUE(server_->Restart().ok());
   const auto reply = queue_->Publish("w1", {.lease_for = kLong, .progress = {Step(lease, 5)}});

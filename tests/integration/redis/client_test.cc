@@ -92,7 +92,9 @@ TEST_F(ClientTest, AClosedPeerRaisesNoSigpipe) {
   RedisClient client(options);
   ASSERT_TRUE(client.Command({"PING"}).ok());
   (*doomed)->Kill();
-  for (int i = 0; i < 3; ++i) EXPECT_TRUE(absl::IsUnavailable(client.Command({"SET", "k", std::string(1 << 20, 'x')}).status()));
+  for (int i = 0; i < 3; ++i)
+    EXPECT_TRUE(
+        absl::IsUnavailable(client.Command({"SET", "k", std::string(1 << 20, 'x')}).status()));
 }
 
 TEST_F(ClientTest, ACutPipelineTellsHowFarItCame) {
@@ -123,7 +125,8 @@ TEST_F(ClientTest, PipelinesLargerThanEveryBufferDoNotDeadlock) {
   RedisClient client(server_->client_options());
   const std::string value(1 << 20, 'v');
   ASSERT_TRUE(client.Command({"SET", "big", value}).ok());
-  for (int i = 0; i < 24; ++i) ASSERT_TRUE(client.Append({i % 2 == 0 ? "ECHO" : "GET", i % 2 == 0 ? value : "big"}).ok());
+  for (int i = 0; i < 24; ++i)
+    ASSERT_TRUE(client.Append({i % 2 == 0 ? "ECHO" : "GET", i % 2 == 0 ? value : "big"}).ok());
   for (const auto& result : client.Flush()) EXPECT_EQ(Text(result), value);
 }
 
@@ -165,7 +168,9 @@ TEST_F(ClientTest, RetriesBackOffAndStop) {
   RedisClient client(options, &environment);
   const absl::Status status = client.Retry({"PING"}).status();
   EXPECT_TRUE(absl::IsUnavailable(status)) << status;
-  EXPECT_THAT(environment.slept, testing::ElementsAre(absl::Milliseconds(50), absl::Milliseconds(100), absl::Milliseconds(200)));
+  EXPECT_THAT(environment.slept,
+              testing::ElementsAre(absl::Milliseconds(50), absl::Milliseconds(100),
+                                   absl::Milliseconds(200)));
   EXPECT_EQ(client.counters().retries, 3);
 }
 
@@ -215,12 +220,14 @@ TEST_F(ClientTest, ADemotedServerIsLeft) {
 }
 
 TEST_F(ClientTest, AFullServerRefusesAndAWrongPasswordSaysSo) {
-  auto server = RedisServer::Start({.config = {"maxmemory 2mb", "user limited on >pw ~* +ping +client +role +info +set"}});
+  auto server = RedisServer::Start(
+      {.config = {"maxmemory 2mb", "user limited on >pw ~* +ping +client +role +info +set"}});
   ASSERT_TRUE(server.ok()) << server.status();
   RedisOptions options = (*server)->client_options();
   RedisClient client(options);
   absl::Status status;
-  for (int i = 0; i < 100 && status.ok(); ++i) status = client.Command({"SET", absl::StrCat(i), std::string(100000, 'x')}).status();
+  for (int i = 0; i < 100 && status.ok(); ++i)
+    status = client.Command({"SET", absl::StrCat(i), std::string(100000, 'x')}).status();
   EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
   options.username = "limited";
   options.password = "pw";
@@ -238,7 +245,8 @@ TEST_F(ClientTest, SubscriptionsDeliverIdleAndNoticeALoss) {
   RedisClient writer(server_->client_options());
   ASSERT_TRUE(reader.Subscribe({"a", "b"}).ok());
   EXPECT_FALSE(reader.ReadMessage(absl::Milliseconds(20))->has_value());
-  for (int i = 0; i < 100; ++i) ASSERT_TRUE(writer.Command({"PUBLISH", i % 2 == 0 ? "a" : "b", absl::StrCat(i)}).ok());
+  for (int i = 0; i < 100; ++i)
+    ASSERT_TRUE(writer.Command({"PUBLISH", i % 2 == 0 ? "a" : "b", absl::StrCat(i)}).ok());
   for (int i = 0; i < 100; ++i) {
     const auto message = reader.ReadMessage(absl::Seconds(2));
     ASSERT_TRUE(message.ok() && message->has_value());
@@ -279,17 +287,23 @@ TEST_F(ClientTest, ThePoolLendsItsClientsOnce) {
 TEST_F(ClientTest, SentinelsNameThePrimaryBeforeAndAfterAFailover) {
   auto primary = RedisServer::Start();
   ASSERT_TRUE(primary.ok());
-  auto replica = RedisServer::Start({.config = {absl::StrCat("replicaof 127.0.0.1 ", (*primary)->port()), "repl-diskless-sync-delay 0"}});
+  auto replica =
+      RedisServer::Start({.config = {absl::StrCat("replicaof 127.0.0.1 ", (*primary)->port()),
+                                     "repl-diskless-sync-delay 0"}});
   ASSERT_TRUE(replica.ok());
-  auto sentinel = RedisServer::Start({.sentinel = true,
-                                      .config = {absl::StrCat("sentinel monitor pool 127.0.0.1 ", (*primary)->port(), " 1"),
-                                                 "sentinel down-after-milliseconds pool 500",
-                                                 "sentinel failover-timeout pool 2000"}});
+  auto sentinel = RedisServer::Start(
+      {.sentinel = true,
+       .config = {absl::StrCat("sentinel monitor pool 127.0.0.1 ", (*primary)->port(), " 1"),
+                  "sentinel down-after-milliseconds pool 500",
+                  "sentinel failover-timeout pool 2000"}});
   ASSERT_TRUE(sentinel.ok()) << sentinel.status();
   RedisOptions options;
-  options.sentinels = {{.host = "127.0.0.1", .port = FreePort()}, {.host = "127.0.0.1", .port = (*sentinel)->port()}};
+  options.sentinels = {{.host = "127.0.0.1", .port = FreePort()},
+                       {.host = "127.0.0.1", .port = (*sentinel)->port()}};
   options.master_name = "pool";
-  options.retry = {.attempts_max = 150, .backoff_min = absl::Milliseconds(100), .backoff_max = absl::Milliseconds(100)};
+  options.retry = {.attempts_max = 150,
+                   .backoff_min = absl::Milliseconds(100),
+                   .backoff_max = absl::Milliseconds(100)};
   RedisClient client(options);
   ASSERT_TRUE(client.Retry({"SET", "k", "v"}).ok());
   EXPECT_EQ(client.server().address.port, (*primary)->port());
@@ -304,7 +318,8 @@ TEST_F(ClientTest, SentinelsNameThePrimaryBeforeAndAfterAFailover) {
     std::vector<RedisReply> replies;
     ASSERT_TRUE((*raw)->Exchange(question, 1, absl::Seconds(1), 1 << 20, replies).ok());
     const auto info = to_replica.Command({"INFO", "replication"});
-    known = replies[0].elements.size() == 1 && info.ok() && absl::StrContains(info->text, "state=online");
+    known = replies[0].elements.size() == 1 && info.ok() &&
+            absl::StrContains(info->text, "state=online");
     if (!known) absl::SleepFor(absl::Milliseconds(50));
   }
   ASSERT_TRUE(known);
@@ -315,7 +330,8 @@ TEST_F(ClientTest, SentinelsNameThePrimaryBeforeAndAfterAFailover) {
   options.master_name = "other";
   options.retry.attempts_max = 1;
   RedisClient lost(options);
-  EXPECT_THAT(std::string(lost.Command({"PING"}).status().message()), HasSubstr("knows no primary 'other'"));
+  EXPECT_THAT(std::string(lost.Command({"PING"}).status().message()),
+              HasSubstr("knows no primary 'other'"));
 }
 
 }  // namespace

@@ -1,5 +1,3 @@
-#include "common/queue/types.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -8,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/queue/library.h"
 #include "common/queue/queue.h"
+#include "common/queue/types.h"
 #include "tests/support/history.h"
 
 namespace cinnabar {
@@ -23,7 +22,8 @@ TEST(LifeCycleTest, OnlyTheseMoves) {
     for (const RequestState to : kRequestStates) {
       num_moves += MayMove(from, to) ? 1 : 0;
       EXPECT_FALSE(IsTerminal(from) && MayMove(from, to));
-      EXPECT_TRUE(to != RequestState::kDone || MayMove(from, to) == (from == RequestState::kRunning));
+      EXPECT_TRUE(to != RequestState::kDone ||
+                  MayMove(from, to) == (from == RequestState::kRunning));
     }
     EXPECT_EQ(*ParseRequestState(RequestStateName(from)), from);
   }
@@ -47,7 +47,8 @@ TEST(EventMessageTest, DataIsAnyBytes) {
   EXPECT_EQ((*events)[0].data, "a b\nc");
   EXPECT_EQ((*events)[1].request, "r-2");
   EXPECT_EQ((*events)[1].final_state, RequestState::kDone);
-  for (const char* wrong : {"r-1 13 what 1 x", "r-1", "r-1 1 p 9 short", "r-1 x p 1 y", "r-1 1 p -1 y", "r-1 1 p 1 yz"}) {
+  for (const char* wrong : {"r-1 13 what 1 x", "r-1", "r-1 1 p 9 short", "r-1 x p 1 y",
+                            "r-1 1 p -1 y", "r-1 1 p 1 yz"}) {
     EXPECT_FALSE(Queue::ParseEventMessage(wrong).ok()) << wrong;
   }
 }
@@ -68,8 +69,16 @@ std::vector<HistoryEvent> GoodHistory() {
           {.kind = Kind::kProgress, .request = "r", .observer = "a", .step = 1, .data = "x"},
           {.kind = Kind::kProgress, .request = "r", .observer = "a", .step = 2, .data = "y"},
           {.kind = Kind::kProgress, .request = "r", .observer = "b", .step = 2, .data = "y"},
-          {.kind = Kind::kFinal, .request = "r", .observer = "a", .step = 3, .state = RequestState::kDone},
-          {.kind = Kind::kFinal, .request = "r", .observer = "b", .step = 3, .state = RequestState::kDone},
+          {.kind = Kind::kFinal,
+           .request = "r",
+           .observer = "a",
+           .step = 3,
+           .state = RequestState::kDone},
+          {.kind = Kind::kFinal,
+           .request = "r",
+           .observer = "b",
+           .step = 3,
+           .state = RequestState::kDone},
           {.kind = Kind::kLedger, .request = "r", .state = RequestState::kDone}};
 }
 
@@ -84,10 +93,13 @@ TEST(HistoryCheckerTest, AcceptsAGoodOneAndNamesEachBreach) {
   };
   EXPECT_THAT(broken([](auto& e) { e.push_back(e.back()); }), HasSubstr("2 ledger entries"));
   EXPECT_THAT(broken([](auto& e) { e.pop_back(); }), HasSubstr("no ledger entry"));
-  EXPECT_THAT(broken([](auto& e) { e.erase(e.begin() + 1, e.end()); }), HasSubstr("accepted and lost"));
+  EXPECT_THAT(broken([](auto& e) { e.erase(e.begin() + 1, e.end()); }),
+              HasSubstr("accepted and lost"));
   EXPECT_THAT(broken([](auto& e) { e.erase(e.begin() + 2); }), HasSubstr("follows step 1"));
-  EXPECT_THAT(broken([](auto& e) { e[3].data = "z"; }), HasSubstr("another content"));
-  EXPECT_THAT(broken([](auto& e) { e[5].state = RequestState::kFailed; }), HasSubstr("two terminal states"));
+  EXPECT_THAT(broken([](auto& e) { e[3].data = std::string(1, 'z'); }),
+              HasSubstr("another content"));
+  EXPECT_THAT(broken([](auto& e) { e[5].state = RequestState::kFailed; }),
+              HasSubstr("two terminal states"));
   EXPECT_THAT(broken([](auto& e) { std::swap(e[2], e[4]); }), HasSubstr("after the final one"));
   EXPECT_THAT(broken([](auto& e) { e[0].kind = Kind::kRefused; }), HasSubstr("yet it ran"));
 }

@@ -1,5 +1,3 @@
-#include "common/redis/reply.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -7,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/redis/client.h"
+#include "common/redis/reply.h"
 
 namespace cinnabar {
 namespace {
@@ -30,7 +29,8 @@ std::vector<RedisReply> Decode(absl::string_view bytes, size_t chunk) {
 
 TEST(ReplyDecoderTest, EveryTypeWhateverTheChunks) {
   using std::string_literals::operator""s;
-  const std::string bytes = "+OK\r\n-ERR no\r\n:-42\r\n$5\r\na\0\r\nb\r\n$-1\r\n*-1\r\n*0\r\n*2\r\n*1\r\n:1\r\n$0\r\n\r\n"s;
+  const std::string bytes =
+      "+OK\r\n-ERR no\r\n:-42\r\n$5\r\na\0\r\nb\r\n$-1\r\n*-1\r\n*0\r\n*2\r\n*1\r\n:1\r\n$0\r\n\r\n"s;
   for (size_t chunk = 1; chunk <= bytes.size(); ++chunk) {
     SCOPED_TRACE(absl::StrCat("chunk=", chunk));
     const std::vector<RedisReply> replies = Decode(bytes, chunk);
@@ -59,7 +59,8 @@ absl::Status DecodeError(absl::string_view bytes, ReplyLimits limits = {}) {
 }
 
 TEST(ReplyDecoderTest, Resp3IsAnError) {
-  for (const char* bytes : {"%1\r\n+a\r\n+b\r\n", "~1\r\n+a\r\n", ">1\r\n+a\r\n", "_\r\n", "#t\r\n", "garbage\r\n"}) {
+  for (const char* bytes :
+       {"%1\r\n+a\r\n+b\r\n", "~1\r\n+a\r\n", ">1\r\n+a\r\n", "_\r\n", "#t\r\n", "garbage\r\n"}) {
     EXPECT_TRUE(absl::IsDataLoss(DecodeError(bytes))) << bytes;
   }
 }
@@ -68,9 +69,12 @@ TEST(ReplyDecoderTest, SizesAreBoundedBeforeTheyAreBelieved) {
   EXPECT_TRUE(absl::IsDataLoss(DecodeError("*2000000000\r\n")));
   EXPECT_TRUE(absl::IsDataLoss(DecodeError("*4294967297\r\n")));
   EXPECT_TRUE(absl::IsDataLoss(DecodeError("*-5\r\n")));
-  EXPECT_TRUE(absl::IsDataLoss(DecodeError("*2\r\n*3\r\n:1\r\n:1\r\n:1\r\n*3\r\n", {.elements_max = 6})));
-  EXPECT_TRUE(absl::IsDataLoss(DecodeError("$2000\r\n" + std::string(1500, 'x'), {.reply_bytes_max = 1000})));
-  EXPECT_TRUE(absl::IsDataLoss(DecodeError("*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n:1\r\n")));
+  EXPECT_TRUE(
+      absl::IsDataLoss(DecodeError("*2\r\n*3\r\n:1\r\n:1\r\n:1\r\n*3\r\n", {.elements_max = 6})));
+  EXPECT_TRUE(absl::IsDataLoss(
+      DecodeError("$2000\r\n" + std::string(1500, 'x'), {.reply_bytes_max = 1000})));
+  EXPECT_TRUE(absl::IsDataLoss(
+      DecodeError("*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n*1\r\n:1\r\n")));
 }
 
 TEST(ReplyDecoderTest, AnyBytesEndInAReplyOrAnError) {
@@ -86,8 +90,10 @@ TEST(ReplyDecoderTest, AnyBytesEndInAReplyOrAnError) {
 TEST(RedisErrorTest, TheCodeSaysWhatToDo) {
   const auto code = [](absl::string_view text) { return StatusFromRedisError(text).code(); };
   using absl::StatusCode;
-  for (const char* text : {"LOADING Redis is loading", "READONLY You can't write", "MISCONF Errors writing to the AOF",
-                           "MASTERDOWN Link with MASTER is down", "UNBLOCKED force", "NOREPLICAS Not enough", "BUSY script"}) {
+  for (const char* text :
+       {"LOADING Redis is loading", "READONLY You can't write", "MISCONF Errors writing to the AOF",
+        "MASTERDOWN Link with MASTER is down", "UNBLOCKED force", "NOREPLICAS Not enough",
+        "BUSY script"}) {
     EXPECT_EQ(code(text), StatusCode::kUnavailable) << text;
   }
   EXPECT_EQ(code("OOM command not allowed"), StatusCode::kResourceExhausted);
@@ -102,7 +108,8 @@ TEST(RedisErrorTest, TheCodeSaysWhatToDo) {
 }
 
 TEST(RedisBackoffTest, DoublesToItsCapLessAShare) {
-  const RedisRetryPolicy policy = {.backoff_min = absl::Milliseconds(50), .backoff_max = absl::Seconds(2), .jitter = 0.5};
+  const RedisRetryPolicy policy = {
+      .backoff_min = absl::Milliseconds(50), .backoff_max = absl::Seconds(2), .jitter = 0.5};
   EXPECT_EQ(RedisBackoff(policy, 2, 0.0), absl::Milliseconds(50));
   EXPECT_EQ(RedisBackoff(policy, 4, 0.0), absl::Milliseconds(200));
   EXPECT_EQ(RedisBackoff(policy, 4, 0.5), absl::Milliseconds(150));
@@ -113,7 +120,8 @@ TEST(RedisOptionsTest, NamesTheWrongField) {
   EXPECT_TRUE(ValidateRedisOptions({}).ok());
   RedisOptions options;
   options.sentinels = {{.host = "s", .port = 1}};
-  EXPECT_THAT(std::string(ValidateRedisOptions(options).message()), testing::HasSubstr("master_name"));
+  EXPECT_THAT(std::string(ValidateRedisOptions(options).message()),
+              testing::HasSubstr("master_name"));
   options = {};
   options.username = "gateway";
   EXPECT_THAT(std::string(ValidateRedisOptions(options).message()), testing::HasSubstr("password"));
