@@ -15,7 +15,7 @@
 #include "common/tokenizer/template_parser.h"
 #include "common/tokenizer/template_value.h"
 #include "common/tokenizer/utf8.h"
-#include "utf8proc.h"
+#include <utf8proc.h>
 
 namespace cinnabar {
 namespace {
