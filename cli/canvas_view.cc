@@ -18,7 +18,7 @@ constexpr char kGiven[] = "\033[2;34m";      // dim blue
 constexpr char kUndecided[] = "\033[2;37m";  // dim
 constexpr char kFresh[] = "\033[1;92m";      // bright green: committed in this step
 constexpr char kPlain[] = "";
-constexpr char kBlock[] = "\u2591";          // light shade
+constexpr char kBlock[] = "\u2591";  // light shade
 
 // Lines of the frame under construction: wraps by columns and restores the colour on each new line.
 class Lines {
@@ -36,7 +36,8 @@ class Lines {
       } else if (character == "\t") {
         for (int32_t space = 4 - column_ % 4; space > 0; --space) Put(" ");
       } else {
-        const bool control = static_cast<unsigned char>(character[0]) < 0x20 || character[0] == 0x7F;
+        const bool control =
+            static_cast<unsigned char>(character[0]) < 0x20 || character[0] == 0x7F;
         Put(control ? "\uFFFD" : character);
       }
     }
@@ -76,8 +77,9 @@ class Lines {
 
 }  // namespace
 
-std::string RenderCanvas(const Canvas& canvas, int32_t visible_end, const std::vector<int32_t>& new_positions,
-                         const Tokenizer& tokenizer, const FrameStyle& style) {
+std::string RenderCanvas(const Canvas& canvas, int32_t visible_end,
+                         const std::vector<int32_t>& new_positions, const Tokenizer& tokenizer,
+                         const FrameStyle& style) {
   Lines lines(style.width, style.colour);
   for (int32_t position = 0; position < visible_end; ++position) {
     if (canvas.undecided(position)) {
@@ -107,8 +109,9 @@ CanvasView::~CanvasView() {
   std::fflush(out_);
 }
 
-void CanvasView::Draw(const Canvas& canvas, const DecodingState& state, const std::vector<int32_t>& new_positions,
-                      int32_t tokens_committed, absl::Duration elapsed) {
+void CanvasView::Draw(const Canvas& canvas, const DecodingState& state,
+                      const std::vector<int32_t>& new_positions, int32_t tokens_committed,
+                      absl::Duration elapsed) {
   FrameStyle style;
   winsize size{};
   if (ioctl(fileno(out_), TIOCGWINSZ, &size) == 0 && size.ws_col > 10 && size.ws_row > 4) {
@@ -117,11 +120,13 @@ void CanvasView::Draw(const Canvas& canvas, const DecodingState& state, const st
   }
   const double seconds = absl::ToDoubleSeconds(elapsed);
   std::string frame = RenderCanvas(canvas, visible_end_, new_positions, tokenizer_, style);
-  absl::StrAppend(&frame, kUndecided,
-                  absl::StrFormat("step %d   %d tokens   %.2f tokens per forward   %.1f tokens/s   %.1f s", state.step,
-                                  tokens_committed, static_cast<double>(tokens_committed) / std::max(1, state.nfe),
-                                  seconds > 0 ? tokens_committed / seconds : 0.0, seconds),
-                  kReset, "\n");
+  absl::StrAppend(
+      &frame, kUndecided,
+      absl::StrFormat("step %d   %d tokens   %.2f tokens per forward   %.1f tokens/s   %.1f s",
+                      state.step, tokens_committed,
+                      static_cast<double>(tokens_committed) / std::max(1, state.nfe),
+                      seconds > 0 ? tokens_committed / seconds : 0.0, seconds),
+      kReset, "\n");
   // Up over the last frame, and clear from there to the end of the screen.
   if (lines_drawn_ > 0) std::fprintf(out_, "\033[%dA", lines_drawn_);
   std::fprintf(out_, "\r\033[J%s", frame.c_str());

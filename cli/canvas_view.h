@@ -1,4 +1,5 @@
-// The canvas in a terminal while it is denoised: redrawn in place after each step, undecided positions dimmed.
+// The canvas in a terminal while it is denoised: redrawn in place after each step, undecided
+// positions dimmed.
 #ifndef CINNABAR_CLI_CANVAS_VIEW_H_
 #define CINNABAR_CLI_CANVAS_VIEW_H_
 
@@ -13,15 +14,17 @@
 
 namespace cinnabar {
 
-// One frame as text with ANSI colours, wrapped at `width` columns and cut to the last `height_max` lines. Committed
-// tokens of the last step are bright, earlier ones plain, given text dim blue, undecided positions dim blocks. Pure.
+// One frame as text with ANSI colours, wrapped at `width` columns and cut to the last `height_max`
+// lines. Committed tokens of the last step are bright, earlier ones plain, given text dim blue,
+// undecided positions dim blocks. Pure.
 struct FrameStyle {
   int32_t width = 80;
   int32_t height_max = 40;
   bool colour = true;
 };
-std::string RenderCanvas(const Canvas& canvas, int32_t visible_end, const std::vector<int32_t>& new_positions,
-                         const Tokenizer& tokenizer, const FrameStyle& style);
+std::string RenderCanvas(const Canvas& canvas, int32_t visible_end,
+                         const std::vector<int32_t>& new_positions, const Tokenizer& tokenizer,
+                         const FrameStyle& style);
 
 // Draws frames over each other on a terminal.
 class CanvasView {
@@ -30,8 +33,9 @@ class CanvasView {
   CanvasView(std::FILE* out, Tokenizer tokenizer, int32_t visible_end);
   ~CanvasView();  // shows the cursor again
 
-  void Draw(const Canvas& canvas, const DecodingState& state, const std::vector<int32_t>& new_positions,
-            int32_t tokens_committed, absl::Duration elapsed);
+  void Draw(const Canvas& canvas, const DecodingState& state,
+            const std::vector<int32_t>& new_positions, int32_t tokens_committed,
+            absl::Duration elapsed);
 
  private:
   std::FILE* out_;

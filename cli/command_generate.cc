@@ -44,12 +44,15 @@ void GenerateFlags::Register(FlagSet& flags) {
   flags.Add("prompt", &prompt, "TEXT", "text before the canvas");
   flags.Add("suffix", &suffix, "TEXT", "text after the canvas: the model fills the gap");
   flags.Add("chat", &chat, "TEXT", "one user message, put into the model's chat template");
-  flags.Add("input", &input, "FILE", "JSON {\"ids\": [...], \"given\": [...]}: fills where given is false");
-  flags.Add("gen-length", &gen_length, "N", "length of the canvas in tokens [128; with --input what it says]");
+  flags.Add("input", &input, "FILE",
+            "JSON {\"ids\": [...], \"given\": [...]}: fills where given is false");
+  flags.Add("gen-length", &gen_length, "N",
+            "length of the canvas in tokens [128; with --input what it says]");
   flags.Section("How (cinnabar samplers tells which knobs a sampler reads)");
   flags.Add("sampler", &params.sampler, "NAME", "default: the model's own");
   flags.Add("steps", &params.num_steps, "N", "denoising steps; default one for each position");
-  flags.Add("block-length", &params.block_length, "N", "blocks are decoded left to right; default the whole canvas");
+  flags.Add("block-length", &params.block_length, "N",
+            "blocks are decoded left to right; default the whole canvas");
   flags.Add("threshold", &params.threshold, "P", "confidence from which a token is transferred");
   flags.Add("factor", &params.factor, "F", "factor of the parallel rule");
   flags.Add("entropy-bound", &params.entropy_bound, "NATS", "joint entropy that a step may commit");
@@ -60,19 +63,23 @@ void GenerateFlags::Register(FlagSet& flags) {
   flags.Add("eps", &params.eps, "E", "end of the time schedule");
   flags.Add("cfg-scale", &params.cfg_scale, "S", "classifier-free guidance; doubles the work");
   flags.Add("logits-eos-inf", &params.logits_eos_inf, "never predict the end of text");
-  flags.Add("confidence-eos-eot-inf", &params.confidence_eos_eot_inf, "transfer the end of text last");
+  flags.Add("confidence-eos-eot-inf", &params.confidence_eos_eot_inf,
+            "transfer the end of text last");
   flags.Add("eos-penalty", &params.eos_penalty, "NATS", "taken off the logit of the end of text");
   flags.Add("forbid", &forbid, "IDS", "token ids, comma-separated, that must not appear");
   flags.Add("seed", &params.seed, "N", "same seed, same bytes");
   flags.Section("Output");
-  flags.Add("json", &json, "one JSON object: tokens, text, steps, nfe, tokens_per_forward, seconds");
+  flags.Add("json", &json,
+            "one JSON object: tokens, text, steps, nfe, tokens_per_forward, seconds");
   flags.Add("trace", &trace, "with --json: the positions that each step transferred");
   flags.Add("watch", &watch, "show the canvas while it is denoised");
   flags.Examples(
       "examples:\n"
       "  cinnabar generate --model DIR --prompt 'def add(a, b):' --gen-length 32 --watch\n"
-      "  cinnabar generate --model DIR --prompt 'def f(x):\\n    return ' --suffix '\\n' --gen-length 8\n"
-      "  cinnabar generate --model DIR --chat 'Sort a list in C++' --sampler threshold --threshold 0.9\n");
+      "  cinnabar generate --model DIR --prompt 'def f(x):\\n    return ' --suffix '\\n' "
+      "--gen-length 8\n"
+      "  cinnabar generate --model DIR --chat 'Sort a list in C++' --sampler threshold --threshold "
+      "0.9\n");
 }
 
 // The sequence to fill, and where the answer is in it.
@@ -92,32 +99,37 @@ void AppendCanvas(Job& job, int32_t length) {
   job.given.resize(job.ids.size(), false);
 }
 
-absl::StatusOr<std::vector<int32_t>> EncodeChat(const std::string& message, const Tokenizer& tokenizer) {
+absl::StatusOr<std::vector<int32_t>> EncodeChat(const std::string& message,
+                                                const Tokenizer& tokenizer) {
   const auto& templates = tokenizer.chat_templates();
   const auto found = templates.find("default");
   if (found == templates.end()) {
     return absl::FailedPreconditionError("--chat: the model has no chat template; use --prompt");
   }
-  CINNABAR_ASSIGN_OR_RETURN(const ChatTemplate chat, ChatTemplate::Parse(found->second), "chat template");
+  CINNABAR_ASSIGN_OR_RETURN(const ChatTemplate chat, ChatTemplate::Parse(found->second),
+                            "chat template");
   ChatInput input;
   input.messages.push_back({{"role", "user"}, {"content", message}});
   input.special_tokens = tokenizer.special_tokens();
   CINNABAR_ASSIGN_OR_RETURN(const RenderedChat rendered, chat.Render(input), "chat template");
-  return tokenizer.Encode(rendered.text, {.parse_special = true, .plain_ranges = rendered.input_ranges});
+  return tokenizer.Encode(rendered.text,
+                          {.parse_special = true, .plain_ranges = rendered.input_ranges});
 }
 
 absl::StatusOr<Job> MakeJob(const GenerateFlags& flags, const FlagSet& set,
                             const absl::StatusOr<Tokenizer>& tokenizer) {
   const int32_t sources = set.Has("prompt") + set.Has("chat") + set.Has("input");
   if (sources != 1) {
-    return absl::InvalidArgumentError(sources == 0 ? "say what to fill: one of --prompt, --chat, --input"
-                                                   : "--prompt, --chat and --input exclude each other; keep one");
+    return absl::InvalidArgumentError(
+        sources == 0 ? "say what to fill: one of --prompt, --chat, --input"
+                     : "--prompt, --chat and --input exclude each other; keep one");
   }
   if (set.Has("suffix") && !set.Has("prompt")) {
     return absl::InvalidArgumentError("--suffix goes with --prompt (it may be empty)");
   }
   if (set.Has("gen-length") && flags.gen_length < 1) {
-    return absl::InvalidArgumentError(absl::StrCat("--gen-length ", flags.gen_length, ": take at least 1"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--gen-length ", flags.gen_length, ": take at least 1"));
   }
   Job job;
   if (set.Has("input")) {
@@ -165,7 +177,8 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
     }
   }
   if (flags.model.directory.empty()) {
-    return absl::InvalidArgumentError("--model is missing: name a folder with config.json and *.safetensors");
+    return absl::InvalidArgumentError(
+        "--model is missing: name a folder with config.json and *.safetensors");
   }
   const absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(flags.model.directory);
   CINNABAR_ASSIGN_OR_RETURN(const Job job, MakeJob(flags, set, tokenizer));
@@ -173,16 +186,19 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
 
   const int32_t length = static_cast<int32_t>(job.ids.size());
   const int32_t rows = (length + kBlockLengthMax) * (flags.params.cfg_scale > 0 ? 2 : 1);
-  CINNABAR_ASSIGN_OR_RETURN(const ModelSession session, OpenModel(flags.model, length + kBlockLengthMax, rows));
+  CINNABAR_ASSIGN_OR_RETURN(const ModelSession session,
+                            OpenModel(flags.model, length + kBlockLengthMax, rows));
   const ModelTraits& model = session.denoiser->traits();
   // Exact control takes every id; text takes those that have one.
   if (!set.Has("input") && tokenizer->vocab_size() < model.vocab_size) {
     flags.params.pickable_ids = tokenizer->vocab_size();
   }
-  CINNABAR_ASSIGN_OR_RETURN(SequenceState state, MakeSequence(job.ids, job.given, flags.params, model));
+  CINNABAR_ASSIGN_OR_RETURN(SequenceState state,
+                            MakeSequence(job.ids, job.given, flags.params, model));
   const int32_t num_undecided = CountUndecided(state.canvas, 0, length);
   EngineOptions options;
-  options.limits = {.rows_max = rows, .sequences_max = 2, .positions_max = length + kBlockLengthMax};
+  options.limits = {
+      .rows_max = rows, .sequences_max = 2, .positions_max = length + kBlockLengthMax};
   options.kv_bytes_max = int64_t{1} << 40;
   Engine engine(*session.denoiser, options);
   CINNABAR_ASSIGN_OR_RETURN(const SequenceId id, engine.Add(std::move(state)));
@@ -211,7 +227,8 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
     if (view) {
       const SequenceState& now = finished.empty() ? *engine.Find(id) : finished[0].second;
       std::sort(positions.begin(), positions.end());
-      view->Draw(now.canvas, now.decoding, positions, std::min(committed, num_undecided), absl::Now() - begin);
+      view->Draw(now.canvas, now.decoding, positions, std::min(committed, num_undecided),
+                 absl::Now() - begin);
     }
   }
   view.reset();
@@ -225,7 +242,8 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
   }
   const std::vector<TokenId>& all = done.canvas.tokens;
   nlohmann::json json = {
-      {"tokens", std::vector<TokenId>(all.begin() + job.answer_begin, all.begin() + job.answer_end)},
+      {"tokens",
+       std::vector<TokenId>(all.begin() + job.answer_begin, all.begin() + job.answer_end)},
       {"ids", std::vector<TokenId>(all.begin(), all.begin() + length)},
       {"sampler", done.params.sampler},
       {"steps", done.decoding.step},
@@ -244,8 +262,10 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
 
 int RunGenerate(const std::vector<std::string>& args) {
   GenerateFlags flags;
-  FlagSet set("cinnabar generate --model DIR (--prompt TEXT [--suffix TEXT] | --chat TEXT | --input FILE) [flags]",
-              "Fills a canvas with a diffusion language model on this machine.");
+  FlagSet set(
+      "cinnabar generate --model DIR (--prompt TEXT [--suffix TEXT] | --chat TEXT | --input FILE) "
+      "[flags]",
+      "Fills a canvas with a diffusion language model on this machine.");
   flags.Register(set);
   absl::Status status = set.Parse(args);
   if (set.help_asked()) {
@@ -253,8 +273,8 @@ int RunGenerate(const std::vector<std::string>& args) {
     return 0;
   }
   if (status.ok() && !set.positional().empty()) {
-    status = absl::InvalidArgumentError(
-        absl::StrCat("\"", set.positional()[0], "\" is not a flag; text goes behind --prompt or --chat"));
+    status = absl::InvalidArgumentError(absl::StrCat(
+        "\"", set.positional()[0], "\" is not a flag; text goes behind --prompt or --chat"));
   }
   if (status.ok()) status = Generate(flags, set);
   return ReportError("generate", status);

@@ -14,10 +14,17 @@ struct KnobName {
   const char* flag;
 };
 constexpr KnobName kKnobNames[] = {
-    {Knob::kNumSteps, "steps"},         {Knob::kBlockLength, "block-length"}, {Knob::kTopP, "top-p"},
-    {Knob::kTopK, "top-k"},             {Knob::kThreshold, "threshold"},      {Knob::kFactor, "factor"},
-    {Knob::kEntropyBound, "entropy-bound"}, {Knob::kAlgTemp, "alg-temp"},     {Knob::kEps, "eps"},
-    {Knob::kCfgScale, "cfg-scale"},     {Knob::kEosSwitches, "logits-eos-inf, confidence-eos-eot-inf"},
+    {Knob::kNumSteps, "steps"},
+    {Knob::kBlockLength, "block-length"},
+    {Knob::kTopP, "top-p"},
+    {Knob::kTopK, "top-k"},
+    {Knob::kThreshold, "threshold"},
+    {Knob::kFactor, "factor"},
+    {Knob::kEntropyBound, "entropy-bound"},
+    {Knob::kAlgTemp, "alg-temp"},
+    {Knob::kEps, "eps"},
+    {Knob::kCfgScale, "cfg-scale"},
+    {Knob::kEosSwitches, "logits-eos-inf, confidence-eos-eot-inf"},
 };
 
 }  // namespace
@@ -33,8 +40,9 @@ int RunSamplers(const std::vector<std::string>& args) {
       if ((entry.knobs & static_cast<uint32_t>(name.knob)) != 0) knobs.emplace_back(name.flag);
     }
     const std::string alias = entry.alias.empty() ? "" : absl::StrCat(" (", entry.alias, ")");
-    std::printf("  %s%s\n      %s\n      reads %s\n      from %s\n\n", std::string(entry.name).c_str(), alias.c_str(),
-                std::string(entry.summary).c_str(), knobs.empty() ? "no other" : absl::StrJoin(knobs, ", ").c_str(),
+    std::printf("  %s%s\n      %s\n      reads %s\n      from %s\n\n",
+                std::string(entry.name).c_str(), alias.c_str(), std::string(entry.summary).c_str(),
+                knobs.empty() ? "no other" : absl::StrJoin(knobs, ", ").c_str(),
                 std::string(entry.source).c_str());
   }
   return 0;

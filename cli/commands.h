@@ -1,5 +1,5 @@
-// The subcommands of `cinnabar`. Each takes the arguments after its name and returns the exit status: 0, 1 (it
-// failed; the reason is on stderr) or 2 (the command line is wrong).
+// The subcommands of `cinnabar`. Each takes the arguments after its name and returns the exit
+// status: 0, 1 (it failed; the reason is on stderr) or 2 (the command line is wrong).
 #ifndef CINNABAR_CLI_COMMANDS_H_
 #define CINNABAR_CLI_COMMANDS_H_
 

@@ -44,44 +44,56 @@ void FlagSet::AddFlag(Flag flag) {
 }
 
 void FlagSet::Add(std::string name, std::string* target, std::string value_name, std::string help) {
-  AddFlag({.name = std::move(name), .value_name = std::move(value_name), .help = std::move(help),
-           .default_text = *target, .set = [target](absl::string_view text) {
+  AddFlag({.name = std::move(name),
+           .value_name = std::move(value_name),
+           .help = std::move(help),
+           .default_text = *target,
+           .set = [target](absl::string_view text) {
              *target = std::string(text);
              return true;
            }});
 }
 
 void FlagSet::Add(std::string name, int32_t* target, std::string value_name, std::string help) {
-  AddFlag({.name = std::move(name), .value_name = std::move(value_name), .help = std::move(help),
+  AddFlag({.name = std::move(name),
+           .value_name = std::move(value_name),
+           .help = std::move(help),
            .default_text = *target == 0 ? "" : absl::StrCat(*target),
            .set = [target](absl::string_view text) { return absl::SimpleAtoi(text, target); }});
 }
 
 void FlagSet::Add(std::string name, uint64_t* target, std::string value_name, std::string help) {
-  AddFlag({.name = std::move(name), .value_name = std::move(value_name), .help = std::move(help),
+  AddFlag({.name = std::move(name),
+           .value_name = std::move(value_name),
+           .help = std::move(help),
            .default_text = absl::StrCat(*target),
            .set = [target](absl::string_view text) { return absl::SimpleAtoi(text, target); }});
 }
 
 void FlagSet::Add(std::string name, float* target, std::string value_name, std::string help) {
-  AddFlag({.name = std::move(name), .value_name = std::move(value_name), .help = std::move(help),
+  AddFlag({.name = std::move(name),
+           .value_name = std::move(value_name),
+           .help = std::move(help),
            .default_text = absl::StrCat(*target),
            .set = [target](absl::string_view text) { return absl::SimpleAtof(text, target); }});
 }
 
 void FlagSet::Add(std::string name, bool* target, std::string help) {
-  AddFlag({.name = std::move(name), .help = std::move(help), .set = [target](absl::string_view text) {
-             if (text.empty()) {
-               *target = true;
-               return true;
-             }
-             return absl::SimpleAtob(text, target);
-           }});
+  AddFlag(
+      {.name = std::move(name), .help = std::move(help), .set = [target](absl::string_view text) {
+         if (text.empty()) {
+           *target = true;
+           return true;
+         }
+         return absl::SimpleAtob(text, target);
+       }});
 }
 
 void FlagSet::Add(std::string name, std::vector<std::string>* target, std::string value_name,
                   std::string help) {
-  AddFlag({.name = std::move(name), .value_name = std::move(value_name), .help = std::move(help),
+  AddFlag({.name = std::move(name),
+           .value_name = std::move(value_name),
+           .help = std::move(help),
            .set =
                [target](absl::string_view text) {
                  target->emplace_back(text);
@@ -136,7 +148,8 @@ absl::Status FlagSet::Parse(const std::vector<std::string>& args) {
       continue;
     }
     if (arg[1] != '-') {
-      return absl::InvalidArgumentError(absl::StrCat(arg, ": flags begin with two dashes", Nearest(arg.substr(1))));
+      return absl::InvalidArgumentError(
+          absl::StrCat(arg, ": flags begin with two dashes", Nearest(arg.substr(1))));
     }
     arg.remove_prefix(2);
     const size_t equals = arg.find('=');
@@ -146,7 +159,8 @@ absl::Status FlagSet::Parse(const std::vector<std::string>& args) {
       return absl::InvalidArgumentError(absl::StrCat("unknown flag --", name, Nearest(name)));
     }
     if (flag->given && !flag->repeated) {
-      return absl::InvalidArgumentError(absl::StrCat("--", flag->name, " is given twice; give it once"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("--", flag->name, " is given twice; give it once"));
     }
     flag->given = true;
     absl::string_view value;
@@ -154,14 +168,15 @@ absl::Status FlagSet::Parse(const std::vector<std::string>& args) {
       value = arg.substr(equals + 1);
     } else if (!flag->value_name.empty()) {
       if (i + 1 == args.size()) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("--", flag->name, " needs a value: --", flag->name, " ", flag->value_name));
+        return absl::InvalidArgumentError(absl::StrCat("--", flag->name, " needs a value: --",
+                                                       flag->name, " ", flag->value_name));
       }
       value = args[++i];
     }
     if (!flag->set(value)) {
-      return absl::InvalidArgumentError(absl::StrCat("--", flag->name, " ", value, ": not a ",
-                                                     flag->value_name.empty() ? "true or false" : flag->value_name));
+      return absl::InvalidArgumentError(
+          absl::StrCat("--", flag->name, " ", value, ": not a ",
+                       flag->value_name.empty() ? "true or false" : flag->value_name));
     }
   }
   return absl::OkStatus();
@@ -171,7 +186,8 @@ std::string FlagSet::Help() const {
   std::string text = absl::StrCat("usage: ", usage_, "\n\n", intro_, "\n");
   for (const Flag& flag : flags_) {
     if (!flag.section.empty()) absl::StrAppend(&text, "\n", flag.section, "\n");
-    std::string left = absl::StrCat("  --", flag.name, flag.value_name.empty() ? "" : " ", flag.value_name);
+    std::string left =
+        absl::StrCat("  --", flag.name, flag.value_name.empty() ? "" : " ", flag.value_name);
     left.resize(std::max(left.size() + 2, kHelpColumn), ' ');
     const std::string given_default =
         flag.default_text.empty() ? "" : absl::StrCat(" [", flag.default_text, "]");

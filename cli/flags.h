@@ -1,5 +1,6 @@
-// Command-line flags of one subcommand: declared with a target variable, parsed strictly, explained by --help.
-// Unknown flags, missing values and values that do not parse are errors that name the fix.
+// Command-line flags of one subcommand: declared with a target variable, parsed strictly, explained
+// by --help. Unknown flags, missing values and values that do not parse are errors that name the
+// fix.
 #ifndef CINNABAR_CLI_FLAGS_H_
 #define CINNABAR_CLI_FLAGS_H_
 
@@ -18,22 +19,25 @@ class FlagSet {
   // `usage` is the line after "usage:", `intro` the paragraph below it.
   FlagSet(std::string usage, std::string intro);
 
-  // Each takes the flag's name without dashes, a target that keeps its value when the flag is absent (it is
-  // shown as the default), the name of the value in help, and one line of help. Targets outlive the set.
+  // Each takes the flag's name without dashes, a target that keeps its value when the flag is
+  // absent (it is shown as the default), the name of the value in help, and one line of help.
+  // Targets outlive the set.
   void Add(std::string name, std::string* target, std::string value_name, std::string help);
   void Add(std::string name, int32_t* target, std::string value_name, std::string help);
   void Add(std::string name, uint64_t* target, std::string value_name, std::string help);
   void Add(std::string name, float* target, std::string value_name, std::string help);
-  void Add(std::string name, bool* target, std::string help);  // --name sets it, --name=false clears it
+  void Add(std::string name, bool* target,
+           std::string help);  // --name sets it, --name=false clears it
   // A flag that may be given several times.
-  void Add(std::string name, std::vector<std::string>* target, std::string value_name, std::string help);
+  void Add(std::string name, std::vector<std::string>* target, std::string value_name,
+           std::string help);
   // A heading above the flags added next.
   void Section(std::string title);
   // Printed at the end of the help text.
   void Examples(std::string text);
 
-  // Takes "--name value" and "--name=value"; '-' and '_' in names are alike; "--" ends the flags. What is not
-  // a flag goes to `positional`. `help_asked` becomes true on --help or -h.
+  // Takes "--name value" and "--name=value"; '-' and '_' in names are alike; "--" ends the flags.
+  // What is not a flag goes to `positional`. `help_asked` becomes true on --help or -h.
   absl::Status Parse(const std::vector<std::string>& args);
 
   bool Has(absl::string_view name) const;  // was it given?
@@ -50,7 +54,7 @@ class FlagSet {
     std::function<bool(absl::string_view)> set;  // false: the value does not parse
     bool given = false;
     bool repeated = false;
-    std::string section;     // heading printed before it
+    std::string section;  // heading printed before it
   };
   void AddFlag(Flag flag);
   Flag* FindFlag(absl::string_view name);

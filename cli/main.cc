@@ -15,17 +15,22 @@ struct Command {
 };
 
 constexpr Command kCommands[] = {
-    {"generate", "denoise a prompt, a fill-in or a chat turn with a model on this machine", cinnabar::RunGenerate},
-    {"logits", "write the logits of one forward pass, to compare with other implementations", cinnabar::RunLogits},
+    {"generate", "denoise a prompt, a fill-in or a chat turn with a model on this machine",
+     cinnabar::RunGenerate},
+    {"logits", "write the logits of one forward pass, to compare with other implementations",
+     cinnabar::RunLogits},
     {"model", "inspect a checkpoint", cinnabar::RunModel},
     {"samplers", "list the samplers and the knobs that each one reads", cinnabar::RunSamplers},
 };
 
 void PrintUsage(std::FILE* out) {
-  std::fputs("usage: cinnabar COMMAND [flags]\n\nServes diffusion language models: text that emerges from noise, all "
-             "positions at once.\n\n",
-             out);
-  for (const Command& command : kCommands) std::fprintf(out, "  %-10s %s\n", command.name, command.summary);
+  std::fputs(
+      "usage: cinnabar COMMAND [flags]\n\nServes diffusion language models: text that emerges from "
+      "noise, all "
+      "positions at once.\n\n",
+      out);
+  for (const Command& command : kCommands)
+    std::fprintf(out, "  %-10s %s\n", command.name, command.summary);
   std::fputs("\ncinnabar COMMAND --help explains a command.\n", out);
 }
 

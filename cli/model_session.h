@@ -38,8 +38,9 @@ struct ModelSession {
 // Loads the network with scratch for sequences of `positions` and passes of `rows` rows.
 absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, int32_t positions, int32_t rows);
 
-// The input file of `generate` and `logits`: {"ids": [...], "given": [...], "sigma": number}. Unknown fields, wrong
-// types and lengths are errors that name the field. Without "given" every position is given.
+// The input file of `generate` and `logits`: {"ids": [...], "given": [...], "sigma": number}.
+// Unknown fields, wrong types and lengths are errors that name the field. Without "given" every
+// position is given.
 struct InputFile {
   std::vector<int32_t> ids;
   std::vector<bool> given;

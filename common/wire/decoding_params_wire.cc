@@ -7,7 +7,8 @@ namespace cinnabar {
 absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire) {
   if (wire.forbidden_ids_size() > kForbiddenIdsMax) {
     return absl::InvalidArgumentError(absl::StrCat("forbidden_ids has ", wire.forbidden_ids_size(),
-                                                   " ids; at most ", kForbiddenIdsMax, " are taken"));
+                                                   " ids; at most ", kForbiddenIdsMax,
+                                                   " are taken"));
   }
   DecodingParams params;
   params.sampler = wire.sampler();

@@ -8,8 +8,8 @@
 
 namespace cinnabar {
 
-// Ranges are not checked here: ResolveParams does that against the model. InvalidArgument: more than
-// kForbiddenIdsMax forbidden ids.
+// Ranges are not checked here: ResolveParams does that against the model. InvalidArgument: more
+// than kForbiddenIdsMax forbidden ids.
 absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire);
 v1::DecodingParams ToWire(const DecodingParams& params);
 

@@ -16,10 +16,11 @@
 namespace cinnabar::cpu {
 namespace {
 
-// Inputs of a panel that are multiplied at once: 512 x 32 floats, 64 KiB, stay in the second-level cache (and half of
-// them in the first) while every strip of rows passes.
+// Inputs of a panel that are multiplied at once: 512 x 32 floats, 64 KiB, stay in the second-level
+// cache (and half of them in the first) while every strip of rows passes.
 constexpr int64_t kInputBlock = 512;
-// Rows whose sums a thread keeps while it walks through the input blocks of a panel: 512 x 32 floats, 64 KiB.
+// Rows whose sums a thread keeps while it walks through the input blocks of a panel: 512 x 32
+// floats, 64 KiB.
 constexpr int64_t kRowGroup = 512;
 
 struct IsaChoice {
@@ -30,9 +31,10 @@ struct IsaChoice {
 absl::StatusOr<IsaChoice> ChooseIsa(const std::string& isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   const bool automatic = isa == "auto";
   if (isa == "avx512" || (automatic && has_avx512)) {
@@ -69,8 +71,9 @@ class EmbeddingTable : public Weight {
   const void* data_;
 };
 
-// Keys in panels of 32 positions, [positions / 32][head_dim][32]: the scores of a strip are a product with them.
-// Values in panels of 32 columns, [head_dim / 32][positions][32], zero beyond head_dim.
+// Keys in panels of 32 positions, [positions / 32][head_dim][32]: the scores of a strip are a
+// product with them. Values in panels of 32 columns, [head_dim / 32][positions][32], zero beyond
+// head_dim.
 class PanelKv : public KvMemory {
  public:
   PanelKv(const KvShape& shape, AlignedMemory memory) : shape_(shape), memory_(std::move(memory)) {}
@@ -107,32 +110,45 @@ class PanelKv : public KvMemory {
 struct Strips {
   int64_t num_rows;
   int64_t count;
-  Strips(int64_t rows, int64_t strip_rows) : num_rows(rows), count((rows + strip_rows - 1) / strip_rows) {}
+  Strips(int64_t rows, int64_t strip_rows)
+      : num_rows(rows), count((rows + strip_rows - 1) / strip_rows) {}
   int64_t begin(int64_t strip) const { return strip * num_rows / count; }
-  int32_t height(int64_t strip) const { return static_cast<int32_t>(begin(strip + 1) - begin(strip)); }
+  int32_t height(int64_t strip) const {
+    return static_cast<int32_t>(begin(strip + 1) - begin(strip));
+  }
 };
 
 Finish FinishOf(Epilogue epilogue) {
   switch (epilogue) {
-    case Epilogue::kStore: return Finish::kStore;
-    case Epilogue::kAdd: return Finish::kAdd;
-    case Epilogue::kGatedAdd: return Finish::kGatedAdd;
-    case Epilogue::kSilu: return Finish::kSilu;
-    case Epilogue::kGeluTanh: return Finish::kGeluTanh;
-    case Epilogue::kSwiGlu: return Finish::kSwiGlu;
+    case Epilogue::kStore:
+      return Finish::kStore;
+    case Epilogue::kAdd:
+      return Finish::kAdd;
+    case Epilogue::kGatedAdd:
+      return Finish::kGatedAdd;
+    case Epilogue::kSilu:
+      return Finish::kSilu;
+    case Epilogue::kGeluTanh:
+      return Finish::kGeluTanh;
+    case Epilogue::kSwiGlu:
+      return Finish::kSwiGlu;
   }
   CINNABAR_CHECK(false) << "not an epilogue: " << static_cast<int>(epilogue);
   return Finish::kStore;
 }
 
-void CheckFloat(const Rows& rows) { CINNABAR_CHECK(rows.dtype == DType::kF32) << "the CPU computes in float32"; }
+void CheckFloat(const Rows& rows) {
+  CINNABAR_CHECK(rows.dtype == DType::kF32) << "the CPU computes in float32";
+}
 
 const SequenceSpan& SpanOf(absl::Span<const SequenceSpan> sequences, int64_t row) {
-  const auto after = std::upper_bound(sequences.begin(), sequences.end(), row,
-                                      [](int64_t r, const SequenceSpan& span) { return r < span.row_begin; });
+  const auto after =
+      std::upper_bound(sequences.begin(), sequences.end(), row,
+                       [](int64_t r, const SequenceSpan& span) { return r < span.row_begin; });
   CINNABAR_CHECK(after != sequences.begin());
   const SequenceSpan& span = *(after - 1);
-  CINNABAR_CHECK(row < span.row_begin + span.num_rows) << "row " << row << " belongs to no sequence";
+  CINNABAR_CHECK(row < span.row_begin + span.num_rows)
+      << "row " << row << " belongs to no sequence";
   return span;
 }
 
@@ -142,20 +158,23 @@ class CpuBackend : public Backend {
       : isa_(*isa.kernels), vocabulary_kernels_(*isa.vocabulary), pool_(num_threads) {}
 
   std::string Describe() const override {
-    return absl::StrCat("cpu ", isa_.name, ", ", pool_.num_threads(), pool_.num_threads() == 1 ? " thread" : " threads");
+    return absl::StrCat("cpu ", isa_.name, ", ", pool_.num_threads(),
+                        pool_.num_threads() == 1 ? " thread" : " threads");
   }
   DType activation_dtype() const override { return DType::kF32; }
 
   absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {
     AlignedMemory memory = AllocateAligned(size_bytes);
-    if (memory == nullptr) return absl::ResourceExhaustedError(absl::StrCat("no ", size_bytes, " bytes of memory"));
+    if (memory == nullptr)
+      return absl::ResourceExhaustedError(absl::StrCat("no ", size_bytes, " bytes of memory"));
     return std::make_unique<HostBuffer>(std::move(memory), size_bytes);
   }
 
   absl::StatusOr<std::unique_ptr<KvMemory>> AllocateKv(const KvShape& shape) override {
     AlignedMemory memory = AllocateAligned(PanelKv::Bytes(shape));
     if (memory == nullptr) {
-      return absl::ResourceExhaustedError(absl::StrCat("no ", PanelKv::Bytes(shape), " bytes of KV memory"));
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no ", PanelKv::Bytes(shape), " bytes of KV memory"));
     }
     return std::make_unique<PanelKv>(shape, std::move(memory));
   }
@@ -177,9 +196,11 @@ class CpuBackend : public Backend {
     const Scratch scratch = ScratchOf(shape);
     AlignedMemory memory = AllocateAligned(scratch.total_bytes);
     if (memory == nullptr) {
-      return absl::ResourceExhaustedError(absl::StrCat("no ", scratch.total_bytes, " bytes of workspace"));
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no ", scratch.total_bytes, " bytes of workspace"));
     }
-    const absl::Status vocabulary = vocabulary_workspace_.Reserve(shape, pool_.num_threads(), isa_.strip_rows);
+    const absl::Status vocabulary =
+        vocabulary_workspace_.Reserve(shape, pool_.num_threads(), isa_.strip_rows);
     if (!vocabulary.ok()) return vocabulary;
     shape_ = shape;
     scratch_ = scratch;
@@ -187,8 +208,8 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts, RowOrder row_order,
-                                                     DType dtype) override {
+  absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
+                                                     RowOrder row_order, DType dtype) override {
     return PackedWeight::Pack(parts, row_order, dtype, pool_);
   }
   absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
@@ -211,7 +232,8 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
-  absl::Status Embed(const Weight& table, absl::Span<const int32_t> ids, float scale, const Rows& out) override {
+  absl::Status Embed(const Weight& table, absl::Span<const int32_t> ids, float scale,
+                     const Rows& out) override {
     CheckFloat(out);
     const auto& embedding = dynamic_cast<const EmbeddingTable&>(table);
     ForRows(static_cast<int64_t>(ids.size()), [&](int64_t row) {
@@ -230,7 +252,8 @@ class CpuBackend : public Backend {
     CheckFloat(args.out);
     const auto& weight = dynamic_cast<const PackedWeight&>(*args.weight);
     const bool paired = weight.row_order() == RowOrder::kGatedPairs;
-    CINNABAR_CHECK(paired == (args.epilogue == Epilogue::kSwiGlu)) << "gated pairs go with kSwiGlu and nothing else";
+    CINNABAR_CHECK(paired == (args.epilogue == Epilogue::kSwiGlu))
+        << "gated pairs go with kSwiGlu and nothing else";
     Multiply(args, weight, FinishOf(args.epilogue));
     return absl::OkStatus();
   }
@@ -289,7 +312,8 @@ class CpuBackend : public Backend {
       for (int32_t head = 0; head < heads.num_kv_heads; ++head) {
         const float* key = values + int64_t{heads.num_heads + head} * heads.head_dim;
         const float* value = key + int64_t{heads.num_kv_heads} * heads.head_dim;
-        float* keys = kv.Keys(args.layer, head) + position / kPanelWidth * heads.head_dim * kPanelWidth +
+        float* keys = kv.Keys(args.layer, head) +
+                      position / kPanelWidth * heads.head_dim * kPanelWidth +
                       position % kPanelWidth;
         for (int32_t i = 0; i < heads.head_dim; ++i) keys[i * kPanelWidth] = key[i];
         const int64_t panel_floats = PanelKv::Positions(kv.shape()) * kPanelWidth;
@@ -308,7 +332,8 @@ class CpuBackend : public Backend {
     CheckFloat(args.out);
     // Strips of all spans, numbered through; a task is one strip under one head.
     int64_t num_strips = 0;
-    for (const SequenceSpan& span : args.sequences) num_strips += Strips(span.num_rows, isa_.strip_rows).count;
+    for (const SequenceSpan& span : args.sequences)
+      num_strips += Strips(span.num_rows, isa_.strip_rows).count;
     pool_.ParallelFor(num_strips * args.heads.num_heads, [&](int64_t item, int32_t thread) {
       int64_t strip = item / args.heads.num_heads;
       const int32_t head = static_cast<int32_t>(item % args.heads.num_heads);
@@ -333,10 +358,10 @@ class CpuBackend : public Backend {
  private:
   // Offsets in floats into the workspace; per-thread parts follow one another.
   struct Scratch {
-    int64_t strips = 0;        // packed rows of the left side of a product
-    int64_t threads = 0;       // first thread's part
+    int64_t strips = 0;   // packed rows of the left side of a product
+    int64_t threads = 0;  // first thread's part
     int64_t thread_floats = 0;
-    int64_t sums = 0;          // inside a thread's part
+    int64_t sums = 0;  // inside a thread's part
     int64_t panel = 0;
     int64_t scores = 0;
     int64_t probabilities = 0;
@@ -376,10 +401,11 @@ class CpuBackend : public Backend {
   template <typename Body>
   void ForRows(int64_t num_rows, const Body& body) {
     constexpr int64_t kRowsPerTask = 8;
-    pool_.ParallelFor((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int32_t /*thread*/) {
-      const int64_t end = std::min(num_rows, (task + 1) * kRowsPerTask);
-      for (int64_t row = task * kRowsPerTask; row < end; ++row) body(row);
-    });
+    pool_.ParallelFor((num_rows + kRowsPerTask - 1) / kRowsPerTask,
+                      [&](int64_t task, int32_t /*thread*/) {
+                        const int64_t end = std::min(num_rows, (task + 1) * kRowsPerTask);
+                        for (int64_t row = task * kRowsPerTask; row < end; ++row) body(row);
+                      });
   }
 
   void Rotate(const RotaryTable& rotary, int64_t position, float* x) const {
@@ -397,8 +423,8 @@ class CpuBackend : public Backend {
     float* packed = scratch() + scratch_.strips;
     pool_.ParallelFor(strips.count, [&](int64_t strip, int32_t /*thread*/) {
       const int64_t row = strips.begin(strip);
-      isa_.pack_strip(args.x.f32() + row * args.x.stride, args.x.stride, strips.height(strip), dim, 1.0F,
-                      packed + row * dim);
+      isa_.pack_strip(args.x.f32() + row * args.x.stride, args.x.stride, strips.height(strip), dim,
+                      1.0F, packed + row * dim);
     });
     // Groups of strips of at most kRowGroup rows; a task is one panel for one group.
     const int64_t strips_per_group = kRowGroup / isa_.strip_rows;
@@ -407,13 +433,14 @@ class CpuBackend : public Backend {
       const int64_t group = item / weight.num_panels();
       const int64_t strip_begin = group * strips_per_group;
       const int64_t strip_end = std::min(strips.count, strip_begin + strips_per_group);
-      MultiplyPanel(args, weight, finish, strips, strip_begin, strip_end, item % weight.num_panels(),
-                    ThreadScratch(thread));
+      MultiplyPanel(args, weight, finish, strips, strip_begin, strip_end,
+                    item % weight.num_panels(), ThreadScratch(thread));
     });
   }
 
-  void MultiplyPanel(const LinearArgs& args, const PackedWeight& weight, Finish finish, const Strips& strips,
-                     int64_t strip_begin, int64_t strip_end, int64_t panel, float* mine) const {
+  void MultiplyPanel(const LinearArgs& args, const PackedWeight& weight, Finish finish,
+                     const Strips& strips, int64_t strip_begin, int64_t strip_end, int64_t panel,
+                     float* mine) const {
     const int64_t dim = weight.cols();
     const float* packed = scratch() + scratch_.strips;
     float* sums = mine + scratch_.sums;
@@ -427,14 +454,15 @@ class CpuBackend : public Backend {
         isa_.tile(packed + row * dim + k * height, height, block, count, /*resume=*/k > 0,
                   sums + (row - first_row) * kPanelWidth, kPanelWidth);
         if (k + count == dim) {
-          FinishStrip(args, weight, finish, panel, row, height, sums + (row - first_row) * kPanelWidth);
+          FinishStrip(args, weight, finish, panel, row, height,
+                      sums + (row - first_row) * kPanelWidth);
         }
       }
     }
   }
 
-  void FinishStrip(const LinearArgs& args, const PackedWeight& weight, Finish finish, int64_t panel, int64_t row,
-                   int32_t height, const float* sums) const {
+  void FinishStrip(const LinearArgs& args, const PackedWeight& weight, Finish finish, int64_t panel,
+                   int64_t row, int32_t height, const float* sums) const {
     const bool paired = finish == Finish::kSwiGlu;
     const int64_t num_outputs = paired ? weight.rows() / 2 : weight.rows();
     const int64_t outputs_per_panel = paired ? kPanelWidth / 2 : kPanelWidth;
@@ -446,7 +474,9 @@ class CpuBackend : public Backend {
     task.num_rows = height;
     task.num_outputs = static_cast<int32_t>(std::min(outputs_per_panel, num_outputs - output));
     task.bias_low = args.bias == nullptr ? nullptr : args.bias + output;
-    task.bias_high = args.bias == nullptr ? nullptr : args.bias + output + (paired ? num_outputs : kPanelWidth / 2);
+    task.bias_high = args.bias == nullptr
+                         ? nullptr
+                         : args.bias + output + (paired ? num_outputs : kPanelWidth / 2);
     task.gate = nullptr;
     task.out = args.out.f32() + row * args.out.stride + output;
     task.out_stride = args.out.stride;
@@ -455,7 +485,8 @@ class CpuBackend : public Backend {
     const int64_t end = row + height;
     while (row < end) {
       const SequenceSpan& span = SpanOf(args.sequences, row);
-      task.num_rows = static_cast<int32_t>(std::min<int64_t>(end, span.row_begin + span.num_rows) - row);
+      task.num_rows =
+          static_cast<int32_t>(std::min<int64_t>(end, span.row_begin + span.num_rows) - row);
       task.gate = args.gate.f32() + int64_t{span.modulation_row} * args.gate.stride + output;
       isa_.finish(task);
       task.sums += int64_t{task.num_rows} * kPanelWidth;
@@ -483,7 +514,8 @@ class CpuBackend : public Backend {
     const float* keys = kv.Keys(args.layer, kv_head);
     const float* values = kv.Values(args.layer, kv_head);
     const int64_t num_keys = VisibleKeys(span, first + height - 1);  // the last row sees most
-    CINNABAR_CHECK(num_keys <= shape_.positions_max) << num_keys << " keys are more than was reserved";
+    CINNABAR_CHECK(num_keys <= shape_.positions_max)
+        << num_keys << " keys are more than was reserved";
 
     float* mine = ThreadScratch(thread);
     float* query = mine + scratch_.query;
@@ -491,13 +523,14 @@ class CpuBackend : public Backend {
     float* probabilities = mine + scratch_.probabilities;
     const int64_t stride = ScoreStride(num_keys);
     const int64_t row = span.row_begin + first;
-    isa_.pack_strip(args.q.f32() + row * args.q.stride + int64_t{head} * head_dim, args.q.stride, height, head_dim,
-                    args.scale, query);
+    isa_.pack_strip(args.q.f32() + row * args.q.stride + int64_t{head} * head_dim, args.q.stride,
+                    height, head_dim, args.scale, query);
     for (int64_t key = 0; key < num_keys; key += kPanelWidth) {
-      isa_.tile(query, height, keys + key * head_dim, head_dim, /*resume=*/false, scores + key, stride);
+      isa_.tile(query, height, keys + key * head_dim, head_dim, /*resume=*/false, scores + key,
+                stride);
     }
-    // Keys that a row does not see get probability 0, which adds nothing to its sums: a row's result does not
-    // depend on what its neighbours see.
+    // Keys that a row does not see get probability 0, which adds nothing to its sums: a row's
+    // result does not depend on what its neighbours see.
     float reciprocal[kStripRowsMax];
     for (int32_t r = 0; r < height; ++r) {
       reciprocal[r] = isa_.softmax(scores + r * stride, VisibleKeys(span, first + r), num_keys);
@@ -506,12 +539,13 @@ class CpuBackend : public Backend {
     const int64_t panel_floats = PanelKv::Positions(kv.shape()) * kPanelWidth;
     float* sums = query;  // no longer needed; at least 32 wide
     for (int32_t column = 0; column < head_dim; column += kPanelWidth) {
-      isa_.tile(probabilities, height, values + column / kPanelWidth * panel_floats, num_keys, /*resume=*/false, sums,
-                kPanelWidth);
+      isa_.tile(probabilities, height, values + column / kPanelWidth * panel_floats, num_keys,
+                /*resume=*/false, sums, kPanelWidth);
       const int32_t count = std::min(head_dim - column, kPanelWidth);
       for (int32_t r = 0; r < height; ++r) {
-        isa_.scale(sums + r * kPanelWidth, reciprocal[r], count,
-                   args.out.f32() + (row + r) * args.out.stride + int64_t{head} * head_dim + column);
+        isa_.scale(
+            sums + r * kPanelWidth, reciprocal[r], count,
+            args.out.f32() + (row + r) * args.out.stride + int64_t{head} * head_dim + column);
       }
     }
   }
@@ -520,24 +554,26 @@ class CpuBackend : public Backend {
   class Head : public VocabularyMachine {
    public:
     Head(CpuBackend& backend, const PackedWeight& weight)
-        : VocabularyMachine(backend.vocabulary_kernels_, backend.pool_.num_threads(), backend.isa_.strip_rows),
+        : VocabularyMachine(backend.vocabulary_kernels_, backend.pool_.num_threads(),
+                            backend.isa_.strip_rows),
           backend_(backend),
           weight_(weight) {}
 
-    void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id, int32_t num_ids, float* out,
-                  int64_t out_stride) const override {
+    void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id,
+                  int32_t num_ids, float* out, int64_t out_stride) const override {
       for (int32_t id = 0; id < num_ids; id += kPanelWidth) {
         MultiplyPanel(x, x_stride, num_rows, (first_id + id) / kPanelWidth, out + id, out_stride);
       }
     }
 
-    void ParallelFor(int64_t num_items, absl::FunctionRef<void(int64_t, int32_t)> body) const override {
+    void ParallelFor(int64_t num_items,
+                     absl::FunctionRef<void(int64_t, int32_t)> body) const override {
       backend_.pool_.ParallelFor(num_items, body);
     }
 
    private:
-    void MultiplyPanel(const float* x, int64_t x_stride, int32_t num_rows, int64_t panel, float* out,
-                       int64_t out_stride) const {
+    void MultiplyPanel(const float* x, int64_t x_stride, int32_t num_rows, int64_t panel,
+                       float* out, int64_t out_stride) const {
       const int64_t dim = weight_.cols();
       // Widened weights pass through a block of scratch that belongs to the call.
       alignas(64) float block[kWidenBlock * kPanelWidth];
@@ -545,8 +581,8 @@ class CpuBackend : public Backend {
       for (int64_t k = 0; k < dim; k += step) {
         const int64_t count = std::min(step, dim - k);
         backend_.isa_.tile_rows(x + k, x_stride, num_rows,
-                                weight_.PanelBlock(panel, k, count, backend_.isa_, block), count, k > 0, out,
-                                out_stride);
+                                weight_.PanelBlock(panel, k, count, backend_.isa_, block), count,
+                                k > 0, out, out_stride);
       }
     }
 
@@ -568,14 +604,15 @@ class CpuBackend : public Backend {
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const BackendOptions& options) {
   if (options.num_threads < 0 || options.num_threads > 1024) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("num_threads is ", options.num_threads, "; take 1 to 1024, or 0 for every core"));
+    return absl::InvalidArgumentError(absl::StrCat("num_threads is ", options.num_threads,
+                                                   "; take 1 to 1024, or 0 for every core"));
   }
   const absl::StatusOr<IsaChoice> isa = ChooseIsa(options.isa);
   if (!isa.ok()) return isa.status();
-  const int32_t num_threads = options.num_threads > 0
-                                  ? options.num_threads
-                                  : std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
+  const int32_t num_threads =
+      options.num_threads > 0
+          ? options.num_threads
+          : std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
   return std::make_unique<CpuBackend>(*isa, num_threads);
 }
 

@@ -9,7 +9,8 @@
 
 namespace cinnabar::cpu {
 
-// Unavailable when the processor lacks the instruction set asked for; InvalidArgument for an unknown one.
+// Unavailable when the processor lacks the instruction set asked for; InvalidArgument for an
+// unknown one.
 absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const BackendOptions& options);
 
 }  // namespace cinnabar::cpu

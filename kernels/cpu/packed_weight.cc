@@ -30,7 +30,8 @@ float WidenHalf(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000U) << 16;
   const uint32_t exponent = (half >> 10) & 0x1FU;
   const uint32_t fraction = half & 0x3FFU;
-  if (exponent == 0) return FloatFromBits(sign | BitsOfFloat(static_cast<float>(fraction) * 0x1p-24F));
+  if (exponent == 0)
+    return FloatFromBits(sign | BitsOfFloat(static_cast<float>(fraction) * 0x1p-24F));
   if (exponent == 31) return FloatFromBits(sign | 0x7F800000U | fraction << 13);
   return FloatFromBits(sign | (exponent + 112) << 23 | fraction << 13);
 }
@@ -60,7 +61,9 @@ uint16_t NarrowToF16(float value) {
 template <typename Word>
 Word ReadWord(const void* data, int64_t index) {
   Word word;  // the file's tensors need not be aligned
-  std::memcpy(&word, static_cast<const std::byte*>(data) + index * static_cast<int64_t>(sizeof(Word)), sizeof(Word));
+  std::memcpy(&word,
+              static_cast<const std::byte*>(data) + index * static_cast<int64_t>(sizeof(Word)),
+              sizeof(Word));
   return word;
 }
 
@@ -89,24 +92,29 @@ void PackRow(const HostMatrix& source, int64_t row, DType dtype, std::byte* pane
 void FreeAligned::operator()(std::byte* memory) const { std::free(memory); }
 
 AlignedMemory AllocateAligned(int64_t size_bytes) {
-  const int64_t rounded = (std::max<int64_t>(size_bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  auto* memory = static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
+  const int64_t rounded =
+      (std::max<int64_t>(size_bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+  auto* memory =
+      static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
   if (memory != nullptr) std::memset(memory, 0, static_cast<size_t>(rounded));
   return AlignedMemory(memory);
 }
 
 float ReadElement(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::kF32: return ReadWord<float>(data, index);
-    case DType::kF16: return WidenHalf(ReadWord<uint16_t>(data, index));
-    case DType::kBf16: return FloatFromBits(static_cast<uint32_t>(ReadWord<uint16_t>(data, index)) << 16);
+    case DType::kF32:
+      return ReadWord<float>(data, index);
+    case DType::kF16:
+      return WidenHalf(ReadWord<uint16_t>(data, index));
+    case DType::kBf16:
+      return FloatFromBits(static_cast<uint32_t>(ReadWord<uint16_t>(data, index)) << 16);
   }
   CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
   return 0.0F;
 }
 
-PackedWeight::PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype, int64_t num_panels,
-                           AlignedMemory memory)
+PackedWeight::PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype,
+                           int64_t num_panels, AlignedMemory memory)
     : Weight(rows, cols, row_order, dtype), num_panels_(num_panels), memory_(std::move(memory)) {}
 
 absl::StatusOr<std::unique_ptr<PackedWeight>> PackedWeight::Pack(absl::Span<const HostMatrix> parts,
@@ -120,13 +128,17 @@ absl::StatusOr<std::unique_ptr<PackedWeight>> PackedWeight::Pack(absl::Span<cons
     rows += part.rows;
   }
   const bool paired = row_order == RowOrder::kGatedPairs;
-  if (paired) CINNABAR_CHECK(parts.size() == 2 && parts[0].rows == parts[1].rows) << "not a gate and an up matrix";
+  if (paired)
+    CINNABAR_CHECK(parts.size() == 2 && parts[0].rows == parts[1].rows)
+        << "not a gate and an up matrix";
   const int64_t outputs_per_panel = paired ? kHalfPanel : kPanelWidth;
-  const int64_t num_panels = ((paired ? rows / 2 : rows) + outputs_per_panel - 1) / outputs_per_panel;
+  const int64_t num_panels =
+      ((paired ? rows / 2 : rows) + outputs_per_panel - 1) / outputs_per_panel;
   const int64_t panel_bytes = cols * kPanelWidth * BytesOf(dtype);
   AlignedMemory memory = AllocateAligned(num_panels * panel_bytes);
   if (memory == nullptr) {
-    return absl::ResourceExhaustedError(absl::StrCat("no ", num_panels * panel_bytes, " bytes for a weight"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no ", num_panels * panel_bytes, " bytes for a weight"));
   }
   pool.ParallelFor(num_panels, [&](int64_t panel, int32_t /*thread*/) {
     std::byte* out = memory.get() + panel * panel_bytes;
@@ -151,8 +163,8 @@ absl::StatusOr<std::unique_ptr<PackedWeight>> PackedWeight::Pack(absl::Span<cons
       new PackedWeight(rows, cols, row_order, dtype, num_panels, std::move(memory)));
 }
 
-const float* PackedWeight::PanelBlock(int64_t panel, int64_t k, int64_t count, const IsaKernels& isa,
-                                      float* scratch) const {
+const float* PackedWeight::PanelBlock(int64_t panel, int64_t k, int64_t count,
+                                      const IsaKernels& isa, float* scratch) const {
   const int64_t first = (panel * cols() + k) * kPanelWidth;
   if (dtype() == DType::kF32) return reinterpret_cast<const float*>(memory_.get()) + first;
   const auto* kept = reinterpret_cast<const uint16_t*>(memory_.get()) + first;

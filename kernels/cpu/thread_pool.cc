@@ -3,7 +3,8 @@
 namespace cinnabar::cpu {
 namespace {
 
-// About 20 microseconds: longer than the gap between two ops of one step, far shorter than a time slice.
+// About 20 microseconds: longer than the gap between two ops of one step, far shorter than a time
+// slice.
 constexpr int kSpins = 4000;
 
 void Pause() {
@@ -41,7 +42,8 @@ void ThreadPool::TakeItems(int32_t thread) {
 void ThreadPool::Work(int32_t thread) {
   uint64_t seen = 0;
   while (true) {
-    for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) Pause();
+    for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spin)
+      Pause();
     if (generation_.load() == seen) {
       const MutexLock lock(mu_);
       num_asleep_.fetch_add(1);
@@ -64,14 +66,16 @@ void ThreadPool::ParallelFor(int64_t num_items, Body body) {
   num_items_ = num_items;
   next_item_.store(0, std::memory_order_relaxed);
   num_busy_.store(static_cast<int32_t>(threads_.size()), std::memory_order_relaxed);
-  generation_.fetch_add(1);  // sequentially consistent: either we see the sleeper, or it sees the job
+  generation_.fetch_add(
+      1);  // sequentially consistent: either we see the sleeper, or it sees the job
   if (num_asleep_.load() > 0) {
     // Under the lock, so that the wake-up cannot fall between a sleeper's look and its wait.
     const MutexLock lock(mu_);
     wake_.NotifyAll();
   }
   TakeItems(0);
-  // Every worker passes through each job, late ones without an item; their last is at most one item away.
+  // Every worker passes through each job, late ones without an item; their last is at most one item
+  // away.
   for (int spin = 0; num_busy_.load(std::memory_order_acquire) > 0; ++spin) {
     if (spin < kSpins) {
       Pause();

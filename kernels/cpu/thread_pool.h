@@ -12,9 +12,9 @@
 
 namespace cinnabar::cpu {
 
-// Items are handed out one at a time by an atomic counter, so that a thread whose core is taken away holds
-// nobody up for longer than its item. Idle threads spin for a moment and then sleep. Calls do not nest and
-// come from one thread at a time; they allocate nothing.
+// Items are handed out one at a time by an atomic counter, so that a thread whose core is taken
+// away holds nobody up for longer than its item. Idle threads spin for a moment and then sleep.
+// Calls do not nest and come from one thread at a time; they allocate nothing.
 class ThreadPool {
  public:
   using Body = absl::FunctionRef<void(int64_t item, int32_t thread)>;
@@ -26,8 +26,8 @@ class ThreadPool {
 
   int32_t num_threads() const { return static_cast<int32_t>(threads_.size()) + 1; }
 
-  // Calls body(item, thread) once for each item in [0, num_items), thread in [0, num_threads()); returns when
-  // all have returned, and then everything they wrote is visible to the caller.
+  // Calls body(item, thread) once for each item in [0, num_items), thread in [0, num_threads());
+  // returns when all have returned, and then everything they wrote is visible to the caller.
   void ParallelFor(int64_t num_items, Body body);
 
  private:
@@ -40,7 +40,7 @@ class ThreadPool {
   int64_t num_items_ = 0;
   std::atomic<int64_t> next_item_{0};
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int32_t> num_busy_{0};   // workers that have not finished the current job
+  std::atomic<int32_t> num_busy_{0};  // workers that have not finished the current job
   std::atomic<bool> stopping_{false};
   Mutex mu_;
   ConditionVariable wake_;

@@ -13,25 +13,29 @@ constexpr int64_t kRounds = 4'000'000;
 using Clock = std::chrono::steady_clock;
 
 #if defined(__x86_64__)
-// Twelve independent chains cover the latency of four or five cycles on two ports. Written in assembly, so that no
-// compiler keeps them anywhere but in registers.
+// Twelve independent chains cover the latency of four or five cycles on two ports. Written in
+// assembly, so that no compiler keeps them anywhere but in registers.
 #define CINNABAR_FMA(n) "vfmadd231ps %%" REG "14, %%" REG "15, %%" REG #n "\n\t"
-#define CINNABAR_TWELVE                                                                                       \
-  CINNABAR_FMA(0) CINNABAR_FMA(1) CINNABAR_FMA(2) CINNABAR_FMA(3) CINNABAR_FMA(4) CINNABAR_FMA(5)             \
-  CINNABAR_FMA(6) CINNABAR_FMA(7) CINNABAR_FMA(8) CINNABAR_FMA(9) CINNABAR_FMA(10) CINNABAR_FMA(11)
-#define CINNABAR_CLOBBERS                                                                                     \
-  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm14", "xmm15"
+#define CINNABAR_TWELVE                                                                           \
+  CINNABAR_FMA(0)                                                                                 \
+  CINNABAR_FMA(1) CINNABAR_FMA(2) CINNABAR_FMA(3) CINNABAR_FMA(4) CINNABAR_FMA(5) CINNABAR_FMA(6) \
+      CINNABAR_FMA(7) CINNABAR_FMA(8) CINNABAR_FMA(9) CINNABAR_FMA(10) CINNABAR_FMA(11)
+#define CINNABAR_CLOBBERS                                                                  \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+      "xmm11", "xmm14", "xmm15"
 
 #define REG "zmm"
 double Avx512Flops() {
-  asm volatile("vpxord %%zmm14, %%zmm14, %%zmm14\n\tvpxord %%zmm15, %%zmm15, %%zmm15" ::: CINNABAR_CLOBBERS);
+  asm volatile("vpxord %%zmm14, %%zmm14, %%zmm14\n\tvpxord %%zmm15, %%zmm15, %%zmm15" ::
+                   : CINNABAR_CLOBBERS);
   for (int64_t i = 0; i < kRounds; ++i) asm volatile(CINNABAR_TWELVE ::: CINNABAR_CLOBBERS);
   return 12.0 * 16 * 2 * kRounds;
 }
 #undef REG
 #define REG "ymm"
 double Avx2Flops() {
-  asm volatile("vxorps %%ymm14, %%ymm14, %%ymm14\n\tvxorps %%ymm15, %%ymm15, %%ymm15" ::: CINNABAR_CLOBBERS);
+  asm volatile("vxorps %%ymm14, %%ymm14, %%ymm14\n\tvxorps %%ymm15, %%ymm15, %%ymm15" ::
+                   : CINNABAR_CLOBBERS);
   for (int64_t i = 0; i < kRounds; ++i) asm volatile(CINNABAR_TWELVE ::: CINNABAR_CLOBBERS);
   return 12.0 * 8 * 2 * kRounds;
 }

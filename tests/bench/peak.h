@@ -6,8 +6,8 @@
 
 namespace cinnabar::bench {
 
-// Floating-point operations (two a fused multiply-add) a second over `num_threads` threads at once: the best of a few
-// short runs with the widest vectors that the machine has.
+// Floating-point operations (two a fused multiply-add) a second over `num_threads` threads at once:
+// the best of a few short runs with the widest vectors that the machine has.
 double MeasurePeakFlops(int32_t num_threads);
 
 }  // namespace cinnabar::bench

@@ -79,24 +79,28 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   const int32_t length = state.canvas.length();
   const int32_t copies = state.params.cfg_scale > 0 ? 2 : 1;
   if (length > options_.limits.positions_max) {
-    return absl::InvalidArgumentError(absl::StrCat("a sequence of ", length, " positions; this engine takes ",
-                                                   options_.limits.positions_max));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a sequence of ", length, " positions; this engine takes ", options_.limits.positions_max));
   }
   if (model_.causal_block_length > 0) {
     if (copies > 1) return absl::InvalidArgumentError("cfg_scale: not for block-causal models");
-    if (model_.shift_logits) return absl::UnimplementedError("block-causal model with shifted logits");
+    if (model_.shift_logits)
+      return absl::UnimplementedError("block-causal model with shifted logits");
     // A step computes the open block and, once, the block before it.
     if (2 * model_.causal_block_length > options_.limits.rows_max) {
-      return absl::InvalidArgumentError(absl::StrCat("blocks of ", model_.causal_block_length,
-                                                     " positions need rows_max of at least twice that"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("blocks of ", model_.causal_block_length,
+                       " positions need rows_max of at least twice that"));
     }
   } else if (copies * length > options_.limits.rows_max) {
     return absl::InvalidArgumentError(absl::StrCat("a step computes ", copies * length,
-                                                   " rows; this engine takes ", options_.limits.rows_max));
+                                                   " rows; this engine takes ",
+                                                   options_.limits.rows_max));
   }
   CINNABAR_ASSIGN_OR_RETURN(sequence->sampler, GetSampler(state.params.sampler));
   if (num_sequences() >= options_.limits.sequences_max) {
-    return absl::ResourceExhaustedError(absl::StrCat(num_sequences(), " sequences are running already"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat(num_sequences(), " sequences are running already"));
   }
   const KvShape shape = denoiser_.SequenceKvShape(length);
   const int64_t kv_bytes = copies * denoiser_.backend().KvBytes(shape);
@@ -111,7 +115,8 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   }
   CINNABAR_ASSIGN_OR_RETURN(sequence->kv, denoiser_.backend().AllocateKv(shape), "KV memory");
   if (copies > 1) {
-    CINNABAR_ASSIGN_OR_RETURN(sequence->kv_unconditional, denoiser_.backend().AllocateKv(shape), "KV memory");
+    CINNABAR_ASSIGN_OR_RETURN(sequence->kv_unconditional, denoiser_.backend().AllocateKv(shape),
+                              "KV memory");
   }
   sequence->id = next_id_++;
   sequence->state = std::move(state);
@@ -154,16 +159,22 @@ std::vector<std::pair<SequenceId, SequenceState>> Engine::TakeFinished() {
 void Engine::EndSequence(Sequence& sequence, absl::Status status, StepReport& report) {
   const int32_t end = static_cast<int32_t>(report.transfers.size());
   if (status.ok()) {
-    // The event of its last step says that it was the last. A sequence that came in finished made no step.
+    // The event of its last step says that it was the last. A sequence that came in finished made
+    // no step.
     if (report.events.empty() || report.events.back().sequence != sequence.id) {
-      report.events.push_back({.sequence = sequence.id, .step = sequence.state.decoding.step,
-                               .transfers_begin = end, .transfers_end = end});
+      report.events.push_back({.sequence = sequence.id,
+                               .step = sequence.state.decoding.step,
+                               .transfers_begin = end,
+                               .transfers_end = end});
     }
     report.events.back().finished = true;
     ++counters_.sequences_finished;
   } else {
-    report.events.push_back({.sequence = sequence.id, .step = sequence.state.decoding.step,
-                             .transfers_begin = end, .transfers_end = end, .finished = true,
+    report.events.push_back({.sequence = sequence.id,
+                             .step = sequence.state.decoding.step,
+                             .transfers_begin = end,
+                             .transfers_end = end,
+                             .finished = true,
                              .status = std::move(status)});
     ++counters_.sequences_failed;
   }
@@ -291,7 +302,8 @@ void Engine::AppendToBatch(Sequence& sequence) {
   batch.members.push_back({&sequence, first_query, prefill_only});
   if (prefill_only) return;
 
-  // Packed row that holds the prediction for a position: its own, or with shifted logits the one before.
+  // Packed row that holds the prediction for a position: its own, or with shifted logits the one
+  // before.
   const int32_t span_first = causal ? span.first_position : sequence.plan.visible_begin;
   const auto row_of = [&](int32_t position, const SequenceSpan& in) {
     const int32_t row = position - span_first;
@@ -380,8 +392,9 @@ absl::Status Engine::Step(absl::Time now, StepReport& report) {
     if (sequence->ended) continue;
     const int32_t rows = RowsOf(*sequence);
     const int32_t spans = sequence->guided() ? 2 : 1;
-    const bool full = static_cast<int32_t>(scratch_->ids.size()) + rows > options_.limits.rows_max ||
-                      static_cast<int32_t>(scratch_->spans.size()) + spans > options_.limits.sequences_max;
+    const bool full =
+        static_cast<int32_t>(scratch_->ids.size()) + rows > options_.limits.rows_max ||
+        static_cast<int32_t>(scratch_->spans.size()) + spans > options_.limits.sequences_max;
     if (full && !scratch_->members.empty()) {
       device = RunBatch(report);
       scratch_->Clear();

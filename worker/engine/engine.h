@@ -1,6 +1,6 @@
-// The batched denoising loop: many sequences, one forward pass a turn, each on its own step, block, sampler
-// and length. A sequence joins and leaves between any two turns; what it computes does not depend on who
-// else is there.
+// The batched denoising loop: many sequences, one forward pass a turn, each on its own step, block,
+// sampler and length. A sequence joins and leaves between any two turns; what it computes does not
+// depend on who else is there.
 #ifndef CINNABAR_WORKER_ENGINE_ENGINE_H_
 #define CINNABAR_WORKER_ENGINE_ENGINE_H_
 
@@ -20,10 +20,10 @@
 namespace cinnabar {
 
 struct EngineOptions {
-  ForwardLimits limits;               // those that the denoiser was loaded with
+  ForwardLimits limits;  // those that the denoiser was loaded with
   int64_t kv_bytes_max = int64_t{1} << 31;
-  // Exact reuse of the keys and values of finished blocks (block-causal models). Off recomputes every
-  // position each step, for tests and benchmarks: same bytes, more work.
+  // Exact reuse of the keys and values of finished blocks (block-causal models). Off recomputes
+  // every position each step, for tests and benchmarks: same bytes, more work.
   bool block_cache = true;
 };
 
@@ -31,12 +31,12 @@ struct EngineOptions {
 struct EngineCounters {
   int64_t forwards = 0;
   int64_t rows_computed = 0;
-  int64_t rows_answered = 0;      // that went through the vocabulary head
-  int64_t rows_prefilled = 0;     // of rows_computed: positions already final, computed for their KV
-  int64_t steps = 0;              // denoising steps, summed over sequences
+  int64_t rows_answered = 0;   // that went through the vocabulary head
+  int64_t rows_prefilled = 0;  // of rows_computed: positions already final, computed for their KV
+  int64_t steps = 0;           // denoising steps, summed over sequences
   int64_t tokens_committed = 0;
   int64_t sequences_finished = 0;
-  int64_t sequences_failed = 0;   // cancelled and expired ones included
+  int64_t sequences_failed = 0;  // cancelled and expired ones included
 };
 
 using SequenceId = int64_t;
@@ -44,17 +44,17 @@ using SequenceId = int64_t;
 // What one turn did to one sequence.
 struct StepEvent {
   SequenceId sequence = 0;
-  int32_t step = 0;         // index of the step that was made; events of a sequence count up without gaps
+  int32_t step = 0;  // index of the step that was made; events of a sequence count up without gaps
   int32_t transfers_begin = 0;  // range in StepReport::transfers
   int32_t transfers_end = 0;
-  bool finished = false;    // the last event of this sequence: complete when `status` is OK
-  absl::Status status;      // Cancelled, DeadlineExceeded, or DataLoss (the network gave NaN)
+  bool finished = false;  // the last event of this sequence: complete when `status` is OK
+  absl::Status status;    // Cancelled, DeadlineExceeded, or DataLoss (the network gave NaN)
 };
 
 struct StepReport {
   std::vector<StepEvent> events;
   std::vector<Transfer> transfers;
-  int32_t rows = 0;             // of this turn's forward passes
+  int32_t rows = 0;  // of this turn's forward passes
   int32_t num_forwards = 0;
 
   absl::Span<const Transfer> TransfersOf(const StepEvent& event) const {
@@ -70,9 +70,9 @@ class Engine {
   Engine(Denoiser& denoiser, const EngineOptions& options);
   ~Engine();
 
-  // Takes a new or a resumed sequence; it takes part from the next Step(). ResourceExhausted: no row, sequence
-  // slot or KV memory is left now (try again when one has finished). InvalidArgument: it can never fit, or asks
-  // for what the model cannot do.
+  // Takes a new or a resumed sequence; it takes part from the next Step(). ResourceExhausted: no
+  // row, sequence slot or KV memory is left now (try again when one has finished). InvalidArgument:
+  // it can never fit, or asks for what the model cannot do.
   absl::StatusOr<SequenceId> Add(SequenceState state, absl::Time deadline = absl::InfiniteFuture());
 
   // The sequence ends with Cancelled in the next Step(). False: no such sequence.
@@ -84,11 +84,11 @@ class Engine {
   // Takes the sequence out and gives its state back, for handing it to another worker. NotFound.
   absl::StatusOr<SequenceState> Remove(SequenceId sequence);
 
-  // One turn: every sequence makes one denoising step (a long prompt may first take turns of its own to be
-  // encoded). `report` is overwritten. An error is the device's: sequences without an event in the report have not
-  // changed, so the turn may be repeated, or the sequences removed and resumed elsewhere. A failure of one
-  // sequence is in its event and disturbs no other. Sequences that ended are forgotten afterwards; their last
-  // state is in TakeFinished().
+  // One turn: every sequence makes one denoising step (a long prompt may first take turns of its
+  // own to be encoded). `report` is overwritten. An error is the device's: sequences without an
+  // event in the report have not changed, so the turn may be repeated, or the sequences removed and
+  // resumed elsewhere. A failure of one sequence is in its event and disturbs no other. Sequences
+  // that ended are forgotten afterwards; their last state is in TakeFinished().
   absl::Status Step(absl::Time now, StepReport& report);
 
   // States of sequences that ended in the last Step(), in the order of their events.

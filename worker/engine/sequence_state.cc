@@ -27,8 +27,8 @@ absl::Status CheckPosition(const Canvas& canvas, int32_t position, const ModelTr
   const TokenId token = canvas.tokens[position];
   const PositionState state = canvas.states[position];
   if (token < 0 || token >= model.vocab_size) {
-    return absl::InvalidArgumentError(absl::StrCat("tokens[", position, "] = ", token,
-                                                   " is outside the vocabulary of ", model.vocab_size));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tokens[", position, "] = ", token, " is outside the vocabulary of ", model.vocab_size));
   }
   const bool has_mask_token = model.mask_token >= 0;
   if (state == PositionState::kNoise && has_mask_token) {
@@ -57,8 +57,9 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
   }
   if (decoding.block_step < 0 || decoding.step < decoding.block_step || decoding.nfe < 0 ||
       decoding.nfe > decoding.step) {
-    return absl::InvalidArgumentError(absl::StrCat("step counts ", decoding.block_step, " / ", decoding.step,
-                                                   " / ", decoding.nfe, " contradict each other"));
+    return absl::InvalidArgumentError(absl::StrCat("step counts ", decoding.block_step, " / ",
+                                                   decoding.step, " / ", decoding.nfe,
+                                                   " contradict each other"));
   }
   const int32_t num_blocks = NumBlocks(canvas, model, state.params.block_length);
   if (decoding.block_index < 0 || decoding.block_index >= num_blocks) {
@@ -71,19 +72,21 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
   }
   const int32_t open = CountUndecided(canvas, block.begin, block.end);
   if (open == 0 || decoding.block_masks < open || decoding.block_masks > block.end - block.begin) {
-    return absl::InvalidArgumentError(absl::StrCat("block_masks ", decoding.block_masks,
-                                                   " for a block with ", open, " undecided positions"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "block_masks ", decoding.block_masks, " for a block with ", open, " undecided positions"));
   }
   return absl::OkStatus();
 }
 
 }  // namespace
 
-absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids, const std::vector<bool>& given,
+absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
+                                           const std::vector<bool>& given,
                                            const DecodingParams& params, const ModelTraits& model) {
   std::vector<TokenId> all_ids(ids.begin(), ids.end());
   std::vector<bool> all_given = given;
-  if (const int32_t block = model.causal_block_length; block > 0 && all_given.size() == all_ids.size()) {
+  if (const int32_t block = model.causal_block_length;
+      block > 0 && all_given.size() == all_ids.size()) {
     const size_t whole_blocks = (all_ids.size() + block - 1) / block * block;
     all_ids.resize(whole_blocks, 0);
     all_given.resize(whole_blocks, false);
@@ -106,8 +109,8 @@ v1::SequenceState ToWire(const SequenceState& state, absl::string_view model_fin
   std::string& packed = *wire.mutable_position_states();
   packed.assign((state.canvas.states.size() + kStatesPerByte - 1) / kStatesPerByte, '\0');
   for (size_t i = 0; i < state.canvas.states.size(); ++i) {
-    packed[i / kStatesPerByte] |=
-        static_cast<char>(static_cast<unsigned>(state.canvas.states[i]) << (i % kStatesPerByte * 2));
+    packed[i / kStatesPerByte] |= static_cast<char>(static_cast<unsigned>(state.canvas.states[i])
+                                                    << (i % kStatesPerByte * 2));
   }
   *wire.mutable_params() = ToWire(state.params);
   wire.set_block_index(state.decoding.block_index);
@@ -122,11 +125,12 @@ v1::SequenceState ToWire(const SequenceState& state, absl::string_view model_fin
 absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const ModelTraits& model,
                                        absl::string_view model_fingerprint) {
   if (wire.format() != kFormat) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("sequence state of format ", wire.format(), "; this build reads format ", kFormat));
+    return absl::FailedPreconditionError(absl::StrCat("sequence state of format ", wire.format(),
+                                                      "; this build reads format ", kFormat));
   }
   if (wire.model_fingerprint() != model_fingerprint) {
-    return absl::FailedPreconditionError(absl::StrCat("sequence state of model ", wire.model_fingerprint(),
+    return absl::FailedPreconditionError(absl::StrCat("sequence state of model ",
+                                                      wire.model_fingerprint(),
                                                       "; this worker serves ", model_fingerprint));
   }
   const int32_t length = wire.tokens_size();
@@ -138,9 +142,10 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
     return absl::InvalidArgumentError(
         absl::StrCat(length, " tokens are not whole blocks of ", model.causal_block_length));
   }
-  if (wire.position_states().size() != static_cast<size_t>(length + kStatesPerByte - 1) / kStatesPerByte) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(wire.position_states().size(), " bytes of position_states for ", length, " tokens"));
+  if (wire.position_states().size() !=
+      static_cast<size_t>(length + kStatesPerByte - 1) / kStatesPerByte) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        wire.position_states().size(), " bytes of position_states for ", length, " tokens"));
   }
   SequenceState state;
   state.canvas.tokens.assign(wire.tokens().begin(), wire.tokens().end());
@@ -152,12 +157,11 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
   }
   SetCanvasSpan(state.canvas);
   CINNABAR_ASSIGN_OR_RETURN(const DecodingParams params, FromWire(wire.params()));
-  const int32_t num_open =
-      static_cast<int32_t>(std::count_if(state.canvas.states.begin(), state.canvas.states.end(),
-                                         [](PositionState s) { return s != PositionState::kGiven; }));
+  const int32_t num_open = static_cast<int32_t>(
+      std::count_if(state.canvas.states.begin(), state.canvas.states.end(),
+                    [](PositionState s) { return s != PositionState::kGiven; }));
   CINNABAR_ASSIGN_OR_RETURN(
-      state.params,
-      ResolveParams(params, model, num_open, state.canvas.end - state.canvas.begin));
+      state.params, ResolveParams(params, model, num_open, state.canvas.end - state.canvas.begin));
   state.decoding = {.block_index = wire.block_index(),
                     .block_step = wire.block_step(),
                     .block_masks = wire.block_masks(),

@@ -1,5 +1,5 @@
-// A sequence as it stands between two denoising steps, and its wire form: what is snapshotted, handed to
-// another worker and resumed to the same bytes.
+// A sequence as it stands between two denoising steps, and its wire form: what is snapshotted,
+// handed to another worker and resumed to the same bytes.
 #ifndef CINNABAR_WORKER_ENGINE_SEQUENCE_STATE_H_
 #define CINNABAR_WORKER_ENGINE_SEQUENCE_STATE_H_
 
@@ -23,11 +23,12 @@ struct SequenceState {
   DecodingState decoding;
 };
 
-// A new sequence. Undecided positions are those with given[i] == false; their ids are ignored. Block-causal
-// models compute whole blocks: the sequence is lengthened with undecided positions to a multiple of the block
-// (what they become is decided with the rest and not part of the answer).
+// A new sequence. Undecided positions are those with given[i] == false; their ids are ignored.
+// Block-causal models compute whole blocks: the sequence is lengthened with undecided positions to
+// a multiple of the block (what they become is decided with the rest and not part of the answer).
 // InvalidArgument names the field and the fix.
-absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids, const std::vector<bool>& given,
+absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
+                                           const std::vector<bool>& given,
                                            const DecodingParams& params, const ModelTraits& model);
 
 // `model_fingerprint` names model and weights; FromWire refuses a state of another.
