@@ -246,7 +246,9 @@ enum class PickRule : uint8_t {
   // s[y] = exp(logit[y]), s[own] = 1 and S = sum s over all ids, draws y with weight
   //   max(0, (q - 1) / (N q) * S + s[y] / q) * transition[y], q = exp(-sigma_step), N = vocabulary size,
   //   transition[y] = (1 - q) / N off the own token, 1 - (N - 1) (1 - q) / N on it.
-  // `own_token` and `sigma_step` are read. Source: Score-Entropy-Discrete-Diffusion, graph_lib.py.
+  // `own_token` and `sigma_step` are read, the pick temperature is not; filters do not go with it (a
+  // caller's bug). s is that after the rules' biases; `counted` leaves S alone. Weights and draw are
+  // double. Source: Score-Entropy-Discrete-Diffusion, graph_lib.py.
   kUniformTweedie,
 };
 
@@ -256,19 +258,20 @@ enum class FilterOrder : uint8_t { kTopPThenTopK, kTopKThenTopP };
 struct VocabularyQuery {
   int32_t hidden_row = 0;
   // Classifier-free guidance: when >= 0, l = l_u + (guidance_scale + 1) * (l_c - l_u) with l_c the
-  // logits of hidden_row and l_u those of this row.
+  // logits of hidden_row and l_u those of this row (one fused multiply-add in float32).
   int32_t unconditional_row = -1;
   float guidance_scale = 0.0F;
 
   PickRule pick = PickRule::kSoftmax;
-  float pick_temperature = 0.0F;        // 0: argmax
-  // Softmax statistics are those of l / statistics_temperature (> 0): 1 for LLaDA's clean confidence,
+  float pick_temperature = 0.0F;        // 0: argmax; else above 1e-30
+  // Softmax statistics are those of l / statistics_temperature (above 1e-30): 1 for LLaDA's clean confidence,
   // the sampling temperature for Dream's.
   float statistics_temperature = 1.0F;
   // Filters, on l / statistics_temperature over the counted ids; token and statistics then come from the
   // kept set alone. top_k 0: off; keeps ids with l >= the k-th largest (ties survive). top_p 1: off;
   // sorted descending (ties: lower id first), an id is dropped when the mass before it already exceeds
-  // top_p, so the one that crosses is kept.
+  // top_p, so the one that crosses is kept. The whole mass, and so where top_p crosses, is exact to
+  // about 1e-6 of itself. A rule that is not counted is in no kept set, so never the token then.
   int32_t top_k = 0;
   float top_p = 1.0F;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
@@ -283,15 +286,18 @@ struct VocabularyQuery {
 };
 
 // One row's answer. Probabilities are of softmax(l / statistics_temperature) over the counted ids (the
-// kept ones when filtered), from float32 logits and float32 sums of bounded length merged in double.
+// kept ones when filtered), from float32 logits and float32 sums of bounded length merged in double:
+// probability and margin within 1e-5, entropy within 1e-4 of exact, relative, on the same logits.
 struct VocabularyAnswer {
-  int32_t token = -1;          // the pick; -1 when nothing was pickable
+  int32_t token = -1;          // the pick; -1 when nothing was pickable. An l of -inf is never picked
   float token_logit = 0.0F;    // l[token] without noise and temperature
   double probability = 0.0;    // of `token`; a token that is pickable but not counted: exp of its logit
                                // over the counted mass, capped at 1
   double margin = 0.0;         // largest minus second largest probability
   double entropy = 0.0;        // nats
-  double log_sum_exp = 0.0;    // ln sum exp(l / statistics_temperature) over the counted ids, unfiltered
+  // ln sum exp(l / statistics_temperature) over the counted ids, unfiltered; -inf when none has a finite
+  // l, and then probability, margin and entropy are 0.
+  double log_sum_exp = 0.0;
   bool finite = true;          // false: a NaN or +inf among the logits, every other field is undefined
 };
 

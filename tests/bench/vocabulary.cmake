@@ -1,0 +1,5 @@
+add_executable(vocabulary_bench ${CMAKE_CURRENT_LIST_DIR}/vocabulary_bench.cc)
+target_link_libraries(vocabulary_bench PRIVATE ${CINNABAR_VOCABULARY_BACKEND})
+if(TARGET kernels_stand_in)
+  target_compile_definitions(vocabulary_bench PRIVATE CINNABAR_STAND_IN)
+endif()

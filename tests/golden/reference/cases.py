@@ -1,0 +1,334 @@
+"""The list of cases: which sampler runs on which model, input and options, and what a case must show.
+
+Inputs are drawn with a seed; seeds are tried in order until no decision of the run is closer than float32
+can tell apart and the case shows what it is there for.
+"""
+import numpy as np
+
+from . import models, samplers
+
+
+def parse_layout(layout):
+    """"g4 m5 g3" -> (given flags, gen_length); a trailing "+16" is a canvas appended after the input."""
+    given, appended = [], 0
+    for part in layout.split():
+        if part[0] == "+":
+            appended = int(part[1:])
+        else:
+            given += [part[0] == "g"] * int(part[1:])
+    return given, appended
+
+
+def effect(**other):
+    """The options matter: with `other` in their place the run takes another course."""
+    def shows(result, model, ids, given, options):
+        changed = {k: v for k, v in {**options, **other}.items() if v is not None}
+        try:
+            plain = samplers.generate(model, ids, given, changed)
+        except samplers.TooClose:
+            return False
+        return plain.trace != result.trace or plain.tokens != result.tokens
+    return shows
+
+
+def events(*names):
+    return lambda result, *_: set(names) <= result.events
+
+
+def both(*conditions):
+    return lambda *args: all(c(*args) for c in conditions)
+
+
+def eos_used(result, model, ids, given, options):
+    special = (*model.traits.eos_tokens, model.traits.eot_token)
+    return any(t in special for t, g in zip(result.tokens, given) if not g)
+
+
+SAMPLERS = ("low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "threshold", "factor",
+            "entropy_bounded", "block_static", "block_dynamic", "block_sequential")
+HOLES = "g4 m5 g3 m4 g1 m2 g3"  # a canvas of 15 positions, 11 of them masked
+
+# name, model, layout, options, condition
+GREEDY = [
+    # LLaDA's low-confidence remasking.
+    ("low_confidence_llada", "llada", "g9 +16", dict(steps=16, block_length=8), None),
+    ("low_confidence_llada_quota", "llada", "g7 +15", dict(steps=6), None),
+    ("low_confidence_llada_one_step", "llada", "g5 +7", dict(steps=1), None),
+    ("low_confidence_llada_short_last_block", "llada", "g6 +13", dict(steps=9, block_length=5), None),
+    ("low_confidence_llada_infill", "llada", HOLES, dict(steps=6, block_length=6), None),
+    ("low_confidence_llada_hole_first", "llada", "m3 g4 m6 g2", dict(steps=9), None),
+    ("low_confidence_llada_one_given", "llada", "g1 +11", dict(steps=11), None),
+    ("low_confidence_llada_given_block", "llada", "g3 m4 g9 m3 g2", dict(steps=8, block_length=4), None),
+    ("low_confidence_llada_cfg", "llada", "g8 +12", dict(steps=12, block_length=6, cfg_scale=1.5),
+     effect(cfg_scale=0)),
+    ("low_confidence_llada_cfg_infill", "llada", HOLES, dict(steps=5, cfg_scale=0.75), effect(cfg_scale=0)),
+    ("low_confidence_llada_logits_eos_inf", "llada", "g8 +14", dict(steps=14, logits_eos_inf=True),
+     effect(logits_eos_inf=False)),
+    ("low_confidence_llada_confidence_eos_eot_inf", "llada", "g8 +14",
+     dict(steps=7, confidence_eos_eot_inf=True), both(effect(confidence_eos_eot_inf=False), eos_used)),
+    ("low_confidence_llada_eos_switches_infill", "llada", HOLES,
+     dict(steps=11, confidence_eos_eot_inf=True, logits_eos_inf=True),
+     effect(confidence_eos_eot_inf=False, logits_eos_inf=False)),
+    ("low_confidence_llada_gqa_mask_is_best", "llada_gqa", "g9 +14", dict(steps=7), events("mask is best")),
+    ("low_confidence_llada_gqa_infill", "llada_gqa", HOLES, dict(steps=8, block_length=8),
+     events("mask is best")),
+    ("low_confidence_dream", "dream", "g7 +12", dict(steps=6, block_length=6), None),
+    ("low_confidence_dream_masked_start", "dream", "m4 g5 m5 g1", dict(steps=9), None),
+    ("low_confidence_open_dcoder_infill", "open_dcoder", HOLES, dict(steps=11), None),
+    ("low_confidence_a2d_qwen3", "a2d_qwen3", "g6 +14", dict(steps=7, block_length=14), None),
+    ("low_confidence_a2d_qwen2_infill", "a2d_qwen2", HOLES, dict(steps=4, block_length=8), None),
+    ("low_confidence_a2d_llama", "a2d_llama", "g11 +10", dict(steps=10, block_length=5), None),
+    # LLaDA's random remasking where chance has no say.
+    ("random_sequential", "llada", "g6 +9", dict(steps=9, block_length=1), None),
+    ("random_one_step_infill", "llada", HOLES, dict(steps=3, block_length=6), None),
+    # Dream.
+    ("origin_one_step", "dream", "g6 +9", dict(steps=1), None),
+    ("origin_one_step_infill", "dream", HOLES, dict(steps=1), None),
+    ("maskgit_plus_dream", "dream", "g9 +15", dict(steps=8), None),
+    ("maskgit_plus_dream_step_per_mask", "dream", "g5 +8", dict(steps=8), None),
+    ("maskgit_plus_dream_infill", "dream", HOLES, dict(steps=5), None),
+    ("maskgit_plus_dream_top_p", "dream", "g9 +13", dict(steps=6, top_p=0.7), effect(top_p=1.0)),
+    ("maskgit_plus_dream_top_k", "dream", "g9 +13", dict(steps=6, top_k=4), effect(top_k=0)),
+    ("maskgit_plus_a2d_llama", "a2d_llama", "g8 +12", dict(steps=5, eps=0.5), effect(eps=0.001)),
+    ("topk_margin_dream", "dream", "g8 +14", dict(steps=7), None),
+    ("topk_margin_dream_infill", "dream", HOLES, dict(steps=6), None),
+    ("topk_margin_open_dcoder_top_p", "open_dcoder", "g9 +12", dict(steps=6, top_p=0.95), None),
+    ("entropy_dream", "dream", "g7 +16", dict(steps=9), None),
+    ("entropy_dream_more_steps_than_masks", "dream", "g7 +6", dict(steps=10), None),
+    ("entropy_dream_infill", "dream", HOLES, dict(steps=11), None),
+    ("entropy_dream_top_p", "dream", "g9 +14", dict(steps=7, top_p=0.95), effect(top_p=1.0)),
+    ("entropy_dream_top_p_top_k_infill", "dream", HOLES, dict(steps=6, top_p=0.9, top_k=5),
+     effect(top_p=1.0, top_k=0)),
+    ("entropy_open_dcoder", "open_dcoder", "g9 +16", dict(steps=8), None),
+    ("entropy_open_dcoder_infill", "open_dcoder", "g6 m9 g5", dict(steps=5), None),
+    ("entropy_dream_bf16", "dream_bf16", "g8 +12", dict(steps=6), None),
+    ("entropy_llada", "llada", "g8 +12", dict(steps=6), None),
+    # Fast-dLLM.
+    ("threshold_llada", "llada", "g9 +16", dict(threshold=0.6, block_length=8), events("above", "fallback")),
+    ("threshold_llada_default", "llada", "g5 +9", dict(), None),
+    ("threshold_llada_infill", "llada", HOLES, dict(threshold=0.45, block_length=6), events("above")),
+    ("threshold_llada_zero", "llada", "g4 +6", dict(threshold=0.0), events("above")),
+    ("threshold_llada_gqa_mask_is_best", "llada_gqa", "g8 +12", dict(threshold=0.5),
+     events("mask is best", "above")),
+    ("threshold_dream", "dream", "g8 +12", dict(threshold=0.5, block_length=4), events("above", "fallback")),
+    ("threshold_dream_bf16_infill", "dream_bf16", HOLES, dict(threshold=0.5), events("above", "fallback")),
+    ("threshold_a2d_qwen2", "a2d_qwen2", "g6 +13", dict(threshold=0.55, block_length=5),
+     events("above", "fallback")),
+    ("factor_llada", "llada", "g9 +15", dict(factor=1.0, block_length=5), events("several")),
+    ("factor_llada_wide", "llada", "g9 +12", dict(factor=1.6), events("several")),
+    ("factor_llada_infill", "llada", HOLES, dict(factor=1.25, block_length=8), events("several")),
+    ("factor_llada_last_rank_fails", "llada", "g7 +9", dict(factor=1.0, block_length=3),
+     events("last rank fails")),
+    ("factor_a2d_qwen3", "a2d_qwen3", "g7 +12", dict(factor=1.4, block_length=6), events("several")),
+    # Entropy-bounded.
+    ("entropy_bounded_llada", "llada", "g9 +14", dict(entropy_bound=2.5), events("several", "one")),
+    ("entropy_bounded_llada_zero", "llada", "g6 +7", dict(entropy_bound=0.0), events("one")),
+    ("entropy_bounded_llada_wide_blocks", "llada", "g6 +12", dict(entropy_bound=40.0, block_length=6),
+     events("all")),
+    ("entropy_bounded_dream_infill", "dream", HOLES, dict(entropy_bound=3.0), events("several")),
+    ("entropy_bounded_a2d_llama", "a2d_llama", "g7 +12", dict(entropy_bound=2.0, block_length=6),
+     events("several")),
+    ("entropy_bounded_sdar_b8", "sdar_b8", "g5 +19", dict(entropy_bound=2.0), events("several")),
+    # SDAR: steps are for all blocks, those of the prompt's tail included.
+    ("block_static_sdar_b4", "sdar_b4", "g9 +15", dict(steps=8), None),
+    ("block_static_sdar_b4_full_steps", "sdar_b4", "g8 +12", dict(steps=12), None),
+    ("block_static_sdar_b4_tail", "sdar_b4", "g7 +9", dict(steps=6), events("quota above masks")),
+    ("block_static_sdar_b4_filtered", "sdar_b4", "g6 +14", dict(steps=12, top_k=9, top_p=0.9),
+     effect(top_k=0, top_p=1.0)),
+    ("block_static_sdar_b8_infill", "sdar_b8", HOLES + " g3", dict(steps=9), None),
+    ("block_static_sdar_b4_given_block", "sdar_b4", "g3 m4 g9 m3 g1", dict(steps=10), None),
+    ("block_static_sdar_b4_short_last_block", "sdar_b4", "g6 +9", dict(steps=12), None),
+    ("block_static_sdar_b4_f16", "sdar_b4_f16", "g9 +11", dict(steps=6), None),
+    ("block_dynamic_sdar_b4", "sdar_b4", "g9 +15", dict(steps=16, threshold=0.45),
+     events("above quota", "fallback")),
+    ("block_dynamic_sdar_b4_quota", "sdar_b4", "g6 +14", dict(steps=8, threshold=0.3),
+     events("quota above masks", "fallback")),
+    ("block_dynamic_sdar_b4_infill", "sdar_b4", HOLES + " g2", dict(steps=16, threshold=0.4),
+     events("above quota", "fallback")),
+    ("block_dynamic_sdar_b8", "sdar_b8", "g13 +19", dict(steps=24, threshold=0.5),
+     events("above quota", "fallback")),
+    ("block_dynamic_sdar_b8_one_given", "sdar_b8", "g1 +15", dict(steps=6, threshold=0.6), None),
+    ("block_dynamic_sdar_b4_f16", "sdar_b4_f16", "g6 +10", dict(steps=12, threshold=0.5),
+     events("above quota")),
+    ("block_sequential_sdar_b4", "sdar_b4", "g9 +11", dict(steps=9), None),
+    ("block_sequential_sdar_b4_tail", "sdar_b4", "g6 +10", dict(steps=3), None),
+    ("block_sequential_sdar_b8_infill", "sdar_b8", HOLES + " g2", dict(steps=9), None),
+]
+
+
+def draw_input(model, name, layout, seed, text_ids):
+    given, appended = parse_layout(layout)
+    ids = np.random.RandomState(seed).randint(0, text_ids(name), len(given))
+    ids[~np.array(given, dtype=bool)] = 0  # what stands at a position to fill is ignored
+    return ids.tolist(), given, appended
+
+
+def token_cases(loaded, text_ids):
+    """(name, case) of every token golden."""
+    for name, model_name, layout, options, condition in GREEDY:
+        model = loaded[model_name]
+        sampler = max((s for s in SAMPLERS if name.startswith(s + "_")), key=len)
+        options = {"sampler": sampler, **options}
+        for seed in range(2000):
+            ids, given, appended = draw_input(model, model_name, layout, seed, text_ids)
+            whole_ids, whole_given = ids + [0] * appended, given + [False] * appended
+            try:
+                result = samplers.generate(model, whole_ids, whole_given, options)
+            except samplers.TooClose:
+                continue
+            filled = [t for t, g in zip(result.tokens, whole_given) if not g]
+            if len(set(filled)) < min(4, len(filled) // 2):
+                continue
+            if condition is None or condition(result, model, whole_ids, whole_given, options):
+                break
+        else:
+            raise AssertionError(f"{name}: no input shows it with safe margins")
+        if appended:
+            options["gen_length"] = appended
+        case = {"model": f"models/{model_name}", "input": {"ids": ids, "given": given},
+                "options": {**options, "temperature": 0}, "expected": {"ids": result.tokens, "trace": result.trace}}
+        if result.nfe_min == result.nfe:
+            case["expected"]["nfe"] = result.nfe
+        else:
+            case["expected"].update(nfe_min=result.nfe_min, nfe_max=result.nfe)
+        yield name, case
+
+
+# --- random steps ------------------------------------------------------------------------------------------
+
+# Schedules of one random run each: enough to test the sampler's loop through seeds.
+RANDOM_RUNS = [
+    ("sedd_euler_absorb", "sedd_absorb", "g5 +12", dict(sampler="sedd_euler", steps=16, temperature=1)),
+    ("sedd_analytic_absorb_infill", "sedd_absorb", HOLES, dict(sampler="sedd_analytic", steps=8, temperature=1)),
+    ("sedd_euler_uniform", "sedd_uniform", "g5 +9", dict(sampler="sedd_euler", steps=24, temperature=1)),
+    ("sedd_analytic_uniform_infill", "sedd_uniform", HOLES,
+     dict(sampler="sedd_analytic", steps=8, temperature=1)),
+    ("mdlm_ancestral", "mdlm", "g5 +12", dict(sampler="mdlm_ancestral", steps=16, temperature=1)),
+    ("mdlm_ancestral_infill", "mdlm", HOLES, dict(sampler="mdlm_ancestral", steps=6, temperature=1)),
+    ("random_llada", "llada", "g5 +12", dict(sampler="random", steps=6, block_length=6)),
+    ("origin_dream_infill", "dream", HOLES, dict(sampler="origin", steps=6, temperature=0.7, top_p=0.95)),
+    ("entropy_dream_warm", "dream", "g6 +12",
+     dict(sampler="entropy", steps=6, temperature=0.4, top_p=0.95, alg_temp=0.3)),
+    ("low_confidence_llada_warm", "llada", HOLES, dict(sampler="low_confidence", steps=11, temperature=0.8)),
+    ("block_dynamic_sdar_warm", "sdar_b4", "g6 +14",
+     dict(sampler="block_dynamic", steps=16, temperature=0.6, top_k=20, top_p=0.95, threshold=0.5)),
+]
+
+
+def random_run_cases(loaded, text_ids):
+    """Runs without expected tokens: whatever comes out, the given positions are unchanged, everything is filled,
+    and the same seed gives the same again."""
+    for number, (name, model_name, layout, options) in enumerate(RANDOM_RUNS):
+        ids, given, appended = draw_input(loaded[model_name], model_name, layout, 900 + number, text_ids)
+        if appended:
+            options = {**options, "gen_length": appended}
+        yield name, {"model": f"models/{model_name}", "input": {"ids": ids, "given": given},
+                     "options": {**options, "seed": 1234 + number},
+                     "properties": {"length": len(ids) + appended, "mask_token": loaded[model_name].traits.mask_token}}
+
+
+def listed(array):
+    return np.asarray(array, dtype=np.float64).tolist()
+
+
+def random_rows(seed, rows, vocabulary, spread):
+    """Logits of moderate spread, exactly representable in float32 so that both sides read the same numbers."""
+    uniforms = np.random.RandomState(seed).random_sample((4, rows, vocabulary))
+    return np.round((uniforms.sum(axis=0) - 2) * spread * 256) / 256
+
+
+def probability_cases(loaded, text_ids):
+    """(name, case): exact distributions of single random draws and steps."""
+    # One token. V = 19, the mask token is id 17, in row 1 it is the best one.
+    logits = random_rows(1, 3, 19, 3.0)
+    logits[1, 17] = 4.0
+    filters = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.7),
+               dict(temperature=1.0, top_p=0.8), dict(temperature=0.8, top_k=4),
+               dict(temperature=1.3, top_p=0.75, top_k=5),
+               dict(temperature=1.3, top_p=0.75, top_k=5, top_k_first=True),
+               dict(temperature=0.6, top_p=0.92, top_k=7, top_k_first=True)]
+    draws = []
+    for options in filters:
+        rows = [samplers.categorical(row, 17, **options) for row in logits]
+        top_k_first = options.pop("top_k_first", False)
+        draws.append({**options, "filter_order": "top_k_then_top_p" if top_k_first else "top_p_then_top_k",
+                      "probabilities": [listed(p) for p, _ in rows], "confidence": [listed(c) for _, c in rows]})
+    yield "categorical", {"kind": "categorical", "mask_token": 17, "logits": listed(logits), "draws": draws}
+
+    # Dream: which positions.
+    yield "origin_schedule", {"kind": "origin", "schedules": [
+        {"steps": steps, "eps": eps, "probabilities": [samplers.origin_probability(i, steps, eps) for i in range(steps)]}
+        for steps, eps in ((1, 1e-3), (5, 1e-3), (8, 1e-3), (6, 0.2))]}
+    confidence = [0.83, 0.31, 0.57, 0.12, 0.95, 0.44]
+    yield "alg_temp", {"kind": "alg_temp", "confidence": confidence, "draws": [
+        {"alg_temp": t, "count": count, "inclusion": listed(samplers.without_replacement(
+            models.softmax(np.array(confidence) / t), count))} for t, count in ((0.1, 1), (0.1, 2), (0.4, 3), (1.0, 5))]}
+
+    # SEDD: one predictor step from inline log-scores, then from the tiny networks.
+    graphs = {"absorb": ("loglinear", 0.0, 0.0), "uniform": ("geometric", 1e-4, 20.0)}
+    for graph, (noise, sigma_min, sigma_max) in graphs.items():
+        schedule = {"noise": noise, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        n = 13
+        ids = [n - 1, 4, n - 1, 0] if graph == "absorb" else [3, 0, 12, 7]
+        log_score = random_rows(5, len(ids), n, 1.5) - (2.0 if graph == "absorb" else 1.0)
+        log_score[np.arange(len(ids)), ids] = 0
+        cases = []
+        for steps, step in ((10, 0), (10, 6), (3, 2), (200, 150)):
+            t, dt = samplers.step_time(step, steps)
+            cases += [{"sampler": name, "steps": steps, "step": step, "t": t, "dt": dt,
+                       "sigma": samplers.noise_at(t, **schedule)[0],
+                       "sigma_step": samplers.noise_at(t, **schedule)[0] - samplers.noise_at(t - dt, **schedule)[0],
+                       "rate": samplers.noise_at(t, **schedule)[1],
+                       "probabilities": listed(rule(log_score, ids, t, dt, graph, schedule))}
+                      for name, rule in (("sedd_euler", samplers.sedd_euler),
+                                         ("sedd_analytic", samplers.sedd_analytic))]
+        t = samplers.step_time(10, 10)[0]
+        cases.append({"sampler": "denoise", "steps": 10, "step": 10, "t": t,
+                      "sigma": samplers.noise_at(t, **schedule)[0],
+                      "probabilities": listed(samplers.sedd_denoise(log_score, ids, t, graph, schedule))})
+        yield f"sedd_{graph}_rows", {"kind": "sedd", "graph": graph, **schedule, "ids": ids,
+                                     "log_score": listed(log_score), "draws": cases}
+
+        name = f"sedd_{graph}"
+        model = loaded[name]
+        random = np.random.RandomState(77)
+        ids = random.randint(0, text_ids(name), 9)
+        given = np.array([True, True, False, False, True, False, False, True, False])
+        if graph == "absorb":
+            ids[~given] = model.traits.mask_token
+        traits = model.traits
+        schedule = {"noise": traits.noise, "sigma_min": traits.sigma_min, "sigma_max": traits.sigma_max}
+        cases = []
+        for steps, step in ((6, 1), (6, 5)):
+            t, dt = samplers.step_time(step, steps)
+            log_score = model.logits(ids, samplers.noise_at(t, **schedule)[0])
+            for sampler, rule in (("sedd_euler", samplers.sedd_euler), ("sedd_analytic", samplers.sedd_analytic)):
+                p = rule(log_score, ids, t, dt, graph, schedule)
+                cases.append({"sampler": sampler, "steps": steps, "step": step, "t": t, "dt": dt,
+                              "positions": np.flatnonzero(~given).tolist(), "probabilities": listed(p[~given])})
+        yield f"sedd_{graph}_model", {"kind": "sedd_model", "model": f"models/{name}",
+                                      "input": {"ids": ids.tolist(), "given": given.tolist()}, "draws": cases}
+
+    # MDLM: one ancestral step from inline logits, then from the tiny network.
+    n, mask = 15, 14
+    logits, ids = random_rows(9, 3, n, 2.0), [mask, 6, mask]
+    logits[0, mask] = 3.0
+    draws = []
+    for steps, step, temperature in ((10, 0, 1.0), (10, 7, 1.0), (4, 3, 1.0), (10, 4, 0.5), (10, 4, 0)):
+        t, dt = samplers.step_time(step, steps)
+        draws.append({"steps": steps, "step": step, "t": t, "dt": dt, "temperature": temperature, "probabilities":
+                      listed(samplers.mdlm_posterior(logits, ids, mask, t, dt, temperature))})
+    yield "mdlm_rows", {"kind": "mdlm", "mask_token": mask, "ids": ids, "logits": listed(logits), "draws": draws}
+    model = loaded["mdlm"]
+    mask = model.traits.mask_token
+    ids = np.random.RandomState(78).randint(0, text_ids("mdlm"), 9)
+    given = np.array([True, False, False, True, True, False, True, False, False])
+    ids[~given] = mask
+    draws = []
+    for steps, step in ((6, 0), (6, 4)):
+        t, dt = samplers.step_time(step, steps)
+        p = samplers.mdlm_posterior(model.logits(ids), ids, mask, t, dt)
+        draws.append({"steps": steps, "step": step, "t": t, "dt": dt, "temperature": 1.0,
+                      "positions": np.flatnonzero(~given).tolist(), "probabilities": listed(p[~given])})
+    yield "mdlm_model", {"kind": "mdlm_model", "model": "models/mdlm",
+                         "input": {"ids": ids.tolist(), "given": given.tolist()}, "draws": draws}

@@ -1,0 +1,421 @@
+"""The samplers, on float64 probabilities. Greedy ones run to the end (generate); random ones are given as
+exact probability functions of one step.
+
+Rules that all samplers share (decisions of this project, see ../README.md):
+  * The canvas spans from the first to the last position that is not given. Full attention: blocks of
+    block_length from there, the last may be short. Block-causal: absolute multiples of the model's block.
+  * The mask token is never picked, the best other token is, but its probability stays in the softmax. MDLM
+    and SEDD remove it by their parameterisation.
+  * Ties go to the lower token id and to the lower position.
+  * Temperature 0: the token is the argmax; confidence, margin and entropy are those of softmax(logits) after
+    the filters.
+
+Every decision is guarded: when the runner-up is so close that float32 could decide differently, TooClose is
+raised and the case is not used.
+"""
+import dataclasses
+import math
+
+import numpy as np
+
+from .models import softmax
+
+
+class TooClose(Exception):
+    """A decision that float32 arithmetic could flip, or one that the rules leave open."""
+
+
+LOGIT_GAP = 2e-3        # argmax and top-k, in logits
+RELATIVE_GAP = 5e-4     # of probabilities
+ABSOLUTE_GAP = 3e-4     # of margins and entropies
+TOP_P_GAP = 1e-4        # top_p may move this much without another choice
+
+
+def require(condition, what):
+    if not condition:
+        raise TooClose(what)
+
+
+# --- one row of logits -------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Answer:
+    token: int
+    probability: float   # of the token, in the filtered softmax
+    margin: float        # largest minus second largest probability
+    entropy: float       # nats
+    gap: float           # logit of the token minus that of the best other pickable one
+
+
+def kept_ids(logits, top_k=0, top_p=1.0, top_k_first=False, guard=False):
+    """Boolean [vocabulary]: what the filters leave. An id falls to top_p when the mass before it, in
+    descending order, already exceeds top_p; to top_k when it is below the k-th largest logit."""
+    def by_top_k(kept):
+        if not 0 < top_k < len(logits):
+            return kept
+        values = np.sort(np.where(kept, logits, -np.inf))[::-1]
+        require(not guard or values[top_k] == -np.inf or values[top_k - 1] - values[top_k] > LOGIT_GAP, "top_k")
+        return kept & (logits >= values[top_k - 1])
+
+    def by_top_p(kept):
+        if top_p >= 1:
+            return kept
+        p = softmax(np.where(kept, logits, -np.inf))
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        result = kept.copy()
+        result[order[before > top_p]] = False
+        return result
+
+    kept = np.ones(len(logits), dtype=bool)
+    for rule in (by_top_k, by_top_p) if top_k_first else (by_top_p, by_top_k):
+        kept = rule(kept)
+    return kept
+
+
+def answer_row(logits, mask_token, forbidden=(), uncounted=(), top_k=0, top_p=1.0, top_k_first=False):
+    """Greedy pick and statistics of one row. `forbidden`: neither counted nor pickable; `uncounted`: left out
+    of the softmax after the pick (their own probability is 0)."""
+    logits = np.array(logits, dtype=np.float64)
+    logits[list(forbidden)] = -np.inf
+    kept = kept_ids(logits, top_k, top_p, top_k_first, guard=True)
+    pickable = np.where(kept, logits, -np.inf)
+    pickable[mask_token] = -np.inf
+    token = int(np.argmax(pickable))
+    require(pickable[token] > -np.inf, "only the mask token is left")
+    others = np.delete(pickable, token)
+    counted = np.where(kept, logits, -np.inf)
+    counted[list(uncounted)] = -np.inf
+    p = softmax(counted)
+    first, second = np.sort(p)[::-1][:2]
+    entropy = -float(np.sum(p[p > 0] * np.log(p[p > 0])))
+    return Answer(token, float(p[token]), float(first - second), entropy,
+                  float(pickable[token] - others.max()))
+
+
+# --- the greedy loop -----------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Result:
+    tokens: list
+    trace: list           # per denoising step, the positions committed, ascending
+    nfe: int              # forward passes of the authors' loop, up to the one that fills the last position
+    nfe_min: int          # without those whose step transfers nothing
+    events: set           # special paths that were taken, for choosing cases
+
+
+def canvas_blocks(given, traits, block_length):
+    """[begin, end) of every block, in order, those without a masked position too."""
+    masked = [i for i, g in enumerate(given) if not g]
+    if not masked:
+        return []
+    begin, end = masked[0], masked[-1] + 1
+    if traits.block_length:
+        size = traits.block_length
+        return [(b, min(b + size, len(given))) for b in range(begin // size * size, end, size)]
+    size = block_length or end - begin
+    return [(b, min(b + size, end)) for b in range(begin, end, size)]
+
+
+def split_evenly(count, steps, step):
+    """Transfers of `step` when `count` are spread over `steps`, the larger shares first."""
+    return count // steps + (1 if step < count % steps else 0)
+
+
+class Scores(list):
+    """Scores of the masked positions; the first two may come `from_one_row` (shifted logits, positions 0 and 1)."""
+    from_one_row = False
+
+
+def take_best(scores, count, gap, events):
+    """Indices of the `count` largest scores; ties to the lower index. Ends of a cut must differ by `gap`,
+    unless they are exactly equal on every machine: 0, 1, or the same row of logits."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    if 0 < count < len(scores):
+        last, next_ = scores[order[count - 1]], scores[order[count]]
+        twins = scores.from_one_row and order[count - 1:count + 1] == [0, 1]
+        if last == next_ and (twins or last in (0.0, 1.0)):
+            events.add("tie")
+        else:
+            require(last - next_ > gap(last, next_), "order")
+    return order[:count]
+
+
+def relative(a, b):
+    return RELATIVE_GAP * max(abs(a), abs(b))
+
+
+def absolute(a, b):
+    return ABSOLUTE_GAP * max(1.0, abs(a), abs(b))
+
+
+def dream_transfers(masked, step, steps, eps):
+    """Dream's schedule: t falls linearly from 1 to eps."""
+    if step >= steps - 1:
+        return masked
+    t, s = (1 - (1 - eps) * i / steps for i in (step, step + 1))
+    value = masked * (1 - s / t)
+    require(abs(value - round(value)) > 1e-4, "schedule")
+    return int(value)
+
+
+def select(name, options, answers, positions, block_masks, block_step, block_steps, traits, events):
+    """Indices into `positions` (ascending masked positions of the open block) that are transferred."""
+    m = len(positions)
+
+    def scores_of(value):
+        scores = Scores(value(a) for a in answers)
+        scores.from_one_row = traits.shift and positions[:2] == [0, 1]
+        return scores
+
+    p = scores_of(lambda a: a.probability)
+    if name == "low_confidence":
+        return take_best(p, min(split_evenly(block_masks, block_steps, block_step), m), relative, events)
+    if name == "random":  # greedy only where chance has no say
+        count = min(split_evenly(block_masks, block_steps, block_step), m)
+        require(count in (0, m), "random order")
+        return list(range(count))
+    if name == "origin":
+        require(block_steps == 1, "random order")
+        return list(range(m))
+    if name in ("maskgit_plus", "topk_margin", "entropy"):
+        count = dream_transfers(m, block_step, block_steps, options.get("eps", 1e-3))
+        scores, gap = {"maskgit_plus": (p, relative),
+                       "topk_margin": (scores_of(lambda a: a.margin), absolute),
+                       "entropy": (scores_of(lambda a: -a.entropy), absolute)}[name]
+        if name == "topk_margin":  # the mask token must not be one of the two
+            require(all(a.probability - a.margin >= -1e-12 for a in answers), "margin of the mask token")
+        return take_best(scores, count, gap, events)
+    if name == "threshold":
+        threshold = options.get("threshold", 0.9)
+        require(all(abs(c - threshold) > relative(c, threshold) for c in p), "threshold")
+        above = [i for i in range(m) if p[i] >= threshold]
+        events.add("above" if len(above) > 1 else "fallback" if not above else "one")
+        return above or take_best(p, 1, relative, events)
+    if name == "factor":
+        order = take_best(p, m, relative, events)
+        bounds = [1 - options.get("factor", 1.0) / (rank + 1) for rank in range(1, m + 1)]
+        bounds[0] = -1.0
+        require(all(abs(p[i] - b) > 5e-4 for i, b in zip(order, bounds)), "factor")
+        failures = [rank for rank in range(m) if p[order[rank]] < bounds[rank]]
+        count = failures[0] if failures else m - 1
+        if failures and failures[0] == m - 1:
+            events.add("last rank fails")  # and is transferred all the same
+        if count in (0, m - 1):
+            count += 1
+        events.add("several" if 1 < count < m else "all" if count == m else "one")
+        require(count == m or p[order[count - 1]] - p[order[count]] > relative(p[order[count]], 0), "order")
+        return order[:count]
+    if name == "entropy_bounded":
+        bound = options.get("entropy_bound", 0.1)
+        entropies = [a.entropy for a in answers]
+        order = sorted(range(m), key=lambda i: (entropies[i], i))
+        count, total = 0, 0.0
+        for index in order:
+            require(count == 0 or abs(total - bound) > ABSOLUTE_GAP, "entropy bound")
+            if count and total > bound:
+                break
+            count, total = count + 1, total + entropies[index]
+        events.add("several" if 1 < count < m else "all" if count == m else "one")
+        return take_best(scores_of(lambda a: -a.entropy), count, absolute, events)
+    quota = split_evenly(traits.block_length, block_steps, block_step)
+    if name == "block_sequential":
+        window = range(positions[0], positions[0] + quota)
+        return [i for i in range(m) if positions[i] in window]
+    if quota > m:
+        events.add("quota above masks")  # where the authors' code overwrites given tokens
+    if name == "block_static":
+        return take_best(p, min(quota, m), relative, events)
+    if name == "block_dynamic":
+        threshold = options.get("threshold", 0.9)
+        require(all(abs(c - threshold) > relative(c, threshold) for c in p), "threshold")
+        above = [i for i in range(m) if p[i] > threshold]
+        if len(above) >= quota:
+            events.add("above quota" if len(above) > quota else "at quota")
+            return above
+        events.add("fallback")
+        return take_best(p, min(quota, m), relative, events)
+    raise ValueError(f"unknown sampler {name}")
+
+
+FILTERED = ("maskgit_plus", "topk_margin", "entropy", "origin", "block_static", "block_dynamic", "block_sequential")
+
+
+def generate(model, ids, given, options):
+    """Greedy decoding. ids and given cover the whole sequence; ids where given is False are ignored."""
+    traits, name = model.traits, options["sampler"]
+    assert options.get("temperature", 0) == 0
+    mask = traits.mask_token
+    x = [int(t) if g else mask for t, g in zip(ids, given)]
+    blocks = canvas_blocks(given, traits, options.get("block_length", 0))
+    steps = options.get("steps", 0)
+    assert steps % max(1, len(blocks)) == 0
+    forbidden = traits.eos_tokens if options.get("logits_eos_inf") else ()
+    uncounted = ()
+    if options.get("confidence_eos_eot_inf"):
+        uncounted = [t for t in (*traits.eos_tokens, traits.eot_token) if t >= 0]
+    filters = {"top_k": options.get("top_k", 0), "top_p": options.get("top_p", 1.0),
+               "top_k_first": name.startswith("block_")} if name in FILTERED else {}
+    result = Result(x, [], 0, 0, set())
+    for begin, end in blocks:
+        block_masks = sum(not g for g in given[begin:end])
+        block_step = 0
+        while True:
+            positions = [i for i in range(begin, end) if x[i] == mask and not given[i]]
+            if not positions:
+                break
+            seen = x[:end] if traits.block_length else x  # block-causal: later blocks do not exist yet
+            rows = model.predictions(seen)
+            if options.get("cfg_scale", 0) > 0:
+                hidden = [mask if g else t for t, g in zip(x, given)]
+                unconditional = model.predictions(hidden)
+                rows = unconditional + (options["cfg_scale"] + 1) * (rows - unconditional)
+            if any(np.argmax(rows[i]) == mask for i in positions):
+                result.events.add("mask is best")
+                require(name != "topk_margin", "margin of the mask token")
+            choices = []
+            for nudge in (0, -TOP_P_GAP, TOP_P_GAP) if filters.get("top_p", 1) < 1 else (0,):
+                nudged = {**filters, "top_p": filters["top_p"] + nudge} if filters else {}
+                answers = [answer_row(rows[i], mask, forbidden, uncounted, **nudged) for i in positions]
+                chosen = sorted(select(name, options, answers, positions, block_masks, block_step,
+                                       steps // len(blocks), traits, result.events))
+                # Whether rows without text may be picked is left open here: they never are the best.
+                require(all(a.token < (traits.tokenizer_size or traits.vocab_size) for a in answers), "unused row")
+                choices.append((chosen, [answers[i].token for i in chosen]))
+            require(all(choice == choices[0] for choice in choices), "top_p")
+            chosen = choices[0][0]
+            for i in chosen:
+                require(answers[i].gap > LOGIT_GAP, "argmax")
+                x[positions[i]] = answers[i].token
+            result.trace.append([positions[i] for i in chosen])
+            result.nfe += 1
+            result.nfe_min += bool(chosen)
+            block_step += 1
+            assert block_step <= len(x) + max(steps, 1), "no progress"
+    assert all(t != mask for t, g in zip(x, given) if not g)
+    return result
+
+
+# --- probabilities of random steps -----------------------------------------------------------------------
+
+def categorical(logits, mask_token=-1, temperature=1.0, top_k=0, top_p=1.0, top_k_first=False):
+    """(probability of drawing each id, its confidence). The mask token is never drawn; the confidence keeps it
+    in the normaliser."""
+    logits = np.asarray(logits, dtype=np.float64) / temperature
+    kept = kept_ids(logits, top_k, top_p, top_k_first)
+    confidence = softmax(np.where(kept, logits, -np.inf))
+    weights = confidence.copy()
+    if mask_token >= 0:
+        weights[mask_token] = 0
+    return weights / weights.sum(), confidence
+
+
+def origin_probability(step, steps, eps):
+    """Dream `origin`: chance of each masked position to be transferred in this step."""
+    t, s = (1 - (1 - eps) * i / steps for i in (step, step + 1))
+    return 1 - s / t if step < steps - 1 else 1.0
+
+
+def without_replacement(weights, count):
+    """Probability of each index to be among `count` draws without replacement, each in proportion to the
+    weights left; by enumeration."""
+    weights = np.asarray(weights, dtype=np.float64)
+    inside = np.zeros(len(weights))
+
+    def draw(chosen, chance):
+        if len(chosen) == count:
+            inside[chosen] += chance
+            return
+        left = [i for i in range(len(weights)) if i not in chosen]
+        total = weights[left].sum()
+        for i in left:
+            draw([*chosen, i], chance * weights[i] / total)
+
+    draw([], 1.0)
+    return inside
+
+
+def noise_at(t, noise, sigma_min=0.0, sigma_max=0.0, eps=1e-3):
+    """(sigma, d sigma / dt) of SEDD's schedules."""
+    if noise == "loglinear":
+        return -math.log1p(-(1 - eps) * t), (1 - eps) / (1 - (1 - eps) * t)
+    sigma = sigma_min ** (1 - t) * sigma_max ** t
+    return sigma, sigma * math.log(sigma_max / sigma_min)
+
+
+TIME_END = 1e-5  # where SEDD and MDLM stop
+
+
+def step_time(step, steps):
+    """(t, dt) of predictor step `step`; t of step == steps is the denoising step's."""
+    dt = (1 - TIME_END) / steps
+    return 1 - step * dt, dt
+
+
+def staggered(score, d, graph):
+    n = score.shape[-1]
+    total = score.sum(axis=-1, keepdims=True)
+    if graph == "absorb":
+        result = math.exp(d) * score
+        result[..., -1] += (1 - math.exp(d)) * total[..., 0]
+        return result
+    q = math.exp(-d)
+    return (q - 1) / (n * q) * total + score / q
+
+
+def transp_transition(ids, d, n, graph):
+    own = np.eye(n)[np.asarray(ids)]
+    if graph == "absorb":
+        return math.exp(-d) * own + (1 - math.exp(-d)) * (np.asarray(ids) == n - 1)[:, None]
+    move = -math.expm1(-d) / n
+    return move * (1 - own) + (1 - (n - 1) * move) * own
+
+
+def normalised(weights):
+    """Exponential races never choose a negative weight, so it counts as 0."""
+    weights = np.maximum(weights, 0)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def sedd_euler(log_score, ids, t, dt, graph, schedule):
+    score, ids = np.exp(np.asarray(log_score, dtype=np.float64)), np.asarray(ids)
+    n = score.shape[-1]
+    own = np.eye(n)[ids]
+    if graph == "absorb":
+        rate = -own + (ids == n - 1)[:, None]
+    else:
+        rate = (1 - own) / n - own * (n - 1) / n
+    reverse = np.where(own == 1, 0, rate * score)
+    reverse = reverse - own * reverse.sum(axis=-1, keepdims=True)
+    return normalised(own + dt * noise_at(t, **schedule)[1] * reverse)
+
+
+def sedd_analytic(log_score, ids, t, dt, graph, schedule):
+    score = np.exp(np.asarray(log_score, dtype=np.float64))
+    d = noise_at(t, **schedule)[0] - noise_at(t - dt, **schedule)[0]
+    return normalised(staggered(score, d, graph) * transp_transition(ids, d, score.shape[-1], graph))
+
+
+def sedd_denoise(log_score, ids, t, graph, schedule):
+    score = np.exp(np.asarray(log_score, dtype=np.float64))
+    d = noise_at(t, **schedule)[0]
+    weights = staggered(score, d, graph) * transp_transition(ids, d, score.shape[-1], graph)
+    if graph == "absorb":
+        weights[..., -1] = 0
+    return normalised(weights)
+
+
+def mdlm_posterior(logits, ids, mask_token, t, dt, temperature=1.0):
+    """One ancestral step: a masked position is unmasked with chance dt / t, then takes a token from the softmax
+    without the mask token; others stay. Temperature 0 takes the argmax."""
+    logits = np.array(logits, dtype=np.float64)
+    logits[:, mask_token] = -np.inf
+    if temperature == 0:
+        p = np.eye(logits.shape[-1])[np.argmax(logits, axis=-1)]
+    else:
+        p = softmax(logits / temperature)
+    result = p * (dt / t)
+    result[:, mask_token] = (t - dt) / t
+    settled = np.asarray(ids) != mask_token
+    result[settled] = np.eye(logits.shape[-1])[np.asarray(ids)[settled]]
+    return result

@@ -1,0 +1,12 @@
+#include <immintrin.h>
+
+#include "tests/unit/kernels/stand_in/product.h"
+
+namespace cinnabar::stand_in {
+namespace {
+#include "tests/unit/kernels/stand_in/product.inc"
+}  // namespace
+
+extern const Product kProductGeneric = &Multiply;
+
+}  // namespace cinnabar::stand_in
