@@ -1,5 +1,7 @@
 #include "common/tokenizer/chat_template.h"
 
+#include <utf8proc.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -15,7 +17,6 @@
 #include "common/tokenizer/template_parser.h"
 #include "common/tokenizer/template_value.h"
 #include "common/tokenizer/utf8.h"
-#include "utf8proc.h"
 
 namespace cinnabar {
 namespace {
