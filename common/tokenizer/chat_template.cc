@@ -1,5 +1,7 @@
 #include "common/tokenizer/chat_template.h"
 
+#include <utf8proc.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -15,7 +17,6 @@
 #include "common/tokenizer/template_parser.h"
 #include "common/tokenizer/template_value.h"
 #include "common/tokenizer/utf8.h"
-#include <utf8proc.h>
 
 namespace cinnabar {
 namespace {
@@ -125,8 +126,9 @@ MarkedText Title(const MarkedText& text, bool is_filter) {
   bool begins = true;
   return MapChars(text, [&](char32_t c, size_t) {
     const char32_t mapped = begins ? Upper(c) : Lower(c);
-    begins = is_filter ? IsPythonSpace(c) || (c < 0x80 && absl::StrContains("-({[<",
-                                                  std::string(1, static_cast<char>(c))))
+    begins = is_filter ? IsPythonSpace(c) ||
+                             (c < 0x80 &&
+                              absl::StrContains("-({[<", std::string(1, static_cast<char>(c))))
                        : !IsLetter(c);
     return mapped;
   });
@@ -255,8 +257,8 @@ class Evaluator {
   // Puts the line in front of a message, once: the innermost place is the useful one.
   absl::Status AtLine(const Node& node, const absl::Status& status) const {
     if (status.ok() || absl::StartsWith(status.message(), "chat template line ")) return status;
-    return absl::Status(status.code(), absl::StrCat("chat template line ", node.line, ": ",
-                                                    status.message()));
+    return absl::Status(status.code(),
+                        absl::StrCat("chat template line ", node.line, ": ", status.message()));
   }
 
   void Set(const std::string& name, Value value);
@@ -340,13 +342,14 @@ class Evaluator {
   const ChatLimits limits_;
   Budget budget_;
   int depth_ = 0;
-  std::vector<Scope> scopes_;     // [0] is the template's own
-  size_t scope_floor_ = 0;        // scopes below it, but [0], are not seen: those of a macro's caller
+  std::vector<Scope> scopes_;  // [0] is the template's own
+  size_t scope_floor_ = 0;     // scopes below it, but [0], are not seen: those of a macro's caller
   std::deque<NamespaceValue> namespaces_;
   MarkedText output_;
 };
 
-// ---- variables ------------------------------------------------------------------------------------
+// ---- variables
+// ------------------------------------------------------------------------------------
 
 absl::Status Evaluator::DefineInput() {
   const auto define = [this](const std::string& name, const nlohmann::ordered_json& json) {
@@ -407,8 +410,8 @@ absl::Status Evaluator::Assign(const Node& target, Value value) {
     CINNABAR_ASSIGN_OR_RETURN(const Value object, Eval(*target.children[0]));
     NamespaceValue* const* held = object.As<NamespaceValue*>();
     if (held == nullptr) {
-      return Wrong(absl::StrCat("set: only a namespace has attributes to set, not a ",
-                                object.TypeName()));
+      return Wrong(
+          absl::StrCat("set: only a namespace has attributes to set, not a ", object.TypeName()));
     }
     for (auto& [known, old] : (*held)->entries) {
       if (known == target.name) {
@@ -431,7 +434,8 @@ absl::Status Evaluator::Assign(const Node& target, Value value) {
   return absl::OkStatus();
 }
 
-// ---- statements -----------------------------------------------------------------------------------
+// ---- statements
+// -----------------------------------------------------------------------------------
 
 absl::StatusOr<RenderedChat> Evaluator::Run(const Body& body) {
   CINNABAR_RETURN_IF_ERROR(RunBody(body).status());
@@ -464,20 +468,27 @@ absl::StatusOr<Flow> Evaluator::RunNode(const Node& node) {
   const DepthGuard guard(&depth_);
   CINNABAR_RETURN_IF_ERROR(Enter(node));
   switch (node.kind) {
-    case NodeKind::kText: CINNABAR_RETURN_IF_ERROR(Print(node.constant)); return Flow::kNormal;
+    case NodeKind::kText:
+      CINNABAR_RETURN_IF_ERROR(Print(node.constant));
+      return Flow::kNormal;
     case NodeKind::kOutput: {
       CINNABAR_ASSIGN_OR_RETURN(const Value value, Eval(*node.children[0]));
       CINNABAR_RETURN_IF_ERROR(Print(value));
       return Flow::kNormal;
     }
-    case NodeKind::kIf: return RunIf(node);
-    case NodeKind::kFor: return RunFor(node);
-    case NodeKind::kSet: CINNABAR_RETURN_IF_ERROR(RunSet(node)); return Flow::kNormal;
+    case NodeKind::kIf:
+      return RunIf(node);
+    case NodeKind::kFor:
+      return RunFor(node);
+    case NodeKind::kSet:
+      CINNABAR_RETURN_IF_ERROR(RunSet(node));
+      return Flow::kNormal;
     case NodeKind::kSetBlock:
     case NodeKind::kFilterBlock:
       CINNABAR_RETURN_IF_ERROR(RunCaptured(node));
       return Flow::kNormal;
-    case NodeKind::kBody: return RunBody(node.bodies[0]);
+    case NodeKind::kBody:
+      return RunBody(node.bodies[0]);
     case NodeKind::kMacro: {
       auto callable = std::make_shared<CallableValue>();
       callable->kind = CallableValue::Kind::kMacro;
@@ -486,9 +497,12 @@ absl::StatusOr<Flow> Evaluator::RunNode(const Node& node) {
       Set(node.name, Value(CallablePtr(std::move(callable))));
       return Flow::kNormal;
     }
-    case NodeKind::kBreak: return Flow::kBreak;
-    case NodeKind::kContinue: return Flow::kContinue;
-    default: break;
+    case NodeKind::kBreak:
+      return Flow::kBreak;
+    case NodeKind::kContinue:
+      return Flow::kContinue;
+    default:
+      break;
   }
   CINNABAR_CHECK(false) << "not a statement: " << static_cast<int>(node.kind);
   return Flow::kNormal;
@@ -560,8 +574,8 @@ absl::Status Evaluator::RunCaptured(const Node& node) {
   CINNABAR_RETURN_IF_ERROR(flow.status());
   if (*flow != Flow::kNormal) return Missing("break or continue out of a block");
   Value value = MakeText(std::move(text));
-  const Node* filter = node.kind == NodeKind::kSetBlock ? node.children[1].get()
-                                                        : node.children[0].get();
+  const Node* filter =
+      node.kind == NodeKind::kSetBlock ? node.children[1].get() : node.children[0].get();
   if (filter != nullptr) {
     CINNABAR_ASSIGN_OR_RETURN(value, EvalFilter(*filter, value));
   }
@@ -569,7 +583,8 @@ absl::Status Evaluator::RunCaptured(const Node& node) {
   return Assign(*node.children[0], std::move(value));
 }
 
-// ---- expressions ----------------------------------------------------------------------------------
+// ---- expressions
+// ----------------------------------------------------------------------------------
 
 absl::StatusOr<Value> Evaluator::Eval(const Node& node) {
   const DepthGuard guard(&depth_);
@@ -581,8 +596,10 @@ absl::StatusOr<Value> Evaluator::Eval(const Node& node) {
 
 absl::StatusOr<Value> Evaluator::EvalKind(const Node& node) {
   switch (node.kind) {
-    case NodeKind::kConstant: return node.constant;
-    case NodeKind::kName: return Lookup(node.name);
+    case NodeKind::kConstant:
+      return node.constant;
+    case NodeKind::kName:
+      return Lookup(node.name);
     case NodeKind::kAttribute: {
       CINNABAR_ASSIGN_OR_RETURN(const Value object, Eval(*node.children[0]));
       return Attribute(object, node.name);
@@ -592,9 +609,12 @@ absl::StatusOr<Value> Evaluator::EvalKind(const Node& node) {
       CINNABAR_ASSIGN_OR_RETURN(const Value key, Eval(*node.children[1]));
       return Item(object, key);
     }
-    case NodeKind::kSlice: return EvalSlice(node);
-    case NodeKind::kCall: return EvalCall(node);
-    case NodeKind::kFilter: return EvalFilter(node, std::nullopt);
+    case NodeKind::kSlice:
+      return EvalSlice(node);
+    case NodeKind::kCall:
+      return EvalCall(node);
+    case NodeKind::kFilter:
+      return EvalFilter(node, std::nullopt);
     case NodeKind::kTest: {
       CINNABAR_ASSIGN_OR_RETURN(const Value value, Eval(*node.children[0]));
       CINNABAR_ASSIGN_OR_RETURN(const Arguments arguments, EvalArguments(node, 1));
@@ -624,8 +644,10 @@ absl::StatusOr<Value> Evaluator::EvalKind(const Node& node) {
       CINNABAR_ASSIGN_OR_RETURN(const Value right, Eval(*node.children[1]));
       return Arithmetic(node.name, left, right);
     }
-    case NodeKind::kConcat: return EvalConcat(node);
-    case NodeKind::kCompare: return EvalCompare(node);
+    case NodeKind::kConcat:
+      return EvalConcat(node);
+    case NodeKind::kCompare:
+      return EvalCompare(node);
     case NodeKind::kConditional: {
       CINNABAR_ASSIGN_OR_RETURN(const Value condition, Eval(*node.children[1]));
       if (IsTrue(condition)) return Eval(*node.children[0]);
@@ -641,8 +663,10 @@ absl::StatusOr<Value> Evaluator::EvalKind(const Node& node) {
       }
       return NewList(std::move(items), node.kind == NodeKind::kTuple);
     }
-    case NodeKind::kDict: return EvalDict(node);
-    default: break;
+    case NodeKind::kDict:
+      return EvalDict(node);
+    default:
+      break;
   }
   CINNABAR_CHECK(false) << "not an expression: " << static_cast<int>(node.kind);
   return Value();
@@ -705,8 +729,8 @@ absl::StatusOr<bool> Evaluator::Compare(const std::string& op, const Value& left
   if (op == ">") return IsLess(right, left, &budget_);
   // <= is "less or equal", not "not greater": NaN is neither.
   CINNABAR_ASSIGN_OR_RETURN(const bool same, AreEqual(left, right, &budget_));
-  CINNABAR_ASSIGN_OR_RETURN(const bool less, op == "<=" ? IsLess(left, right, &budget_)
-                                                        : IsLess(right, left, &budget_));
+  CINNABAR_ASSIGN_OR_RETURN(
+      const bool less, op == "<=" ? IsLess(left, right, &budget_) : IsLess(right, left, &budget_));
   return same || less;
 }
 
@@ -762,8 +786,7 @@ absl::StatusOr<Value> Evaluator::Arithmetic(const std::string& op, const Value& 
           CINNABAR_RETURN_IF_ERROR(budget_.Bytes(many.text()->size()));
           text.Append(*many.text());
         } else {
-          CINNABAR_RETURN_IF_ERROR(
-              budget_.Step(static_cast<int64_t>(many.list()->items.size())));
+          CINNABAR_RETURN_IF_ERROR(budget_.Step(static_cast<int64_t>(many.list()->items.size())));
           items.insert(items.end(), many.list()->items.begin(), many.list()->items.end());
         }
       }
@@ -920,8 +943,10 @@ absl::StatusOr<Value> Evaluator::EvalCall(const Node& node) {
   CINNABAR_ASSIGN_OR_RETURN(const Arguments arguments, EvalArguments(node, 1));
   const CallableValue& callable = **held;
   switch (callable.kind) {
-    case CallableValue::Kind::kFunction: return CallFunction(callable.name, arguments);
-    case CallableValue::Kind::kMethod: return CallMethod(callable.self, callable.name, arguments);
+    case CallableValue::Kind::kFunction:
+      return CallFunction(callable.name, arguments);
+    case CallableValue::Kind::kMethod:
+      return CallMethod(callable.self, callable.name, arguments);
     case CallableValue::Kind::kMacro:
       return CallMacro(*static_cast<const Node*>(callable.macro), arguments);
   }
@@ -929,7 +954,8 @@ absl::StatusOr<Value> Evaluator::EvalCall(const Node& node) {
   return Value();
 }
 
-// ---- access ---------------------------------------------------------------------------------------
+// ---- access
+// ---------------------------------------------------------------------------------------
 
 absl::StatusOr<Value> Evaluator::Attribute(const Value& object, const std::string& name) {
   if (object.Is<Undefined>()) return IsUndefined(object);
@@ -955,17 +981,18 @@ absl::StatusOr<Value> Evaluator::Attribute(const Value& object, const std::strin
   } else if (const LoopPtr* loop = object.As<LoopPtr>()) {
     return LoopAttribute(*loop, name);
   } else if (object.text() != nullptr) {
-    if (is_one_of({"startswith", "endswith", "split", "rsplit", "splitlines", "strip", "lstrip",
-                   "rstrip", "upper", "lower", "title", "capitalize", "replace", "find", "rfind",
-                   "count", "join", "isdigit", "isalpha", "isspace", "removeprefix",
-                   "removesuffix"})) {
+    if (is_one_of({"startswith",   "endswith",    "split",   "rsplit",  "splitlines",
+                   "strip",        "lstrip",      "rstrip",  "upper",   "lower",
+                   "title",        "capitalize",  "replace", "find",    "rfind",
+                   "count",        "join",        "isdigit", "isalpha", "isspace",
+                   "removeprefix", "removesuffix"})) {
       return method();
     }
   } else if (object.list() != nullptr && is_one_of({"index", "count"})) {
     return method();
   }
-  return MakeUndefined(absl::StrCat("'", object.TypeName(), " object' has no attribute '", name,
-                                    "', which"));
+  return MakeUndefined(
+      absl::StrCat("'", object.TypeName(), " object' has no attribute '", name, "', which"));
 }
 
 absl::StatusOr<Value> Evaluator::LoopAttribute(const LoopPtr& loop, const std::string& name) {
@@ -1076,7 +1103,8 @@ absl::StatusOr<int64_t> Evaluator::Length(const Value& value) {
   return Wrong(absl::StrCat("a ", value.TypeName(), " has no length"));
 }
 
-// ---- calls ----------------------------------------------------------------------------------------
+// ---- calls
+// ----------------------------------------------------------------------------------------
 
 absl::StatusOr<Value> Evaluator::CallFunction(const std::string& name, const Arguments& arguments) {
   if (name == "namespace" || name == "dict") {
@@ -1141,14 +1169,14 @@ absl::StatusOr<Value> Evaluator::CallFunction(const std::string& name, const Arg
   const Value* format = arguments.Find(0, "format");
   if (format == nullptr || format->text() == nullptr) return Wrong("strftime_now() takes a format");
   if (format->text()->size() > 256) return Wrong("strftime_now(): the format is too long");
-  return NewText(MarkedText(absl::FormatTime(format->text()->bytes(), *input_.now,
-                                             absl::LocalTimeZone())));
+  return NewText(
+      MarkedText(absl::FormatTime(format->text()->bytes(), *input_.now, absl::LocalTimeZone())));
 }
 
 absl::StatusOr<Value> Evaluator::CallMacro(const Node& macro, const Arguments& arguments) {
   if (arguments.positional.size() > macro.parameters.size()) {
-    return Wrong(absl::StrCat("macro ", macro.name, " takes ", macro.parameters.size(),
-                              " arguments"));
+    return Wrong(
+        absl::StrCat("macro ", macro.name, " takes ", macro.parameters.size(), " arguments"));
   }
   for (const auto& argument : arguments.named) {
     if (std::find(macro.parameters.begin(), macro.parameters.end(), argument.first) ==
@@ -1294,10 +1322,11 @@ absl::StatusOr<Value> Evaluator::CallTextMethod(const MarkedText& self, const st
     for (size_t at = 0; at < self.size() && holds;) {
       const Utf8Char c = ReadUtf8(self.bytes(), at);
       at += c.num_bytes;
-      holds = name == "isalpha"   ? IsLetter(c.code_point)
-              : name == "isspace" ? IsPythonSpace(c.code_point)
-                                  : utf8proc_category(static_cast<utf8proc_int32_t>(
-                                        c.code_point)) == UTF8PROC_CATEGORY_ND;
+      holds = name == "isalpha" ? IsLetter(c.code_point)
+              : name == "isspace"
+                  ? IsPythonSpace(c.code_point)
+                  : utf8proc_category(static_cast<utf8proc_int32_t>(c.code_point)) ==
+                        UTF8PROC_CATEGORY_ND;
     }
     return Value(holds);
   }
@@ -1325,8 +1354,8 @@ absl::StatusOr<Value> Evaluator::CallTextMethod(const MarkedText& self, const st
                        : self);
   }
   if (name == "find" || name == "rfind") {
-    const size_t at = name == "find" ? self.bytes().find(text->bytes())
-                                     : self.bytes().rfind(text->bytes());
+    const size_t at =
+        name == "find" ? self.bytes().find(text->bytes()) : self.bytes().rfind(text->bytes());
     if (at == std::string::npos) return Value(int64_t{-1});
     return Value(static_cast<int64_t>(NumChars(absl::string_view(self.bytes()).substr(0, at))));
   }
@@ -1344,13 +1373,15 @@ absl::StatusOr<Value> Evaluator::CallTextMethod(const MarkedText& self, const st
   if (to == nullptr || to->text() == nullptr) return takes_text();
   const Value* count = arguments.Find(2, "count");
   const int64_t count_max = count == nullptr ? -1 : count->Integer().value_or(-1);
-  // A short text may grow by the replacement at every character; that is paid for before it is made.
+  // A short text may grow by the replacement at every character; that is paid for before it is
+  // made.
   CINNABAR_RETURN_IF_ERROR(
       budget_.Bytes(self.size() / std::max<size_t>(1, text->size()) * to->text()->size() / 8));
   return NewText(Replace(self, text->bytes(), *to->text(), count_max));
 }
 
-// ---- filters --------------------------------------------------------------------------------------
+// ---- filters
+// --------------------------------------------------------------------------------------
 
 absl::StatusOr<Value> Evaluator::ApplyFilter(const std::string& name, const Value& value,
                                              const Arguments& arguments) {
@@ -1416,8 +1447,8 @@ absl::StatusOr<Value> Evaluator::ApplyTextFilter(const std::string& name, const 
     }
     const Value* count = arguments.Find(2, "count");
     const int64_t count_max = count == nullptr ? -1 : count->Integer().value_or(-1);
-    CINNABAR_RETURN_IF_ERROR(budget_.Bytes(
-        text.size() / std::max<size_t>(1, from->text()->size()) * to->text()->size() / 8));
+    CINNABAR_RETURN_IF_ERROR(budget_.Bytes(text.size() / std::max<size_t>(1, from->text()->size()) *
+                                           to->text()->size() / 8));
     return NewText(Replace(text, from->text()->bytes(), *to->text(), count_max));
   }
   // indent(width=4, first=false, blank=false)
@@ -1639,7 +1670,9 @@ absl::StatusOr<Value> Evaluator::FilterSort(const std::string& name, const Value
     return NewList(std::move(kept));
   }
   // A merge sort of our own: a comparison may fail, and std::sort must not be told nonsense then.
-  const auto less = [&](size_t a, size_t b) { return IsLess(keys[a].first, keys[b].first, &budget_); };
+  const auto less = [&](size_t a, size_t b) {
+    return IsLess(keys[a].first, keys[b].first, &budget_);
+  };
   if (name == "min" || name == "max") {
     if (items.empty()) return MakeUndefined("the least of no items");
     size_t best = 0;
@@ -1717,7 +1750,8 @@ absl::StatusOr<Value> Evaluator::ApplyListFilter(const std::string& name, const 
   return total;
 }
 
-// ---- tests ----------------------------------------------------------------------------------------
+// ---- tests
+// ----------------------------------------------------------------------------------------
 
 absl::StatusOr<bool> Evaluator::ApplyTest(const std::string& name, const Value& value,
                                           const Arguments& arguments) {
@@ -1760,10 +1794,10 @@ absl::StatusOr<bool> Evaluator::ApplyTest(const std::string& name, const Value& 
   }
   const Value* other = arguments.Find(0, "other");
   static constexpr std::pair<absl::string_view, absl::string_view> kComparisons[] = {
-      {"eq", "=="}, {"equalto", "=="}, {"==", "=="},      {"ne", "!="}, {"!=", "!="},
-      {"lt", "<"},  {"lessthan", "<"}, {"<", "<"},        {"le", "<="}, {"<=", "<="},
-      {"gt", ">"},  {">", ">"},        {"greaterthan", ">"}, {"ge", ">="}, {">=", ">="},
-      {"in", "in"}};
+      {"eq", "=="},         {"equalto", "=="}, {"==", "=="},      {"ne", "!="},
+      {"!=", "!="},         {"lt", "<"},       {"lessthan", "<"}, {"<", "<"},
+      {"le", "<="},         {"<=", "<="},      {"gt", ">"},       {">", ">"},
+      {"greaterthan", ">"}, {"ge", ">="},      {">=", ">="},      {"in", "in"}};
   for (const auto& [test, op] : kComparisons) {
     if (name != test) continue;
     if (other == nullptr) return Wrong(absl::StrCat("test ", name, " takes a value"));

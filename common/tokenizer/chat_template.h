@@ -1,12 +1,13 @@
-// Chat templates: the `chat_template` of a Hugging Face tokenizer, a program in a subset of Jinja, run on
-// messages. Whitespace rules, `tojson` and the loop controls are those transformers gives Jinja.
+// Chat templates: the `chat_template` of a Hugging Face tokenizer, a program in a subset of Jinja,
+// run on messages. Whitespace rules, `tojson` and the loop controls are those transformers gives
+// Jinja.
 //
-// What is there: for (filter, else, unpacking, loop.*), if, set (names, namespace attributes, blocks),
-// macro, filter blocks, generation, raw, break, continue; every operator of Jinja's expressions; the
-// filters and tests that chat templates use; the common methods of str, list and dict; namespace(),
-// range(), dict(), raise_exception(), strftime_now(). Anything else is an Unimplemented error with its
-// line. Differences from Python: integers have 64 bits (overflow is an error), upper() and lower() map
-// character by character, JSON numbers beyond int64 become floats.
+// What is there: for (filter, else, unpacking, loop.*), if, set (names, namespace attributes,
+// blocks), macro, filter blocks, generation, raw, break, continue; every operator of Jinja's
+// expressions; the filters and tests that chat templates use; the common methods of str, list and
+// dict; namespace(), range(), dict(), raise_exception(), strftime_now(). Anything else is an
+// Unimplemented error with its line. Differences from Python: integers have 64 bits (overflow is an
+// error), upper() and lower() map character by character, JSON numbers beyond int64 become floats.
 #ifndef CINNABAR_COMMON_TOKENIZER_CHAT_TEMPLATE_H_
 #define CINNABAR_COMMON_TOKENIZER_CHAT_TEMPLATE_H_
 
@@ -40,8 +41,8 @@ struct ChatInput {
 };
 
 struct ChatLimits {
-  int64_t steps_max = 2'000'000;        // evaluated expressions and statements, values walked
-  int64_t made_bytes_max = 256 << 20;   // text made on the way, the output included
+  int64_t steps_max = 2'000'000;       // evaluated expressions and statements, values walked
+  int64_t made_bytes_max = 256 << 20;  // text made on the way, the output included
   int64_t output_bytes_max = 16 << 20;
 };
 
@@ -59,8 +60,9 @@ class ChatTemplate {
   // InvalidArgument (not a template) or Unimplemented (a tag outside the subset), with the line.
   static absl::StatusOr<ChatTemplate> Parse(absl::string_view source);
 
-  // InvalidArgument: what the template raised with raise_exception, or an operation that has no result,
-  // with the line. Unimplemented: a filter, test or method outside the subset. ResourceExhausted: a limit.
+  // InvalidArgument: what the template raised with raise_exception, or an operation that has no
+  // result, with the line. Unimplemented: a filter, test or method outside the subset.
+  // ResourceExhausted: a limit.
   absl::StatusOr<RenderedChat> Render(const ChatInput& input, const ChatLimits& limits = {}) const;
 
  private:

@@ -43,18 +43,17 @@ void AppendNormalized(absl::string_view text, UnicodeForm form, std::string* out
     }
     size_t end = begin;
     while (end < points.size() && combining(points[end]) != 0) ++end;
-    std::stable_sort(points.begin() + static_cast<ptrdiff_t>(begin),
-                     points.begin() + static_cast<ptrdiff_t>(end),
-                     [&](utf8proc_int32_t a, utf8proc_int32_t b) {
-                       return combining(a) < combining(b);
-                     });
+    std::stable_sort(
+        points.begin() + static_cast<ptrdiff_t>(begin),
+        points.begin() + static_cast<ptrdiff_t>(end),
+        [&](utf8proc_int32_t a, utf8proc_int32_t b) { return combining(a) < combining(b); });
     begin = end;
   }
   size_t num_points = points.size();
   if (is_composed) {
     options = static_cast<utf8proc_option_t>(UTF8PROC_COMPOSE | UTF8PROC_STABLE);
-    const utf8proc_ssize_t composed = utf8proc_normalize_utf32(
-        points.data(), static_cast<utf8proc_ssize_t>(num_points), options);
+    const utf8proc_ssize_t composed =
+        utf8proc_normalize_utf32(points.data(), static_cast<utf8proc_ssize_t>(num_points), options);
     CINNABAR_CHECK(composed >= 0);
     num_points = static_cast<size_t>(composed);
   }
@@ -98,8 +97,9 @@ absl::string_view StripWhitespace(absl::string_view text, bool left, bool right)
 std::string NormalizeUnicode(absl::string_view text, UnicodeForm form) {
   std::string out;
   out.reserve(text.size());
-  // ASCII is its own normal form, and an ASCII character never joins the one before it: only runs of
-  // other characters, with the ASCII character before each, need work. Below U+0300 NFC changes nothing.
+  // ASCII is its own normal form, and an ASCII character never joins the one before it: only runs
+  // of other characters, with the ASCII character before each, need work. Below U+0300 NFC changes
+  // nothing.
   size_t at = 0;
   while (at < text.size()) {
     size_t run = at;
@@ -131,9 +131,9 @@ std::string LowercaseUnicode(absl::string_view text) {
     if (c.code_point == 0x130) {
       out += "i\xCC\x87";  // the one character whose lower case is two
     } else {
-      AppendUtf8(static_cast<char32_t>(
-                     utf8proc_tolower(static_cast<utf8proc_int32_t>(c.code_point))),
-                 &out);
+      AppendUtf8(
+          static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(c.code_point))),
+          &out);
     }
   }
   return out;
@@ -143,8 +143,12 @@ std::string Normalizer::Apply(absl::string_view text) const {
   std::string out(text);
   for (const NormalizerStep& step : steps_) {
     switch (step.kind) {
-      case NormalizerStep::Kind::kUnicode: out = NormalizeUnicode(out, step.form); break;
-      case NormalizerStep::Kind::kLowercase: out = LowercaseUnicode(out); break;
+      case NormalizerStep::Kind::kUnicode:
+        out = NormalizeUnicode(out, step.form);
+        break;
+      case NormalizerStep::Kind::kLowercase:
+        out = LowercaseUnicode(out);
+        break;
       case NormalizerStep::Kind::kPrepend:
         if (!out.empty()) out.insert(0, step.content);
         break;

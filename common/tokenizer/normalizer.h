@@ -17,17 +17,18 @@ enum class UnicodeForm { kNfc, kNfd, kNfkc, kNfkd };
 // Unicode version is utf8proc's.
 std::string NormalizeUnicode(absl::string_view text, UnicodeForm form);
 
-// Unicode lower case, character by character (no final-sigma rule, as the tokenizers library has it).
+// Unicode lower case, character by character (no final-sigma rule, as the tokenizers library has
+// it).
 std::string LowercaseUnicode(absl::string_view text);
 
 struct NormalizerStep {
   enum class Kind { kUnicode, kLowercase, kPrepend, kReplaceString, kReplaceRegex, kStrip };
   Kind kind = Kind::kUnicode;
   UnicodeForm form = UnicodeForm::kNfc;
-  std::string pattern;          // kReplaceString: what is replaced; not empty
-  std::optional<Regex> regex;   // kReplaceRegex
-  std::string content;          // kPrepend, kReplace*
-  bool strip_left = false;      // kStrip
+  std::string pattern;         // kReplaceString: what is replaced; not empty
+  std::optional<Regex> regex;  // kReplaceRegex
+  std::string content;         // kPrepend, kReplace*
+  bool strip_left = false;     // kStrip
   bool strip_right = false;
 };
 

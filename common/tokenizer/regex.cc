@@ -121,16 +121,16 @@ absl::StatusOr<Regex> Regex::Compile(absl::string_view pattern) {
   int error = 0;
   size_t error_offset = 0;
   // PCRE2_NEVER_BACKSLASH_C: \C would cut characters.
-  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated->data()),
-                                   translated->size(),
-                                   PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C,
-                                   &error, &error_offset, context);
+  pcre2_code* code =
+      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated->data()), translated->size(),
+                    PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error,
+                    &error_offset, context);
   pcre2_compile_context_free(context);
   if (code == nullptr) {
     PCRE2_UCHAR message[256] = {};
     pcre2_get_error_message(error, message, sizeof(message));
-    return absl::InvalidArgumentError(absl::StrCat("pattern ", pattern, ": ",
-                                                   reinterpret_cast<const char*>(message)));
+    return absl::InvalidArgumentError(
+        absl::StrCat("pattern ", pattern, ": ", reinterpret_cast<const char*>(message)));
   }
   auto program = std::make_shared<Program>(code);
   // Without a JIT for this machine the interpreter gives the same matches, slower.

@@ -1,10 +1,11 @@
 // The regular expressions of tokenizer.json: written for Oniguruma (Ruby syntax), run by PCRE2.
 //
-// Compile() rewrites what the two engines read differently, and refuses what it cannot rewrite, so that
-// a pattern either means the same here or does not load:
+// Compile() rewrites what the two engines read differently, and refuses what it cannot rewrite, so
+// that a pattern either means the same here or does not load:
 //   \s \S      the Unicode property White_Space (PCRE2's own \s also takes U+180E)
 //   ^ $        match at every line, as Ruby has it
-//   refused    \w \W \b \B \h \H \R \X \K \G, a bare '[' or "&&" inside a class (nested sets), "}+" (in
+//   refused    \w \W \b \B \h \H \R \X \K \G, a bare '[' or "&&" inside a class (nested sets), "}+"
+//   (in
 //              Ruby a repeated interval, in PCRE2 a possessive one), inline flag m
 // Letters and numbers follow the Unicode version of the installed PCRE2 (10.42: Unicode 14).
 #ifndef CINNABAR_COMMON_TOKENIZER_REGEX_H_
@@ -26,8 +27,8 @@ class Regex {
 
   enum class Outcome { kMatch, kNoMatch, kGaveUp };
   // The leftmost match at or after `from` in `text` (valid UTF-8); look-behind sees the text before
-  // `from`. The match may be empty. kGaveUp: the matching steps of one call ran over their limit, which
-  // only a pattern that backtracks without bound can do.
+  // `from`. The match may be empty. kGaveUp: the matching steps of one call ran over their limit,
+  // which only a pattern that backtracks without bound can do.
   Outcome Find(absl::string_view text, size_t from, size_t* begin, size_t* end) const;
 
  private:

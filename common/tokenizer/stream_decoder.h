@@ -9,9 +9,9 @@
 
 namespace cinnabar {
 
-// Every string it returns is valid UTF-8: a character's bytes are held back (3 at most) until the last
-// of them came. All strings together, the one of Flush() last, are Tokenizer::DecodeText(all ids).
-// One stream, one thread.
+// Every string it returns is valid UTF-8: a character's bytes are held back (3 at most) until the
+// last of them came. All strings together, the one of Flush() last, are Tokenizer::DecodeText(all
+// ids). One stream, one thread.
 class StreamDecoder {
  public:
   explicit StreamDecoder(Tokenizer tokenizer, const DecodeOptions& options = {})

@@ -31,7 +31,8 @@ absl::Status At(int line, absl::string_view what) {
   return absl::InvalidArgumentError(absl::StrCat("chat template line ", line, ": ", what));
 }
 
-// ---- lexer ----------------------------------------------------------------------------------------
+// ---- lexer
+// ----------------------------------------------------------------------------------------
 
 enum class TokenKind {
   kText,
@@ -225,8 +226,8 @@ absl::Status Lexer::LexTag(bool is_variable) {
       continue;
     }
     static constexpr absl::string_view kOperators[] = {
-        "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]",
-        "(",  ")",  "{",  "}",  ">",  "<",  "=", ".", ":", "|", ",", ";"};
+        "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[",
+        "]",  "(",  ")",  "{",  "}",  ">",  "<", "=", ".", ":", "|", ",", ";"};
     const auto* found = std::find_if(std::begin(kOperators), std::end(kOperators),
                                      [&](absl::string_view op) { return Sees(op); });
     if (found == std::end(kOperators)) {
@@ -258,8 +259,8 @@ void Lexer::LexNumber() {
   if (source_[at_] == '0' && at_ + 1 < source_.size() &&
       absl::string_view("xXoObB").find(source_[at_ + 1]) != absl::string_view::npos) {
     to += 2;
-    while (to < source_.size() && (std::isxdigit(static_cast<unsigned char>(source_[to])) != 0 ||
-                                   source_[to] == '_')) {
+    while (to < source_.size() &&
+           (std::isxdigit(static_cast<unsigned char>(source_[to])) != 0 || source_[to] == '_')) {
       ++to;
     }
   } else {
@@ -304,21 +305,45 @@ absl::Status Lexer::LexString() {
     const char escaped = source_[to++];
     size_t num_hex = 0;
     switch (escaped) {
-      case '\n': continue;
+      case '\n':
+        continue;
       case '\\':
       case '\'':
-      case '"': text += escaped; continue;
-      case 'n': text += '\n'; continue;
-      case 't': text += '\t'; continue;
-      case 'r': text += '\r'; continue;
-      case 'a': text += '\a'; continue;
-      case 'b': text += '\b'; continue;
-      case 'f': text += '\f'; continue;
-      case 'v': text += '\v'; continue;
-      case 'x': num_hex = 2; break;
-      case 'u': num_hex = 4; break;
-      case 'U': num_hex = 8; break;
-      default: break;
+      case '"':
+        text += escaped;
+        continue;
+      case 'n':
+        text += '\n';
+        continue;
+      case 't':
+        text += '\t';
+        continue;
+      case 'r':
+        text += '\r';
+        continue;
+      case 'a':
+        text += '\a';
+        continue;
+      case 'b':
+        text += '\b';
+        continue;
+      case 'f':
+        text += '\f';
+        continue;
+      case 'v':
+        text += '\v';
+        continue;
+      case 'x':
+        num_hex = 2;
+        break;
+      case 'u':
+        num_hex = 4;
+        break;
+      case 'U':
+        num_hex = 8;
+        break;
+      default:
+        break;
     }
     if (num_hex > 0) {
       uint32_t point = 0;
@@ -333,7 +358,8 @@ absl::Status Lexer::LexString() {
       to += num_hex;
     } else if (escaped >= '0' && escaped <= '7') {
       uint32_t point = static_cast<uint32_t>(escaped - '0');
-      for (int i = 0; i < 2 && to < source_.size() && source_[to] >= '0' && source_[to] <= '7'; ++i) {
+      for (int i = 0; i < 2 && to < source_.size() && source_[to] >= '0' && source_[to] <= '7';
+           ++i) {
         point = point * 8 + static_cast<uint32_t>(source_[to++] - '0');
       }
       AppendUtf8(point, &text);
@@ -347,7 +373,8 @@ absl::Status Lexer::LexString() {
   return absl::OkStatus();
 }
 
-// ---- parser ---------------------------------------------------------------------------------------
+// ---- parser
+// ---------------------------------------------------------------------------------------
 
 using MutableNode = std::unique_ptr<Node>;
 using Body = std::vector<NodePtr>;
@@ -670,7 +697,8 @@ absl::StatusOr<NodePtr> Parser::ParseTarget(bool may_be_attribute) {
     } else {
       MutableNode name = New(NodeKind::kName);
       CINNABAR_ASSIGN_OR_RETURN(name->name, ExpectName());
-      for (const char* reserved : {"true", "false", "none", "True", "False", "None", "loop", "in"}) {
+      for (const char* reserved :
+           {"true", "false", "none", "True", "False", "None", "loop", "in"}) {
         if (name->name == reserved) return Error(absl::StrCat("cannot assign to ", reserved));
       }
       CINNABAR_ASSIGN_OR_RETURN(item, Done(std::move(name)));
@@ -899,8 +927,7 @@ absl::StatusOr<NodePtr> Parser::ParsePrimary() {
         base = mark == 'x' ? 16 : mark == 'o' ? 8 : 2;
         digits.remove_prefix(2);
       }
-      const auto read =
-          std::from_chars(digits.data(), digits.data() + digits.size(), number, base);
+      const auto read = std::from_chars(digits.data(), digits.data() + digits.size(), number, base);
       if (read.ec != std::errc() || read.ptr != digits.data() + digits.size()) {
         return Error("not an integer of 64 bits");
       }
@@ -917,8 +944,10 @@ absl::StatusOr<NodePtr> Parser::ParsePrimary() {
       node->constant = Value(number);
       return Done(std::move(node));
     }
-    case TokenKind::kOperator: break;
-    default: return Error("expected an expression");
+    case TokenKind::kOperator:
+      break;
+    default:
+      return Error("expected an expression");
   }
   if (SkipOp("(")) {
     node->kind = NodeKind::kTuple;
@@ -1081,8 +1110,7 @@ absl::StatusOr<NodePtr> Parser::ParseTest(NodePtr value) {
         kind == TokenKind::kString || kind == TokenKind::kInteger || kind == TokenKind::kFloat ||
         IsOp("[") || IsOp("{") ||
         (kind == TokenKind::kName && !IsWord("else") && !IsWord("or") && !IsWord("and") &&
-         !IsWord("is") && !IsWord("if") && !IsWord("in") && !IsWord("not") &&
-         !IsWord("recursive"));
+         !IsWord("is") && !IsWord("if") && !IsWord("in") && !IsWord("not") && !IsWord("recursive"));
     if (is_operand) {
       CINNABAR_ASSIGN_OR_RETURN(NodePtr operand, ParsePrimary());
       CINNABAR_ASSIGN_OR_RETURN(operand, ParsePostfix(std::move(operand)));

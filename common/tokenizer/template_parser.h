@@ -65,9 +65,10 @@ struct Node {
   int depth = 1;
 };
 
-// Whitespace as transformers sets Jinja up: trim_blocks and lstrip_blocks on, the template's last newline
-// dropped. InvalidArgument with the line for what is not a template; Unimplemented for the tags this
-// subset lacks (block, call, do, extends, from, import, include, with, autoescape, trans).
+// Whitespace as transformers sets Jinja up: trim_blocks and lstrip_blocks on, the template's last
+// newline dropped. InvalidArgument with the line for what is not a template; Unimplemented for the
+// tags this subset lacks (block, call, do, extends, from, import, include, with, autoescape,
+// trans).
 absl::StatusOr<std::vector<NodePtr>> ParseTemplate(absl::string_view source);
 
 }  // namespace cinnabar::chat

@@ -88,14 +88,29 @@ void AppendJsonString(const MarkedText& text, bool ensure_ascii, MarkedText* out
     const absl::string_view raw = absl::string_view(bytes).substr(at, c.num_bytes);
     at += c.num_bytes;
     switch (c.code_point) {
-      case '"': json += "\\\""; continue;
-      case '\\': json += "\\\\"; continue;
-      case '\n': json += "\\n"; continue;
-      case '\r': json += "\\r"; continue;
-      case '\t': json += "\\t"; continue;
-      case '\f': json += "\\f"; continue;
-      case '\b': json += "\\b"; continue;
-      default: break;
+      case '"':
+        json += "\\\"";
+        continue;
+      case '\\':
+        json += "\\\\";
+        continue;
+      case '\n':
+        json += "\\n";
+        continue;
+      case '\r':
+        json += "\\r";
+        continue;
+      case '\t':
+        json += "\\t";
+        continue;
+      case '\f':
+        json += "\\f";
+        continue;
+      case '\b':
+        json += "\\b";
+        continue;
+      default:
+        break;
     }
     const auto point = static_cast<unsigned>(c.code_point);
     if (point < 0x20 || (ensure_ascii && point >= 0x7F && point < 0x10000 && point != 0x7F)) {
@@ -136,9 +151,8 @@ absl::Status AppendJson(const Value& value, const JsonStyle& style, int level, B
     std::vector<const std::pair<TextPtr, Value>*> entries;
     for (const auto& entry : dict->entries) entries.push_back(&entry);
     if (style.sort_keys) {
-      std::sort(entries.begin(), entries.end(), [](const auto* a, const auto* b) {
-        return a->first->bytes() < b->first->bytes();
-      });
+      std::sort(entries.begin(), entries.end(),
+                [](const auto* a, const auto* b) { return a->first->bytes() < b->first->bytes(); });
     }
     out->Append("{", false);
     for (size_t i = 0; i < entries.size(); ++i) {
@@ -171,7 +185,8 @@ absl::Status AppendJson(const Value& value, const JsonStyle& style, int level, B
 
 }  // namespace
 
-// ---- MarkedText -----------------------------------------------------------------------------------
+// ---- MarkedText
+// -----------------------------------------------------------------------------------
 
 MarkedText::MarkedText(std::string bytes, bool is_input) : bytes_(std::move(bytes)) {
   if (is_input) AppendRange(0, bytes_.size());
@@ -210,7 +225,8 @@ MarkedText MarkedText::Substring(size_t begin, size_t end) const {
   return part;
 }
 
-// ---- Value ----------------------------------------------------------------------------------------
+// ---- Value
+// ----------------------------------------------------------------------------------------
 
 std::optional<int64_t> Value::Integer() const {
   if (const bool* boolean = As<bool>()) return *boolean ? 1 : 0;
@@ -298,9 +314,12 @@ Value MakeUndefined(absl::string_view what) {
 absl::StatusOr<Value> FromJson(const nlohmann::ordered_json& json, bool is_input, int depth) {
   if (depth > kValueDepthMax) return TooDeep();
   switch (json.type()) {
-    case nlohmann::ordered_json::value_t::null: return Value(None{});
-    case nlohmann::ordered_json::value_t::boolean: return Value(json.get<bool>());
-    case nlohmann::ordered_json::value_t::number_integer: return Value(json.get<int64_t>());
+    case nlohmann::ordered_json::value_t::null:
+      return Value(None{});
+    case nlohmann::ordered_json::value_t::boolean:
+      return Value(json.get<bool>());
+    case nlohmann::ordered_json::value_t::number_integer:
+      return Value(json.get<int64_t>());
     case nlohmann::ordered_json::value_t::number_unsigned: {
       const auto number = json.get<uint64_t>();
       if (number > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
@@ -308,7 +327,8 @@ absl::StatusOr<Value> FromJson(const nlohmann::ordered_json& json, bool is_input
       }
       return Value(static_cast<int64_t>(number));
     }
-    case nlohmann::ordered_json::value_t::number_float: return Value(json.get<double>());
+    case nlohmann::ordered_json::value_t::number_float:
+      return Value(json.get<double>());
     case nlohmann::ordered_json::value_t::string:
       return MakeText(json.get<std::string>(), is_input);
     case nlohmann::ordered_json::value_t::array: {
@@ -329,7 +349,8 @@ absl::StatusOr<Value> FromJson(const nlohmann::ordered_json& json, bool is_input
       return MakeDict(std::move(entries));
     }
     case nlohmann::ordered_json::value_t::binary:
-    case nlohmann::ordered_json::value_t::discarded: break;
+    case nlohmann::ordered_json::value_t::discarded:
+      break;
   }
   return absl::InvalidArgumentError("a template variable is not plain JSON");
 }
@@ -360,8 +381,7 @@ absl::StatusOr<bool> AreEqual(const Value& a, const Value& b, Budget* budget) {
     const ListValue& right = *b.list();
     if (left.is_tuple != right.is_tuple || left.items.size() != right.items.size()) return false;
     for (size_t i = 0; i < left.items.size(); ++i) {
-      CINNABAR_ASSIGN_OR_RETURN(const bool same,
-                                AreEqual(left.items[i], right.items[i], budget));
+      CINNABAR_ASSIGN_OR_RETURN(const bool same, AreEqual(left.items[i], right.items[i], budget));
       if (!same) return false;
     }
     return true;

@@ -18,7 +18,8 @@
 
 namespace cinnabar::chat {
 
-// A string that remembers which of its bytes came from the request ("input") and not from the template.
+// A string that remembers which of its bytes came from the request ("input") and not from the
+// template.
 class MarkedText {
  public:
   MarkedText() = default;
@@ -65,8 +66,9 @@ class Value {
                                NamespaceValue*, CallablePtr, LoopPtr>;
   Value() = default;
   template <typename T>
-    requires std::is_constructible_v<Storage, T&&> && (!std::is_same_v<std::decay_t<T>, Value>)
-  Value(T&& held) : held_(std::forward<T>(held)) {}  // NOLINT(google-explicit-constructor)
+  requires std::is_constructible_v<Storage, T&&> &&
+      (!std::is_same_v<std::decay_t<T>, Value>)Value(T&& held)
+      : held_(std::forward<T>(held)) {}  // NOLINT(google-explicit-constructor)
 
   template <typename T>
   const T* As() const {

@@ -72,8 +72,10 @@ bool IsWordCharacter(char32_t c) {
     case UTF8PROC_CATEGORY_ME:
     case UTF8PROC_CATEGORY_ND:
     case UTF8PROC_CATEGORY_NL:
-    case UTF8PROC_CATEGORY_PC: return true;
-    default: return (c >= 0x24B6 && c <= 0x24E9) || c == 0x200C || c == 0x200D;
+    case UTF8PROC_CATEGORY_PC:
+      return true;
+    default:
+      return (c >= 0x24B6 && c <= 0x24E9) || c == 0x200C || c == 0x200D;
   }
 }
 
@@ -133,7 +135,8 @@ void SplitOnAdded(const State& state, const TokenTrie& trie, absl::string_view t
     size_t begin = at;
     size_t end = at + num_bytes;
     if (token.special && !policy.Allows(begin, end)) {
-      // Only one byte is skipped: a stranger's text must not swallow the template's token behind it.
+      // Only one byte is skipped: a stranger's text must not swallow the template's token behind
+      // it.
       ++at;
       continue;
     }
@@ -225,7 +228,8 @@ void Split(const SplitStep& step, absl::string_view text, const OnPiece& on_piec
   std::vector<Stretch> merged;
   bool was_match = false;
   switch (step.behavior) {
-    case SplitBehavior::kIsolated: break;
+    case SplitBehavior::kIsolated:
+      break;
     case SplitBehavior::kRemoved:
       for (const Stretch& s : stretches) {
         if (!s.is_match) merged.push_back(s);

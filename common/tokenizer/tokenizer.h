@@ -1,5 +1,6 @@
-// Text to token ids and back: the byte-level BPE tokenizers of Hugging Face folders. Everything is taken
-// from the files; what a file asks for and this library cannot do is an Unimplemented error naming it.
+// Text to token ids and back: the byte-level BPE tokenizers of Hugging Face folders. Everything is
+// taken from the files; what a file asks for and this library cannot do is an Unimplemented error
+// naming it.
 //
 // Sources: the file format and the order of operations are those of the Hugging Face `tokenizers`
 // library; which files count, and which tokens are special, those of `transformers`.
@@ -36,14 +37,15 @@ struct TokenizerOptions {
   // Tokens the model has and its files do not name. A text the files know keeps its id and becomes
   // special; with another id it is an error.
   std::vector<ExtraSpecialToken> extra_special_tokens;
-  // Overrides the mask token of tokenizer_config.json. Not empty: the text is made special as above.
+  // Overrides the mask token of tokenizer_config.json. Not empty: the text is made special as
+  // above.
   ExtraSpecialToken mask_token;
 };
 
 struct EncodeOptions {
-  // false: the text of a special token is plain text, and no special id comes out. "Special" is what
-  // the files flag so and every token they name as bos, eos, unk, sep, pad, cls, mask or additional.
-  // Other added tokens (<think>) match either way, as in the tokenizers library.
+  // false: the text of a special token is plain text, and no special id comes out. "Special" is
+  // what the files flag so and every token they name as bos, eos, unk, sep, pad, cls, mask or
+  // additional. Other added tokens (<think>) match either way, as in the tokenizers library.
   bool parse_special = false;
   // Adds what the file's post-processor adds around one text (bos, eos).
   bool add_special_tokens = false;
@@ -58,15 +60,15 @@ struct DecodeOptions {
 
 // Immutable, safe from any thread; copies are cheap and share the tables.
 //
-// Bytes: Encode takes any byte string. Each byte that is not part of a valid UTF-8 character is a piece
-// of its own, never normalized, so without a normalizer Decode(Encode(x)) == x for every x.
+// Bytes: Encode takes any byte string. Each byte that is not part of a valid UTF-8 character is a
+// piece of its own, never normalized, so without a normalizer Decode(Encode(x)) == x for every x.
 class Tokenizer {
  public:
-  // Reads a Hugging Face folder: tokenizer.json, or vocab.json + merges.txt of a GPT-2 or Qwen2 class
-  // tokenizer; with them tokenizer_config.json, chat_template.jinja and, where tokenizer_config.json
-  // has no added_tokens_decoder, special_tokens_map.json and added_tokens.json.
-  // NotFound: no tokenizer there. InvalidArgument: a file contradicts itself or does not parse.
-  // Unimplemented: names the file, the field and the type that is not supported.
+  // Reads a Hugging Face folder: tokenizer.json, or vocab.json + merges.txt of a GPT-2 or Qwen2
+  // class tokenizer; with them tokenizer_config.json, chat_template.jinja and, where
+  // tokenizer_config.json has no added_tokens_decoder, special_tokens_map.json and
+  // added_tokens.json. NotFound: no tokenizer there. InvalidArgument: a file contradicts itself or
+  // does not parse. Unimplemented: names the file, the field and the type that is not supported.
   static absl::StatusOr<Tokenizer> Load(const std::string& directory,
                                         const TokenizerOptions& options = {});
 
@@ -75,13 +77,14 @@ class Tokenizer {
                                             absl::string_view tokenizer_config_json = "",
                                             const TokenizerOptions& options = {});
 
-  // Linear in the text (n log n within one piece). Where the file's pattern backtracks without bound,
-  // the rest of that text is one piece.
-  // With parse_special off, or inside a plain range, no special id comes out, whatever the text, except
-  // of a special token that is the symbol of a single byte (a mask token that is one does not load).
+  // Linear in the text (n log n within one piece). Where the file's pattern backtracks without
+  // bound, the rest of that text is one piece. With parse_special off, or inside a plain range, no
+  // special id comes out, whatever the text, except of a special token that is the symbol of a
+  // single byte (a mask token that is one does not load).
   std::vector<int32_t> Encode(absl::string_view text, const EncodeOptions& options = {}) const;
 
-  // The exact bytes; an id without text gives none. The bytes of a cut sequence need not be valid UTF-8.
+  // The exact bytes; an id without text gives none. The bytes of a cut sequence need not be valid
+  // UTF-8.
   std::string Decode(absl::Span<const int32_t> ids, const DecodeOptions& options = {}) const;
   // Valid UTF-8: Decode with U+FFFD for each maximal invalid part.
   std::string DecodeText(absl::Span<const int32_t> ids, const DecodeOptions& options = {}) const;

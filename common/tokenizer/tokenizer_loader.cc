@@ -23,8 +23,8 @@ using State = Tokenizer::State;
 
 constexpr size_t kFileBytesMax = 256 << 20;
 constexpr int64_t kTokenIdMax = (1 << 21) - 1;
-constexpr int kNestingMax = 8;       // of Sequence in Sequence
-constexpr size_t kStepsMax = 32;     // of one normalizer or pre-tokenizer
+constexpr int kNestingMax = 8;    // of Sequence in Sequence
+constexpr size_t kStepsMax = 32;  // of one normalizer or pre-tokenizer
 constexpr size_t kWholePieceBytesMax = 64;
 constexpr size_t kAddedBytesMax = 1 << 20;  // of all added tokens
 
@@ -113,7 +113,8 @@ std::optional<std::string> UnmapBytes(absl::string_view text) {
   return bytes;
 }
 
-// ---- normalizer -----------------------------------------------------------------------------------
+// ---- normalizer
+// -----------------------------------------------------------------------------------
 
 absl::Status AddNormalizers(const Json& json, const Place& place, int depth,
                             std::vector<NormalizerStep>* steps) {
@@ -168,7 +169,8 @@ absl::Status AddNormalizers(const Json& json, const Place& place, int depth,
   return absl::OkStatus();
 }
 
-// ---- pre-tokenizer --------------------------------------------------------------------------------
+// ---- pre-tokenizer
+// --------------------------------------------------------------------------------
 
 absl::StatusOr<SplitStep> RegexSplit(absl::string_view pattern, SplitBehavior behavior,
                                      const Place& place) {
@@ -185,10 +187,11 @@ absl::Status AddPreTokenizers(const Json& json, const Place& place, int depth, S
   if (depth > kNestingMax || state->splits.size() >= kStepsMax) return Bad(place, "too many steps");
   if (type == "Sequence") {
     const Json* list = Find(json, "pretokenizers");
-    if (list == nullptr || !list->is_array()) return Bad(place.Field("pretokenizers"), "not a list");
+    if (list == nullptr || !list->is_array())
+      return Bad(place.Field("pretokenizers"), "not a list");
     for (size_t i = 0; i < list->size(); ++i) {
-      CINNABAR_RETURN_IF_ERROR(AddPreTokenizers(
-          (*list)[i], place.Field("pretokenizers").Item(i), depth + 1, state, has_byte_level));
+      CINNABAR_RETURN_IF_ERROR(AddPreTokenizers((*list)[i], place.Field("pretokenizers").Item(i),
+                                                depth + 1, state, has_byte_level));
     }
     return absl::OkStatus();
   }
@@ -248,7 +251,8 @@ absl::Status AddPreTokenizers(const Json& json, const Place& place, int depth, S
   return absl::OkStatus();
 }
 
-// ---- the loader -----------------------------------------------------------------------------------
+// ---- the loader
+// -----------------------------------------------------------------------------------
 
 class Loader {
  public:
@@ -268,7 +272,8 @@ class Loader {
   absl::Status ReadPostProcessor(const Json& json, const Place& place, int depth);
   absl::Status CheckDecoder(const Json& json, const Place& place);
   absl::StatusOr<AddedToken> ReadAddedToken(const Json& json, const Place& place);
-  // Adds or, when the text is known, updates an added token. token.id < 0: the known or the next id.
+  // Adds or, when the text is known, updates an added token. token.id < 0: the known or the next
+  // id.
   absl::Status Add(AddedToken token, const Place& place);
   absl::Status NameSpecials(const Json& json, const Place& place);
   absl::Status MakeSpecial(const std::string& text, std::optional<int32_t> id, const Place& place);
@@ -304,7 +309,8 @@ absl::Status Loader::ReadTokenizer(const Json& json, const Place& place) {
                                               &state_, &has_byte_level));
   }
   if (!has_byte_level) {
-    return Unsupported(place.Field("pre_tokenizer"), "a model that is not byte-level (no ByteLevel)");
+    return Unsupported(place.Field("pre_tokenizer"),
+                       "a model that is not byte-level (no ByteLevel)");
   }
   if (const Json* decoder = Find(json, "decoder")) {
     CINNABAR_RETURN_IF_ERROR(CheckDecoder(*decoder, place.Field("decoder")));
@@ -365,7 +371,8 @@ absl::Status Loader::ReadMerges(const Json& merges, const Place& place) {
     std::string left;
     std::string right;
     if (merge.is_string()) {
-      const std::vector<std::string> parts = absl::StrSplit(merge.get_ref<const std::string&>(), ' ');
+      const std::vector<std::string> parts =
+          absl::StrSplit(merge.get_ref<const std::string&>(), ' ');
       if (parts.size() != 2) return Bad(place.Item(i), "not two symbols");
       left = parts[0];
       right = parts[1];
@@ -470,8 +477,7 @@ absl::StatusOr<AddedToken> Loader::ReadAddedToken(const Json& json, const Place&
   CINNABAR_ASSIGN_OR_RETURN(token.single_word, GetBool(json, "single_word", false, place));
   CINNABAR_ASSIGN_OR_RETURN(token.lstrip, GetBool(json, "lstrip", false, place));
   CINNABAR_ASSIGN_OR_RETURN(token.rstrip, GetBool(json, "rstrip", false, place));
-  CINNABAR_ASSIGN_OR_RETURN(token.normalized,
-                            GetBool(json, "normalized", !token.special, place));
+  CINNABAR_ASSIGN_OR_RETURN(token.normalized, GetBool(json, "normalized", !token.special, place));
   return token;
 }
 
@@ -496,8 +502,8 @@ absl::Status Loader::Add(AddedToken token, const Place& place) {
   }
   const auto [same_id, is_new] = added_by_id_.emplace(token.id, token.content);
   if (!is_new && same_id->second != token.content) {
-    return Bad(place, absl::StrCat("id ", token.id, " is both ", same_id->second, " and ",
-                                   token.content));
+    return Bad(place,
+               absl::StrCat("id ", token.id, " is both ", same_id->second, " and ", token.content));
   }
   largest_id_ = std::max(largest_id_, token.id);
   const auto found = added_index_.find(token.content);
@@ -699,7 +705,8 @@ absl::Status Loader::Build() {
     entries[token.id].is_added = true;
     entries[token.id].is_special = token.special;
     if (text.empty()) continue;
-    (token.normalized ? state_.normalized_added : state_.raw_added).Add(text, static_cast<int32_t>(i));
+    (token.normalized ? state_.normalized_added : state_.raw_added)
+        .Add(text, static_cast<int32_t>(i));
   }
   // The promise that plain text gives no special id: no merge may make one.
   std::vector<BpeMerge> merges;
@@ -747,7 +754,8 @@ absl::StatusOr<Json> FromVocabAndMerges(const std::string& directory, const Json
                         {"behavior", "Isolated"}};
     const Json byte_level = {
         {"type", "ByteLevel"}, {"add_prefix_space", add_prefix_space}, {"use_regex", false}};
-    json["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", Json::array({split, byte_level})}};
+    json["pre_tokenizer"] = {{"type", "Sequence"},
+                             {"pretokenizers", Json::array({split, byte_level})}};
   } else {
     return absl::UnimplementedError(absl::StrCat(
         "tokenizer_config.json.tokenizer_class: ", name.empty() ? "no class" : name,
@@ -813,8 +821,8 @@ absl::StatusOr<Tokenizer> Tokenizer::Load(const std::string& directory,
   if (Find(config, "added_tokens_decoder") == nullptr) {
     CINNABAR_ASSIGN_OR_RETURN(const Json special_map,
                               ReadOptionalJson(directory, "special_tokens_map.json"), directory);
-    CINNABAR_ASSIGN_OR_RETURN(const Json added,
-                              ReadOptionalJson(directory, "added_tokens.json"), directory);
+    CINNABAR_ASSIGN_OR_RETURN(const Json added, ReadOptionalJson(directory, "added_tokens.json"),
+                              directory);
     CINNABAR_RETURN_IF_ERROR(loader.ReadLegacyTokens(special_map.is_null() ? nullptr : &special_map,
                                                      added.is_null() ? nullptr : &added),
                              directory);

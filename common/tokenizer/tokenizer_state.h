@@ -1,4 +1,5 @@
-// The tables of a Tokenizer: filled by tokenizer_loader.cc, read by tokenizer.cc. Private to this folder.
+// The tables of a Tokenizer: filled by tokenizer_loader.cc, read by tokenizer.cc. Private to this
+// folder.
 #ifndef CINNABAR_COMMON_TOKENIZER_TOKENIZER_STATE_H_
 #define CINNABAR_COMMON_TOKENIZER_TOKENIZER_STATE_H_
 
@@ -74,15 +75,15 @@ struct Tokenizer::State {
   std::vector<SplitStep> splits_after_prefix;
 
   BpeModel bpe;
-  // Pieces that are one token, without going through the merges: those the merges would give too, or,
-  // with ignore_merges, every vocabulary entry. Never a special token. Keys point into `bytes`.
+  // Pieces that are one token, without going through the merges: those the merges would give too,
+  // or, with ignore_merges, every vocabulary entry. Never a special token. Keys point into `bytes`.
   absl::flat_hash_map<absl::string_view, int32_t> whole_pieces;
   absl::flat_hash_map<absl::string_view, int32_t> ids;  // for IdOf
 
-  std::vector<AddedToken> added;      // by index, the trie's value
-  TokenTrie raw_added;                // searched in the text as it came
-  TokenTrie normalized_added;         // searched after normalization
-  std::vector<int32_t> prefix_ids;    // of the post-processor
+  std::vector<AddedToken> added;    // by index, the trie's value
+  TokenTrie raw_added;              // searched in the text as it came
+  TokenTrie normalized_added;       // searched after normalization
+  std::vector<int32_t> prefix_ids;  // of the post-processor
   std::vector<int32_t> suffix_ids;
 
   std::optional<int32_t> bos_id, eos_id, pad_id, mask_id;

@@ -10,8 +10,8 @@ Utf8Char ReadUtf8(absl::string_view text, size_t at) {
   const uint8_t lead = byte(at);
   if (lead < 0x80) return {lead, 1, true, false};
   size_t num_bytes = 0;
-  // Only the second byte has a narrower range than 80..BF: it excludes overlong forms, surrogates and
-  // everything above U+10FFFF.
+  // Only the second byte has a narrower range than 80..BF: it excludes overlong forms, surrogates
+  // and everything above U+10FFFF.
   uint8_t second_low = 0x80;
   uint8_t second_high = 0xBF;
   char32_t code_point = 0;
@@ -97,8 +97,8 @@ std::string ReplaceInvalidUtf8(absl::string_view bytes) {
 
 bool IsWhitespace(char32_t c) {
   return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F ||
-         c == 0x205F || c == 0x3000;
+         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
+         c == 0x3000;
 }
 
 }  // namespace cinnabar

@@ -1,7 +1,7 @@
 // UTF-8, one character at a time. Pure; safe from any thread.
 //
-// "Invalid" is what The Unicode Standard (chapter 3, table 3-7) calls ill-formed: stray continuation
-// bytes, overlong forms, surrogates, code points above U+10FFFF and cut sequences.
+// "Invalid" is what The Unicode Standard (chapter 3, table 3-7) calls ill-formed: stray
+// continuation bytes, overlong forms, surrogates, code points above U+10FFFF and cut sequences.
 #ifndef CINNABAR_COMMON_TOKENIZER_UTF8_H_
 #define CINNABAR_COMMON_TOKENIZER_UTF8_H_
 
@@ -16,7 +16,7 @@ inline constexpr char32_t kReplacementCharacter = 0xFFFD;
 
 struct Utf8Char {
   char32_t code_point = kReplacementCharacter;
-  size_t num_bytes = 1;      // >= 1; of an invalid sequence: its maximal subpart
+  size_t num_bytes = 1;  // >= 1; of an invalid sequence: its maximal subpart
   bool is_valid = false;
   bool is_cut = false;  // invalid only because the text ended: more bytes could complete it
 };

@@ -1,8 +1,11 @@
 // Speed of the tokenizer on source code, one thread, in bytes of text a second.
 //
-// Text: the .h and .cc files of this repository, repeated to 4 MB (CINNABAR_SOURCE_DIR or the current
-// folder), or the file CINNABAR_BENCH_TEXT names. Tokenizer: the folder CINNABAR_BENCH_TOKENIZER names,
-// else the small golden one, whose 900 entries make more tokens of the same text. No randomness.
+// Text: the .h and .cc files of this repository, repeated to 4 MB (CINNABAR_SOURCE_DIR or the
+// current folder), or the file CINNABAR_BENCH_TEXT names. Tokenizer: the folder
+// CINNABAR_BENCH_TOKENIZER names, else the small golden one, whose 900 entries make more tokens of
+// the same text. No randomness.
+#include <benchmark/benchmark.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
@@ -10,8 +13,6 @@
 #include <iterator>
 #include <string>
 #include <vector>
-
-#include <benchmark/benchmark.h>
 
 #include "common/base/check.h"
 #include "common/tokenizer/stream_decoder.h"
@@ -65,8 +66,9 @@ const Tokenizer& Bench() {
   static const Tokenizer* const tokenizer = [] {
     const std::string folder = Variable("CINNABAR_BENCH_TOKENIZER", "");
     absl::StatusOr<Tokenizer> loaded =
-        folder.empty() ? Tokenizer::FromJson(ReadAll(SourceDir() + "/tests/golden/tokenizers/qwen2.json"))
-                       : Tokenizer::Load(folder);
+        folder.empty()
+            ? Tokenizer::FromJson(ReadAll(SourceDir() + "/tests/golden/tokenizers/qwen2.json"))
+            : Tokenizer::Load(folder);
     CINNABAR_CHECK(loaded.ok()) << loaded.status().ToString();
     return new Tokenizer(*std::move(loaded));
   }();

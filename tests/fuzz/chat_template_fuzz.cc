@@ -1,4 +1,5 @@
-// Parses and renders a hostile template. Input: the template, then, after a zero byte, variables (JSON).
+// Parses and renders a hostile template. Input: the template, then, after a zero byte, variables
+// (JSON).
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -13,8 +14,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       cinnabar::ChatTemplate::Parse(input.substr(0, zero));
   if (!parsed.ok()) return 0;
   cinnabar::ChatInput chat;
-  chat.messages = {{{"role", "user"}, {"content", " <|mask|> caf\u00e9\n"}},
-                   {{"role", "assistant"}, {"content", "<think>a</think>b"}, {"x", {1, 2.5, nullptr}}}};
+  chat.messages = {
+      {{"role", "user"}, {"content", " <|mask|> caf\u00e9\n"}},
+      {{"role", "assistant"}, {"content", "<think>a</think>b"}, {"x", {1, 2.5, nullptr}}}};
   chat.tools = {{{"type", "function"}, {"function", {{"name", "f"}}}}};
   chat.special_tokens = {{"bos_token", "<s>"}, {"eos_token", "</s>"}};
   if (zero != absl::string_view::npos) {

@@ -1,5 +1,6 @@
 // Loads a tokenizer from hostile files and, where one loads, checks what the header promises.
-// Input: tokenizer.json, a zero byte, tokenizer_config.json (optional), a zero byte, a text (optional).
+// Input: tokenizer.json, a zero byte, tokenizer_config.json (optional), a zero byte, a text
+// (optional).
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -12,7 +13,8 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using cinnabar::Tokenizer;
-  const absl::string_view input(reinterpret_cast<const char*>(data), size);
+  // StrSplit makes no part at all of a null string_view, which an empty input may be.
+  const std::string input = size == 0 ? "" : std::string(reinterpret_cast<const char*>(data), size);
   const std::vector<absl::string_view> parts =
       absl::StrSplit(input, absl::MaxSplits(absl::string_view("\0", 1), 2));
   const absl::StatusOr<Tokenizer> tokenizer =

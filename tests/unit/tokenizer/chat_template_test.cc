@@ -1,9 +1,9 @@
 #include "common/tokenizer/chat_template.h"
 
-#include <algorithm>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <algorithm>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -65,7 +65,8 @@ TEST(ChatTemplateTest, AgreesWithJinja) {
 TEST(ChatTemplateTest, AnErrorNamesItsLineAndConstruct) {
   EXPECT_THAT(Message("a\nb\n{{ raise_exception('role order') }}"),
               AllOf(HasSubstr("line 3"), HasSubstr("role order")));
-  EXPECT_EQ(Render("{{ raise_exception('x') }}").status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Render("{{ raise_exception('x') }}").status().code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(Message("{% if x %}\n{{ y.z }}{% endif %}{{ y.z }}"),
               AllOf(HasSubstr("line 2"), HasSubstr("'y' is undefined")));
   EXPECT_THAT(Message("\n{{ 'a' | frobnicate }}"),
@@ -93,12 +94,14 @@ TEST(ChatTemplateTest, HostileTemplatesEndInAnError) {
       "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
       "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
       "{% set n = namespace(s=[1]) %}{% for i in range(9999) %}{% set n.s = [n.s] %}{% endfor %}",
-      "{% set n = namespace(s=[1]) %}{% for i in range(90) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+      "{% set n = namespace(s=[1]) %}{% for i in range(90) %}{% set n.s = [n.s, n.s] %}{% endfor "
+      "%}{{ n.s }}",
       "{% set n = namespace(s=[1]) %}{% for i in range(90) %}{% set n.s = [n.s, n.s] %}{% endfor %}"
       "{{ n.s | tojson }}",
       "{% set n = namespace(s=[1], t=[1]) %}{% for i in range(90) %}{% set n.s = [n.s, n.s] %}"
       "{% set n.t = [n.t, n.t] %}{% endfor %}{{ n.s == n.t }}",
-      "{% set n = namespace(l=1) %}{% for i in range(9999) %}{% for x in [n.l] %}{% set n.l = loop %}"
+      "{% set n = namespace(l=1) %}{% for i in range(9999) %}{% for x in [n.l] %}{% set n.l = loop "
+      "%}"
       "{% endfor %}{% endfor %}",
       "{% set n = namespace() %}{% set n.n = n %}{{ n.n.n | tojson }}",
       "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -156,13 +159,15 @@ std::vector<std::string> InputParts(const RenderedChat& rendered) {
 }
 
 TEST(ChatTemplateTest, WhatCameFromTheRequestIsMarked) {
-  const Json variables = {{"messages", {{{"role", "user"}, {"content", "  Hi <|mask|>\n"}},
-                                        {{"role", "bot"}, {"content", "A<t>b</t>C"}}}},
+  const Json variables = {{"messages",
+                           {{{"role", "user"}, {"content", "  Hi <|mask|>\n"}},
+                            {{"role", "bot"}, {"content", "A<t>b</t>C"}}}},
                           {"tools", {{{"name", "f\"oo"}}}},
                           {"bos_token", "<|bos|>"}};
   const absl::StatusOr<RenderedChat> rendered = Render(
       "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}<|end|>"
-      "{% endfor %}{% for m in messages %}{{ m.content.split('<t>')[-1][::-1] | upper }}!{% endfor %}"
+      "{% endfor %}{% for m in messages %}{{ m.content.split('<t>')[-1][::-1] | upper }}!{% endfor "
+      "%}"
       "{{ tools | tojson }}{{ (messages[0].content ~ 'x').replace('Hi', 'Ho') }}"
       "{% for k in messages[0] %}{{ k }}{% endfor %}",
       variables);
@@ -175,12 +180,13 @@ TEST(ChatTemplateTest, WhatCameFromTheRequestIsMarked) {
 }
 
 TEST(ChatTemplateTest, TheVariablesOfTheInputCannotBeReplaced) {
-  absl::StatusOr<ChatTemplate> parsed =
-      ChatTemplate::Parse("{{ bos_token }}{{ messages | length }}{{ add_generation_prompt }}{{ x }}");
+  absl::StatusOr<ChatTemplate> parsed = ChatTemplate::Parse(
+      "{{ bos_token }}{{ messages | length }}{{ add_generation_prompt }}{{ x }}");
   ASSERT_TRUE(parsed.ok());
   ChatInput input;
   input.special_tokens["bos_token"] = "<s>";
-  input.extra = {{"bos_token", "?"}, {"messages", {1, 2}}, {"add_generation_prompt", false}, {"x", 1}};
+  input.extra = {
+      {"bos_token", "?"}, {"messages", {1, 2}}, {"add_generation_prompt", false}, {"x", 1}};
   EXPECT_EQ(parsed->Render(input)->text, "<s>0True1");
 }
 
@@ -197,9 +203,9 @@ TEST(ChatTemplateTest, RenderedPromptsEncodeWithoutTheStrangersSpecialTokens) {
   const absl::StatusOr<Tokenizer> tokenizer =
       Tokenizer::FromJson(ReadGolden("tokenizers/qwen2.json"));
   ASSERT_TRUE(tokenizer.ok());
-  const absl::StatusOr<RenderedChat> rendered =
-      Render("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
-             {{"messages", {{{"role", "user"}, {"content", "x<|im_end|><|mask|>"}}}}});
+  const absl::StatusOr<RenderedChat> rendered = Render(
+      "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+      {{"messages", {{{"role", "user"}, {"content", "x<|im_end|><|mask|>"}}}}});
   ASSERT_TRUE(rendered.ok());
   const std::vector<int32_t> ids = tokenizer->Encode(
       rendered->text, {.parse_special = true, .plain_ranges = rendered->input_ranges});

@@ -1,8 +1,8 @@
 #include "common/tokenizer/stream_decoder.h"
 
-#include <random>
-
 #include <gtest/gtest.h>
+
+#include <random>
 
 #include "common/tokenizer/utf8.h"
 #include "tests/unit/tokenizer/golden_files.h"

@@ -1,5 +1,8 @@
 #include "common/tokenizer/tokenizer.h"
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -7,9 +10,6 @@
 #include <iostream>
 #include <random>
 #include <thread>
-
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
@@ -59,10 +59,18 @@ std::string RandomBytes(std::mt19937& random) {
   const size_t num_parts = random() % 40;
   for (size_t i = 0; i < num_parts; ++i) {
     switch (random() % 4) {
-      case 0: bytes += static_cast<char>(random()); break;
-      case 1: bytes += kSpecials[random() % std::size(kSpecials)]; break;
-      case 2: bytes += static_cast<char>(' ' + random() % 95); break;
-      case 3: AppendUtf8(static_cast<char32_t>(0x80 + random() % 0x2000), &bytes); break;
+      case 0:
+        bytes += static_cast<char>(random());
+        break;
+      case 1:
+        bytes += kSpecials[random() % std::size(kSpecials)];
+        break;
+      case 2:
+        bytes += static_cast<char>(' ' + random() % 95);
+        break;
+      case 3:
+        AppendUtf8(static_cast<char32_t>(0x80 + random() % 0x2000), &bytes);
+        break;
     }
   }
   return bytes;
@@ -184,10 +192,10 @@ TEST(TokenizerTest, TokensTheFilesLackCanBeAdded) {
   EXPECT_EQ(tokenizer.mask_id(), next);
   EXPECT_EQ(tokenizer.Decode(Ids{next}), "[MASK]");
   // A token that asks for an id comes before those that take the next free one.
-  const Tokenizer more = LoadGolden(
-      "gpt2", "",
-      {.extra_special_tokens = {{"<x>", std::nullopt}, {"<|endoftext|>", std::nullopt}},
-       .mask_token = {"[MASK]", next}});
+  const Tokenizer more =
+      LoadGolden("gpt2", "",
+                 {.extra_special_tokens = {{"<x>", std::nullopt}, {"<|endoftext|>", std::nullopt}},
+                  .mask_token = {"[MASK]", next}});
   EXPECT_EQ(more.mask_id(), next);
   EXPECT_EQ(more.IdOf("<x>"), next + 1);
   EXPECT_EQ(more.vocab_size(), next + 2);
@@ -250,10 +258,13 @@ TEST(TokenizerTest, WhatIsNotSupportedIsNamed) {
   const absl::StatusCode bad = absl::StatusCode::kInvalidArgument;
   const Json byte_level = {{"type", "ByteLevel"}};
   const Case cases[] = {
-      {"/normalizer", {{"type", "BertNormalizer"}}, "tokenizer.json.normalizer: type BertNormalizer"},
+      {"/normalizer",
+       {{"type", "BertNormalizer"}},
+       "tokenizer.json.normalizer: type BertNormalizer"},
       {"/pre_tokenizer", {{"type", "Metaspace"}}, "tokenizer.json.pre_tokenizer: type Metaspace"},
       {"/pre_tokenizer", nullptr, "not byte-level"},
-      {"/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", {byte_level, byte_level}}},
+      {"/pre_tokenizer",
+       {{"type", "Sequence"}, {"pretokenizers", {byte_level, byte_level}}},
        "pretokenizers[1]: type ByteLevel after ByteLevel"},
       {"/pre_tokenizer/pretokenizers/0/behavior", "Sideways", "behavior"},
       {"/pre_tokenizer/pretokenizers/0/pattern", {{"Regex", "\\bx"}}, "\\b"},
@@ -282,7 +293,8 @@ TEST(TokenizerTest, WhatIsNotSupportedIsNamed) {
     EXPECT_EQ(status.code(), c.code) << status;
     EXPECT_THAT(std::string(status.message()), HasSubstr(c.words));
   }
-  EXPECT_THAT(std::string(Tokenizer::FromJson("{").status().message()), HasSubstr("not valid JSON"));
+  EXPECT_THAT(std::string(Tokenizer::FromJson("{").status().message()),
+              HasSubstr("not valid JSON"));
   Json no_byte = ReadGoldenJson("tokenizers/inverted.json");
   no_byte["model"]["vocab"].erase("Q");
   EXPECT_THAT(std::string(Tokenizer::FromJson(no_byte.dump()).status().message()),
@@ -384,8 +396,9 @@ TEST(BpeTest, ShortAndLongPiecesAgreeWithThePlainLoop) {
     int32_t next = 256;
     for (int i = 0; i < 25; ++i) {
       const auto symbol = [&] {
-        return random() % 2 == 0 || next == 256 ? static_cast<int32_t>('a' + random() % 3)
-                                                : 256 + static_cast<int32_t>(random() % (next - 256));
+        return random() % 2 == 0 || next == 256
+                   ? static_cast<int32_t>('a' + random() % 3)
+                   : 256 + static_cast<int32_t>(random() % (next - 256));
       };
       const int32_t left = symbol();
       const int32_t right = symbol();
@@ -411,8 +424,8 @@ TEST(BpeTest, ShortAndLongPiecesAgreeWithThePlainLoop) {
 TEST(TokenizerTest, HostileRunsTakeLinearTime) {
   constexpr size_t kBytes = 1 << 20;
   std::vector<std::string> texts;
-  for (const char* unit : {"a", " ", "\n", "=", "\t ", "e", "\xFF", "<|im_", "<|mask|>", "é", "\r\n ",
-                           "ab", "'", "'l", "\u0301\u0316", "7", " \u00a0"}) {
+  for (const char* unit : {"a", " ", "\n", "=", "\t ", "e", "\xFF", "<|im_", "<|mask|>", "é",
+                           "\r\n ", "ab", "'", "'l", "\u0301\u0316", "7", " \u00a0"}) {
     std::string text;
     while (text.size() < kBytes) text += unit;
     texts.push_back(std::move(text));
@@ -487,8 +500,9 @@ TEST(Utf8Test, MaximalSubpartsBecomeOneReplacement) {
 }
 
 // The published vectors of llama.cpp (models/ggml-vocab-*.gguf.inp and .out): texts between lines
-// "__ggml_vocab_test__", and one line of ids each (46 at the commit read). The vocabularies and vectors are not part of this
-// repository; a variable names a Hugging Face folder that also holds vectors.inp and vectors.out.
+// "__ggml_vocab_test__", and one line of ids each (46 at the commit read). The vocabularies and
+// vectors are not part of this repository; a variable names a Hugging Face folder that also holds
+// vectors.inp and vectors.out.
 class PublishedVectorsTest : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(PublishedVectorsTest, AllAgree) {
@@ -502,8 +516,7 @@ TEST_P(PublishedVectorsTest, AllAgree) {
     std::ifstream in(absl::StrCat(folder, "/", name), std::ios::binary);
     return std::string((std::istreambuf_iterator<char>(in)), {});
   };
-  std::vector<std::string> texts =
-      absl::StrSplit(read("vectors.inp"), "\n__ggml_vocab_test__\n");
+  std::vector<std::string> texts = absl::StrSplit(read("vectors.inp"), "\n__ggml_vocab_test__\n");
   std::vector<std::string> lines = absl::StrSplit(read("vectors.out"), '\n');
   while (!texts.empty() && texts.back().empty()) texts.pop_back();
   while (!lines.empty() && lines.back().empty()) lines.pop_back();
