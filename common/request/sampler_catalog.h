@@ -44,7 +44,7 @@ struct ModelTraits {
   int32_t tokenizer_size = 0;      // ids at or above it have no text; 0: unknown
   TokenId mask_token = -1;         // -1: none (uniform noise)
   std::vector<TokenId> eos_tokens; // end of text and end of turn; may be empty
-  TokenId eot_token = -1;          // LLaDA's <|eot_id|>; -1: none
+  TokenId eot_token = -1;          // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
   bool shift_logits = false;       // the prediction for position i is row i-1 (row 0 for position 0)
   int32_t causal_block_length = 0; // > 0: block-causal attention in blocks of this many positions
   Parameterization parameterization = Parameterization::kMaskPrediction;
