@@ -156,8 +156,8 @@ struct LinearArgs {
   Epilogue epilogue = Epilogue::kStore;
   Rows out;  // [num_rows, weight.rows()] (kSwiGlu: half); must not overlap x
   // kGatedAdd only: gate value of output column c for row r is gate[modulation_row(r)][c].
-  Rows gate;                                 // [num modulation rows, weight.rows()]
-  absl::Span<const SequenceSpan> sequences;  // which modulation row a row belongs to
+  Rows gate = {};                                  // [num modulation rows, weight.rows()]
+  absl::Span<const SequenceSpan> sequences = {};  // which modulation row a row belongs to
 };
 
 // out[i] = w * x[row(i)] * rsqrt(mean(x[row(i)]^2) + eps). Source: arXiv:1910.07467.
@@ -169,7 +169,7 @@ struct RmsNormArgs {
   float eps = 1e-6F;
   Rows out;
   // Host, [num_rows] when not empty: row(i) = row_indices[i]; else row(i) = i.
-  absl::Span<const int32_t> row_indices;
+  absl::Span<const int32_t> row_indices = {};
 };
 
 // out[i] = LN(x[row(i)]) * w * (1 + scale[m]) + shift[m], m the modulation row of row(i). LN
@@ -185,7 +185,15 @@ struct LayerNormModulateArgs {
   Rows scale;  // [num modulation rows, dim]
   absl::Span<const SequenceSpan> sequences;
   Rows out;
-  absl::Span<const int32_t> row_indices;  // as in RmsNormArgs
+  absl::Span<const int32_t> row_indices = {};  // as in RmsNormArgs
+};
+
+// out[i] = x[row_indices[i]]. For the last layer, of which only some rows are wanted.
+struct GatherRowsArgs {
+  Rows x;
+  int64_t dim = 0;
+  absl::Span<const int32_t> row_indices;  // host
+  Rows out;                               // dtype of x; must not overlap it
 };
 
 // Cosines and sines of the rotary embedding, [positions_max, rotary_dim / 2] each, float32 computed
@@ -382,6 +390,7 @@ class Backend {
   virtual absl::Status Linear(const LinearArgs& args) = 0;
   virtual absl::Status RmsNorm(const RmsNormArgs& args) = 0;
   virtual absl::Status LayerNormModulate(const LayerNormModulateArgs& args) = 0;
+  virtual absl::Status GatherRows(const GatherRowsArgs& args) = 0;
   virtual absl::Status PrepareHeads(const PrepareHeadsArgs& args) = 0;
   virtual absl::Status Attend(const AttendArgs& args) = 0;
   virtual absl::Status AnswerVocabulary(const VocabularyArgs& args) = 0;

@@ -293,6 +293,16 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status GatherRows(const GatherRowsArgs& args) override {
+    CheckFloat(args.x);
+    CheckFloat(args.out);
+    ForRows(static_cast<int64_t>(args.row_indices.size()), [&](int64_t row) {
+      std::memcpy(args.out.f32() + row * args.out.stride,
+                  args.x.f32() + args.row_indices[row] * args.x.stride, args.dim * sizeof(float));
+    });
+    return absl::OkStatus();
+  }
+
   absl::Status PrepareHeads(const PrepareHeadsArgs& args) override {
     CheckFloat(args.qkv);
     const HeadShape& heads = args.heads;

@@ -96,7 +96,7 @@ absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
   const Canvas& canvas = state.canvas;
   CINNABAR_ASSIGN_OR_RETURN(state.params,
                             ResolveParams(params, model, CountUndecided(canvas, 0, canvas.length()),
-                                          canvas.end - canvas.begin));
+                                          canvas.end - canvas.begin, canvas.begin));
   state.decoding = BeginDecoding(canvas, state.params, model);
   return state;
 }
@@ -161,7 +161,7 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
       std::count_if(state.canvas.states.begin(), state.canvas.states.end(),
                     [](PositionState s) { return s != PositionState::kGiven; }));
   CINNABAR_ASSIGN_OR_RETURN(
-      state.params, ResolveParams(params, model, num_open, state.canvas.end - state.canvas.begin));
+      state.params, ResolveParams(params, model, num_open, state.canvas.end - state.canvas.begin, state.canvas.begin));
   state.decoding = {.block_index = wire.block_index(),
                     .block_step = wire.block_step(),
                     .block_masks = wire.block_masks(),

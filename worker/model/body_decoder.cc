@@ -1,0 +1,156 @@
+// The body of Llama, Qwen2, Qwen3 and LLaDA: per layer
+//   x += o(attend(rotate(norm(q)), rotate(norm(k)), v)),  q | k | v = qkv(rms(x))
+//   x += down(silu(gate(rms(x))) * up(rms(x)))
+#include <utility>
+
+#include "common/base/status.h"
+#include "worker/model/body.h"
+
+namespace cinnabar {
+namespace {
+
+struct DecoderLayer {
+  std::unique_ptr<Buffer> attention_norm;
+  std::unique_ptr<Weight> qkv;
+  std::unique_ptr<Buffer> qkv_bias;
+  std::unique_ptr<Buffer> q_norm;
+  std::unique_ptr<Buffer> k_norm;
+  std::unique_ptr<Weight> o;
+  std::unique_ptr<Buffer> o_bias;
+  std::unique_ptr<Buffer> mlp_norm;
+  std::unique_ptr<Weight> gate_up;
+  std::unique_ptr<Buffer> gate_up_bias;
+  std::unique_ptr<Weight> down;
+  std::unique_ptr<Buffer> down_bias;
+};
+
+class DecoderBody : public Body {
+ public:
+  DecoderBody(ModelSpec spec, Checkpoint checkpoint, Backend& backend, const ForwardLimits& limits)
+      : Body(std::move(spec), std::move(checkpoint), backend, limits) {}
+
+ protected:
+  absl::Status LoadLayers(WeightLoader& loader) override {
+    layers_.resize(spec().num_layers);
+    for (int32_t layer = 0; layer < spec().num_layers; ++layer) {
+      CINNABAR_RETURN_IF_ERROR(LoadLayer(loader, layer));
+    }
+    CINNABAR_ASSIGN_OR_RETURN(final_norm_, loader.Vector({spec().names.final_norm + ".weight"}));
+    return absl::OkStatus();
+  }
+
+  absl::Status RunLayers(const ForwardBatch& batch) override {
+    const auto num_rows = static_cast<int64_t>(batch.ids.size());
+    const auto num_wanted = static_cast<int64_t>(batch.wanted_rows.size());
+    for (int32_t index = 0; index < spec().num_layers; ++index) {
+      const DecoderLayer& layer = layers_[index];
+      const bool last = index + 1 == spec().num_layers;
+      CINNABAR_RETURN_IF_ERROR(RmsNorm(residual_, num_rows, layer.attention_norm, normed_));
+      CINNABAR_RETURN_IF_ERROR(Attention(batch.sequences, num_rows, index, *layer.qkv,
+                                         AsFloats(layer.qkv_bias), AsFloats(layer.q_norm),
+                                         AsFloats(layer.k_norm), last && num_wanted == 0));
+      if (!last) {
+        CINNABAR_RETURN_IF_ERROR(FinishLayer(layer, num_rows, residual_, attention_));
+        continue;
+      }
+      // Nobody reads the other rows of the last layer.
+      if (num_wanted == 0) return absl::OkStatus();
+      CINNABAR_RETURN_IF_ERROR(backend().GatherRows({.x = residual_,
+                                                     .dim = spec().dim,
+                                                     .row_indices = batch.wanted_rows,
+                                                     .out = wanted_residual_}));
+      CINNABAR_RETURN_IF_ERROR(
+          backend().GatherRows({.x = attention_,
+                                .dim = int64_t{spec().num_heads} * spec().head_dim,
+                                .row_indices = batch.wanted_rows,
+                                .out = wanted_attention_}));
+      CINNABAR_RETURN_IF_ERROR(
+          FinishLayer(layer, num_wanted, wanted_residual_, wanted_attention_));
+    }
+    return RmsNorm(wanted_residual_, num_wanted, final_norm_, hidden_);
+  }
+
+ private:
+  absl::Status LoadLayer(WeightLoader& loader, int32_t index) {
+    const DecoderNames& names = spec().names;
+    DecoderLayer& layer = layers_[index];
+    const auto weight = [&](const std::string& leaf) {
+      return LayerTensor(names.layer_prefix, index, leaf) + ".weight";
+    };
+    const auto bias = [&](const std::string& leaf) {
+      return LayerTensor(names.layer_prefix, index, leaf) + ".bias";
+    };
+    CINNABAR_ASSIGN_OR_RETURN(layer.attention_norm, loader.Vector({weight(names.attention_norm)}));
+    CINNABAR_ASSIGN_OR_RETURN(
+        layer.qkv, loader.Matrix({weight(names.q), weight(names.k), weight(names.v)}));
+    if (spec().qkv_bias) {
+      CINNABAR_ASSIGN_OR_RETURN(layer.qkv_bias,
+                                loader.Vector({bias(names.q), bias(names.k), bias(names.v)}));
+    }
+    if (spec().qk_norm) {
+      CINNABAR_ASSIGN_OR_RETURN(layer.q_norm, loader.Vector({weight(names.q_norm)}));
+      CINNABAR_ASSIGN_OR_RETURN(layer.k_norm, loader.Vector({weight(names.k_norm)}));
+    }
+    CINNABAR_ASSIGN_OR_RETURN(layer.o, loader.Matrix({weight(names.o)}));
+    if (spec().o_bias) {
+      CINNABAR_ASSIGN_OR_RETURN(layer.o_bias, loader.Vector({bias(names.o)}));
+    }
+    CINNABAR_ASSIGN_OR_RETURN(layer.mlp_norm, loader.Vector({weight(names.mlp_norm)}));
+    CINNABAR_ASSIGN_OR_RETURN(
+        layer.gate_up,
+        loader.Matrix({weight(names.gate), weight(names.up)}, RowOrder::kGatedPairs));
+    CINNABAR_ASSIGN_OR_RETURN(layer.down, loader.Matrix({weight(names.down)}));
+    if (spec().mlp_bias) {
+      CINNABAR_ASSIGN_OR_RETURN(layer.gate_up_bias,
+                                loader.Vector({bias(names.gate), bias(names.up)}));
+      CINNABAR_ASSIGN_OR_RETURN(layer.down_bias, loader.Vector({bias(names.down)}));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status RmsNorm(const Rows& x, int64_t num_rows, const std::unique_ptr<Buffer>& weight,
+                       const Rows& out) {
+    return backend().RmsNorm({.x = x,
+                              .num_rows = num_rows,
+                              .dim = spec().dim,
+                              .weight = AsFloats(weight),
+                              .eps = spec().norm_eps,
+                              .out = out});
+  }
+
+  // Everything after attention.
+  absl::Status FinishLayer(const DecoderLayer& layer, int64_t num_rows, const Rows& residual,
+                           const Rows& attention) {
+    CINNABAR_RETURN_IF_ERROR(backend().Linear({.x = attention,
+                                               .num_rows = num_rows,
+                                               .weight = layer.o.get(),
+                                               .bias = AsFloats(layer.o_bias),
+                                               .epilogue = Epilogue::kAdd,
+                                               .out = residual}));
+    CINNABAR_RETURN_IF_ERROR(RmsNorm(residual, num_rows, layer.mlp_norm, normed_));
+    CINNABAR_RETURN_IF_ERROR(backend().Linear({.x = normed_,
+                                               .num_rows = num_rows,
+                                               .weight = layer.gate_up.get(),
+                                               .bias = AsFloats(layer.gate_up_bias),
+                                               .epilogue = Epilogue::kSwiGlu,
+                                               .out = mlp_}));
+    return backend().Linear({.x = mlp_,
+                             .num_rows = num_rows,
+                             .weight = layer.down.get(),
+                             .bias = AsFloats(layer.down_bias),
+                             .epilogue = Epilogue::kAdd,
+                             .out = residual});
+  }
+
+  std::vector<DecoderLayer> layers_;
+  std::unique_ptr<Buffer> final_norm_;
+};
+
+}  // namespace
+
+std::unique_ptr<Body> MakeDecoderBody(ModelSpec spec, Checkpoint checkpoint, Backend& backend,
+                                      const ForwardLimits& limits) {
+  return std::make_unique<DecoderBody>(std::move(spec), std::move(checkpoint), backend, limits);
+}
+
+}  // namespace cinnabar

@@ -1,0 +1,111 @@
+#include "worker/model/family_common.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+
+namespace cinnabar {
+namespace {
+
+// Scaling of the rotary embedding: only "default" means none.
+void RequireNoRopeScaling(JsonFields& config, absl::string_view key) {
+  if (!config.Has(key)) return;
+  JsonFields scaling = config.Object(key);
+  const std::string type = scaling.String("rope_type", scaling.String("type", "default"));
+  Require(type == "default", config, key,
+          absl::StrCat("rope scaling \"", type.substr(0, 40), "\" is not computed"));
+  if (!scaling.status().ok()) config.Fail(absl::StatusCode::kInvalidArgument, key, "not readable");
+}
+
+void RequireFullAttentionLayers(JsonFields& config) {
+  for (const std::string& type : config.Strings("layer_types")) {
+    Require(type == "full_attention", config, "layer_types",
+            absl::StrCat("layers of type \"", type.substr(0, 40), "\" are not computed"));
+  }
+  Require(!config.Bool("use_sliding_window", false) || !config.Has("sliding_window"), config,
+          "use_sliding_window", "sliding windows are not computed");
+}
+
+}  // namespace
+
+void Require(bool supported, JsonFields& config, absl::string_view key, absl::string_view problem) {
+  if (!supported) config.Fail(absl::StatusCode::kUnimplemented, key, problem);
+}
+
+void SettleHeads(JsonFields& config, absl::string_view heads_key, ModelSpec& spec) {
+  if (!config.status().ok()) return;
+  if (spec.head_dim == 0) {
+    if (spec.dim % spec.num_heads != 0) {
+      config.Fail(absl::StatusCode::kInvalidArgument, heads_key,
+                  absl::StrCat(spec.num_heads, " heads do not divide the width ", spec.dim));
+      return;
+    }
+    spec.head_dim = spec.dim / spec.num_heads;
+  }
+  if (spec.num_heads % spec.num_kv_heads != 0) {
+    config.Fail(absl::StatusCode::kInvalidArgument, heads_key,
+                absl::StrCat(spec.num_kv_heads, " key-value heads do not divide ", spec.num_heads,
+                             " heads"));
+  } else if (spec.head_dim % 2 != 0) {
+    config.Fail(absl::StatusCode::kInvalidArgument, heads_key,
+                absl::StrCat("a head dimension of ", spec.head_dim, " cannot be rotated: it is odd"));
+  }
+}
+
+void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec) {
+  spec.body = BodyKind::kDecoder;
+  spec.traits.vocab_size = static_cast<int32_t>(config.Int("vocab_size", 1, kVocabularyMax));
+  spec.traits.positions_max =
+      static_cast<int32_t>(config.Int("max_position_embeddings", 1, kPositionsMax));
+  spec.dim = static_cast<int32_t>(config.Int("hidden_size", 1, kDimMax));
+  spec.mlp_dim = static_cast<int32_t>(config.Int("intermediate_size", 1, kDimMax));
+  spec.num_layers = static_cast<int32_t>(config.Int("num_hidden_layers", 1, kLayersMax));
+  spec.num_heads = static_cast<int32_t>(config.Int("num_attention_heads", 1, kHeadsMax));
+  spec.num_kv_heads =
+      static_cast<int32_t>(config.Int("num_key_value_heads", 1, kHeadsMax, spec.num_heads));
+  spec.head_dim = static_cast<int32_t>(config.Int("head_dim", 2, kDimMax, 0));
+  spec.norm_eps = static_cast<float>(config.Number("rms_norm_eps", 0.0, 1.0));
+  if (config.Has("rope_parameters")) {  // how newer versions of the library write it
+    spec.rope_theta = config.Object("rope_parameters").Number("rope_theta", 1.0, 1e12, 0.0);
+  }
+  if (!config.Has("rope_parameters") || spec.rope_theta == 0.0) {
+    spec.rope_theta = config.Number("rope_theta", 1.0, 1e12);
+  }
+  spec.tied_unless_present = !config.Has("tie_word_embeddings");
+  spec.tied_head = config.Bool("tie_word_embeddings", false);
+
+  const std::string activation = config.String("hidden_act", "silu");
+  Require(activation == "silu" || activation == "swish", config, "hidden_act",
+          absl::StrCat("activation \"", activation.substr(0, 40), "\" is not computed"));
+  RequireNoRopeScaling(config, "rope_scaling");
+  RequireNoRopeScaling(config, "rope_parameters");
+  Require(config.Number("partial_rotary_factor", 0.0, 1.0, 1.0) == 1.0, config,
+          "partial_rotary_factor", "heads are rotated whole");
+  RequireFullAttentionLayers(config);
+  Require(!config.Has("quantization_config"), config, "quantization_config",
+          "quantized weights are not read");
+  SettleHeads(config, "num_attention_heads", spec);
+}
+
+TokenId ReadMaskToken(JsonFields& config, const CheckpointFacts& facts, int32_t vocab_size,
+                      TokenId fallback) {
+  if (config.Has("mask_token_id")) {
+    return static_cast<TokenId>(config.Int("mask_token_id", 0, kVocabularyMax, -1));
+  }
+  const TokenId told = TokenizerMask(facts.tokenizer);
+  if (told >= 0) return told;
+  return fallback < vocab_size ? fallback : -1;
+}
+
+std::vector<TokenId> ReadEosTokens(const CheckpointFacts& facts) {
+  std::vector<TokenId> tokens = facts.eos_tokens;
+  for (const absl::string_view text : {"<|im_end|>", "<|eot_id|>", "<|endoftext|>"}) {
+    const TokenId id = AddedToken(facts.tokenizer, {text});
+    if (id >= 0 && std::find(tokens.begin(), tokens.end(), id) == tokens.end()) {
+      tokens.push_back(id);
+    }
+  }
+  return tokens;
+}
+
+}  // namespace cinnabar

@@ -1,0 +1,35 @@
+// Dream-7B, Dream-Coder, DiffuCoder: the body of Qwen2.5 with full attention and shifted logits.
+// Source: HKUNLP/Dream, apple/ml-diffucoder.
+#include "worker/model/family.h"
+#include "worker/model/family_common.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr TokenId kDreamMask = 151666;
+
+absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
+  JsonFields config(facts.config, facts.config_path);
+  ModelSpec spec;
+  ReadTransformersDecoder(config, spec);
+  spec.qkv_bias = true;
+  ModelTraits& traits = spec.traits;
+  traits.mask_token = ReadMaskToken(config, facts, traits.vocab_size, kDreamMask);
+  if (traits.mask_token < 0) {
+    config.Fail(absl::StatusCode::kInvalidArgument, "mask_token_id",
+                "missing, and the tokenizer files name no mask token");
+  }
+  traits.eos_tokens = ReadEosTokens(facts);
+  traits.shift_logits = true;
+  traits.default_sampler = "entropy";  // alg="entropy" of the authors' examples
+  if (!config.status().ok()) return config.status();
+  return spec;
+}
+
+}  // namespace
+
+Family MakeDreamFamily() {
+  return {.name = "dream", .architectures = {"DreamModel"}, .read = Read};
+}
+
+}  // namespace cinnabar

@@ -1,0 +1,158 @@
+#include "worker/model/model_spec.h"
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr size_t kProblemsMax = 50;
+
+class TensorList {
+ public:
+  void Add(std::string name, std::vector<int64_t> shape) {
+    tensors_.push_back({std::move(name), std::move(shape)});
+  }
+  void AddLinear(const std::string& name, int64_t out, int64_t in, bool bias) {
+    Add(name + ".weight", {out, in});
+    if (bias) Add(name + ".bias", {out});
+  }
+  std::vector<ExpectedTensor> Take() { return std::move(tensors_); }
+
+ private:
+  std::vector<ExpectedTensor> tensors_;
+};
+
+std::vector<ExpectedTensor> DecoderTensors(const ModelSpec& spec) {
+  const DecoderNames& names = spec.names;
+  const int64_t dim = spec.dim;
+  const int64_t q_dim = int64_t{spec.num_heads} * spec.head_dim;
+  const int64_t kv_dim = int64_t{spec.num_kv_heads} * spec.head_dim;
+  TensorList list;
+  list.Add(names.embedding + ".weight", {spec.traits.vocab_size, dim});
+  for (int32_t layer = 0; layer < spec.num_layers; ++layer) {
+    const auto name = [&](const std::string& leaf) {
+      return LayerTensor(names.layer_prefix, layer, leaf);
+    };
+    list.Add(name(names.attention_norm) + ".weight", {dim});
+    list.AddLinear(name(names.q), q_dim, dim, spec.qkv_bias);
+    list.AddLinear(name(names.k), kv_dim, dim, spec.qkv_bias);
+    list.AddLinear(name(names.v), kv_dim, dim, spec.qkv_bias);
+    if (spec.qk_norm) {
+      list.Add(name(names.q_norm) + ".weight", {spec.head_dim});
+      list.Add(name(names.k_norm) + ".weight", {spec.head_dim});
+    }
+    list.AddLinear(name(names.o), dim, q_dim, spec.o_bias);
+    list.Add(name(names.mlp_norm) + ".weight", {dim});
+    list.AddLinear(name(names.gate), spec.mlp_dim, dim, spec.mlp_bias);
+    list.AddLinear(name(names.up), spec.mlp_dim, dim, spec.mlp_bias);
+    list.AddLinear(name(names.down), dim, spec.mlp_dim, spec.mlp_bias);
+  }
+  list.Add(names.final_norm + ".weight", {dim});
+  if (!spec.tied_head) list.Add(names.head + ".weight", {spec.traits.vocab_size, dim});
+  return list.Take();
+}
+
+std::vector<ExpectedTensor> DiTTensors(const ModelSpec& spec) {
+  const int64_t dim = spec.dim, cond = spec.cond_dim;
+  const std::string& prefix = spec.tensor_prefix;
+  TensorList list;
+  list.Add(prefix + "vocab_embed.embedding", {spec.traits.vocab_size, dim});
+  list.AddLinear(prefix + "sigma_map.mlp.0", cond, kSigmaFrequencies, true);
+  list.AddLinear(prefix + "sigma_map.mlp.2", cond, cond, true);
+  for (int32_t layer = 0; layer < spec.num_layers; ++layer) {
+    const auto name = [&](absl::string_view leaf) {
+      return LayerTensor(prefix + "blocks.", layer, leaf);
+    };
+    list.Add(name("norm1.weight"), {dim});
+    list.AddLinear(name("attn_qkv"), 3 * dim, dim, false);
+    list.AddLinear(name("attn_out"), dim, dim, false);
+    list.Add(name("norm2.weight"), {dim});
+    list.AddLinear(name("mlp.0"), spec.mlp_dim, dim, true);
+    list.AddLinear(name("mlp.2"), dim, spec.mlp_dim, true);
+    list.AddLinear(name("adaLN_modulation"), 6 * dim, cond, true);
+  }
+  list.Add(prefix + "output_layer.norm_final.weight", {dim});
+  list.AddLinear(prefix + "output_layer.linear", spec.traits.vocab_size, dim, true);
+  list.AddLinear(prefix + "output_layer.adaLN_modulation", 2 * dim, cond, true);
+  return list.Take();
+}
+
+std::string LayerPrefix(const ModelSpec& spec) {
+  return spec.body == BodyKind::kDiT ? spec.tensor_prefix + "blocks." : spec.names.layer_prefix;
+}
+
+// Whether `name` belongs to one of the layers that are computed. A table of rotary frequencies is the
+// exception: it is computed here.
+bool InsideALayer(const ModelSpec& spec, absl::string_view name) {
+  const std::string prefix = LayerPrefix(spec);
+  if (!absl::StartsWith(name, prefix) || absl::EndsWith(name, "inv_freq")) return false;
+  name.remove_prefix(prefix.size());
+  int32_t layer = 0;
+  return absl::SimpleAtoi(name.substr(0, name.find('.')), &layer) && layer >= 0 &&
+         layer < spec.num_layers;
+}
+
+absl::flat_hash_set<std::string> NamesOf(const std::vector<ExpectedTensor>& tensors) {
+  absl::flat_hash_set<std::string> names;
+  for (const ExpectedTensor& tensor : tensors) names.insert(tensor.name);
+  return names;
+}
+
+}  // namespace
+
+std::string LayerTensor(absl::string_view prefix, int32_t layer, absl::string_view leaf) {
+  return absl::StrCat(prefix, layer, ".", leaf);
+}
+
+std::vector<ExpectedTensor> ExpectedTensors(const ModelSpec& spec) {
+  return spec.body == BodyKind::kDiT ? DiTTensors(spec) : DecoderTensors(spec);
+}
+
+std::vector<std::string> CheckTensors(const Checkpoint& checkpoint, ModelSpec& spec) {
+  if (spec.tied_unless_present) {
+    spec.tied_head = checkpoint.Find(spec.names.head + ".weight") == nullptr;
+    spec.tied_unless_present = false;
+  }
+  const std::vector<ExpectedTensor> expected = ExpectedTensors(spec);
+  std::vector<std::string> problems;
+  for (const ExpectedTensor& tensor : expected) {
+    const TensorEntry* found = checkpoint.Find(tensor.name);
+    if (found == nullptr) {
+      problems.push_back(absl::StrCat("missing tensor: ", tensor.name, " [",
+                                      absl::StrJoin(tensor.shape, ", "), "]"));
+    } else if (found->shape != tensor.shape) {
+      problems.push_back(absl::StrCat("wrong shape: ", tensor.name, " is ", DescribeTensor(*found),
+                                      ", the config asks for [", absl::StrJoin(tensor.shape, ", "),
+                                      "]"));
+    } else if (!UsableDType(found->dtype).has_value()) {
+      problems.push_back(absl::StrCat("unsupported: ", tensor.name, " is ", found->dtype,
+                                      "; weights are read as F32, F16 or BF16"));
+    }
+    if (problems.size() == kProblemsMax) return problems;
+  }
+  const absl::flat_hash_set<std::string> names = NamesOf(expected);
+  for (const TensorEntry& tensor : checkpoint.tensors()) {
+    if (names.contains(tensor.name) || !InsideALayer(spec, tensor.name)) continue;
+    problems.push_back(absl::StrCat("unexpected tensor: ", tensor.name,
+                                    " is part of a layer, and this architecture would leave it out"));
+    if (problems.size() == kProblemsMax) return problems;
+  }
+  return problems;
+}
+
+std::vector<std::string> UnusedTensors(const Checkpoint& checkpoint, const ModelSpec& spec) {
+  const absl::flat_hash_set<std::string> names = NamesOf(ExpectedTensors(spec));
+  std::vector<std::string> unused;
+  for (const TensorEntry& tensor : checkpoint.tensors()) {
+    if (!names.contains(tensor.name) && !InsideALayer(spec, tensor.name)) {
+      unused.push_back(tensor.name);
+    }
+  }
+  return unused;
+}
+
+}  // namespace cinnabar
