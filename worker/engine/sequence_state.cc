@@ -85,8 +85,8 @@ absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
                                            const DecodingParams& params, const ModelTraits& model) {
   std::vector<TokenId> all_ids(ids.begin(), ids.end());
   std::vector<bool> all_given = given;
-  if (const int32_t block = model.causal_block_length;
-      block > 0 && all_given.size() == all_ids.size()) {
+  const int32_t block = model.causal_block_length;
+  if (block > 0 && all_given.size() == all_ids.size() && !all_given.empty() && !all_given.back()) {
     const size_t whole_blocks = (all_ids.size() + block - 1) / block * block;
     all_ids.resize(whole_blocks, 0);
     all_given.resize(whole_blocks, false);
@@ -137,10 +137,6 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
   if (length == 0 || length > model.positions_max) {
     return absl::InvalidArgumentError(
         absl::StrCat(length, " tokens; the model takes 1 to ", model.positions_max));
-  }
-  if (model.causal_block_length > 0 && length % model.causal_block_length != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(length, " tokens are not whole blocks of ", model.causal_block_length));
   }
   if (wire.position_states().size() !=
       static_cast<size_t>(length + kStatesPerByte - 1) / kStatesPerByte) {
