@@ -122,6 +122,8 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   sequence->state = std::move(state);
   sequence->deadline = deadline;
   sequence->kv_bytes = kv_bytes;
+  sequence->plan.queries.reserve(length);
+  sequence->outcome.transfers.reserve(length);
   kv_bytes_ += kv_bytes;
   active_.push_back(std::move(sequence));
   return active_.back()->id;
