@@ -32,12 +32,12 @@ struct CheckpointFacts {
 
 // The files as text; an empty one is absent.
 struct CheckpointTexts {
-  std::string config;             // config.json
-  std::string generation_config;  // generation_config.json
-  std::string tokenizer;          // tokenizer.json
-  std::string tokenizer_config;   // tokenizer_config.json
-  std::string vocab;              // vocab.json
-  std::string added_tokens;       // added_tokens.json
+  std::string config = {};             // config.json
+  std::string generation_config = {};  // generation_config.json
+  std::string tokenizer = {};          // tokenizer.json
+  std::string tokenizer_config = {};   // tokenizer_config.json
+  std::string vocab = {};              // vocab.json
+  std::string added_tokens = {};       // added_tokens.json
 };
 
 // InvalidArgument names the file ("`directory`/config.json: ...") and the field.

@@ -32,8 +32,10 @@ struct ForwardLimits {
 struct ForwardBatch {
   absl::Span<const TokenId> ids;              // [rows], packed
   absl::Span<const SequenceSpan> sequences;   // rows in order, without gaps; `kv` set by the caller
-  absl::Span<const float> sigmas;             // [sequences]; read by networks conditioned on it
-  absl::Span<const int32_t> wanted_rows;      // packed rows whose final hidden state is wanted, ascending
+  // [sequences]; read by networks conditioned on it, else may be empty.
+  absl::Span<const float> sigmas = {};
+  // Packed rows whose final hidden state is wanted, ascending. Empty: only keys and values are computed.
+  absl::Span<const int32_t> wanted_rows = {};
 };
 
 class Denoiser {
@@ -49,7 +51,8 @@ class Denoiser {
 
   // Runs the network. Afterwards hidden row i of Answer() and Logits() is the final, normed state of packed
   // row wanted_rows[i], until the next Forward(). For block-causal sequences the keys and values of all rows
-  // are in their KvMemory.
+  // are in their KvMemory; a full-attention one starts at position 0. Synchronizes. InvalidArgument for an id
+  // outside the vocabulary; any other misfit of the batch is the caller's bug.
   virtual absl::Status Forward(const ForwardBatch& batch) = 0;
 
   // Fills answers for queries whose hidden rows index into wanted_rows. Synchronizes.

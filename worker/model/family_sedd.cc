@@ -61,7 +61,7 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
     traits.sigma_max = static_cast<float>(noise.Number("sigma_max", 1e-9, 1e3, 1.0));
   }
   traits.default_sampler = "sedd_analytic";
-  for (const JsonFields* fields : {&config, &model, &graph, &noise}) {
+  for (const JsonFields* fields : {&config, &graph, &noise, &model}) {
     if (!fields->status().ok()) return fields->status();
   }
   return spec;

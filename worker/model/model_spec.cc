@@ -155,4 +155,22 @@ std::vector<std::string> UnusedTensors(const Checkpoint& checkpoint, const Model
   return unused;
 }
 
+int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequences_max,
+                        int64_t positions_max, int64_t activation_bytes) {
+  const int64_t q_dim = int64_t{spec.num_heads} * spec.head_dim;
+  const int64_t kv_dim = int64_t{spec.num_kv_heads} * spec.head_dim;
+  // Body::TakeWorkspace: two residual streams, then normed, q | k | v, attention, MLP and what is gathered.
+  const int64_t a_row = 4 * 2 * int64_t{spec.dim} +
+                        activation_bytes * (2 * int64_t{spec.dim} + 3 * q_dim + 2 * kv_dim +
+                                            int64_t{spec.mlp_dim});
+  const int64_t rotary = 4 * positions_max * spec.head_dim;
+  int64_t conditioning = 0;
+  if (spec.body == BodyKind::kDiT) {
+    const int64_t a_sequence = kSigmaFrequencies + 2 * int64_t{spec.cond_dim} +
+                               int64_t{spec.dim} * (6 * int64_t{spec.num_layers} + 2);
+    conditioning = 4 * a_sequence * (spec.traits.conditioned_on_sigma ? sequences_max : 1);
+  }
+  return rows_max * a_row + rotary + conditioning;
+}
+
 }  // namespace cinnabar

@@ -1,0 +1,2 @@
+cinnabar_fuzz(safetensors_fuzz SOURCES safetensors_fuzz.cc DEPS worker_model)
+cinnabar_fuzz(model_config_fuzz SOURCES model_config_fuzz.cc DEPS worker_model)

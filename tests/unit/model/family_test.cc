@@ -1,0 +1,324 @@
+// From the small files of a folder to a ModelSpec.
+#include "worker/model/family.h"
+
+#include <string>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+#include "worker/model/checkpoint_facts.h"
+
+namespace cinnabar {
+namespace {
+
+using nlohmann::json;
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+json QwenConfig(const std::string& architecture) {
+  return {{"architectures", {architecture}}, {"hidden_size", 896},         {"intermediate_size", 4864},
+          {"num_hidden_layers", 24},         {"num_attention_heads", 14},  {"num_key_value_heads", 2},
+          {"vocab_size", 151936},            {"rms_norm_eps", 1e-6},       {"rope_theta", 1000000.0},
+          {"max_position_embeddings", 32768}, {"hidden_act", "silu"},      {"tie_word_embeddings", true},
+          {"eos_token_id", 151643}};
+}
+
+json LladaConfig() {
+  return {{"architectures", {"LLaDAModelLM"}}, {"d_model", 4096},       {"n_layers", 32},
+          {"n_heads", 32},                     {"n_kv_heads", 32},      {"mlp_hidden_size", 12288},
+          {"mlp_ratio", 4},                    {"vocab_size", 126464},  {"embedding_size", 126464},
+          {"max_sequence_length", 4096},       {"rms_norm_eps", 1e-5},  {"rope_theta", 500000.0},
+          {"weight_tying", false},             {"activation_type", "silu"}, {"block_type", "llama"},
+          {"layer_norm_type", "rms"},          {"eos_token_id", 126081}, {"mask_token_id", 126336}};
+}
+
+json SeddConfig() {
+  return {{"tokens", 50257},
+          {"graph", {{"type", "absorb"}}},
+          {"noise", {{"type", "loglinear"}, {"sigma_min", 1e-4}, {"sigma_max", 20}}},
+          {"model", {{"hidden_size", 768}, {"n_blocks", 12}, {"n_heads", 12}, {"cond_dim", 128},
+                     {"length", 1024}, {"scale_by_sigma", true}}}};
+}
+
+json MdlmConfig() {
+  return {{"architectures", {"MDLM"}}, {"hidden_dim", 768},  {"cond_dim", 128},
+          {"n_blocks", 12},            {"n_heads", 12},      {"vocab_size", 50258},
+          {"model_length", 1024},      {"time_conditioning", false}};
+}
+
+absl::StatusOr<ModelSpec> Spec(const json& config, CheckpointTexts texts = {}) {
+  texts.config = config.dump();
+  const absl::StatusOr<CheckpointFacts> facts = ReadCheckpointFacts(texts, "here");
+  if (!facts.ok()) return facts.status();
+  return ReadModelSpec(*facts);
+}
+
+std::string Error(const json& config, const CheckpointTexts& texts = {}) {
+  const absl::StatusOr<ModelSpec> spec = Spec(config, texts);
+  return spec.ok() ? "" : std::string(spec.status().message());
+}
+
+json With(json config, const std::string& key, json value) {
+  config[key] = std::move(value);
+  return config;
+}
+
+json Without(json config, const std::string& key) {
+  config.erase(key);
+  return config;
+}
+
+CheckpointTexts TokenizerWith(const std::vector<std::pair<std::string, int>>& added) {
+  json tokens = json::array();
+  for (const auto& [content, id] : added) tokens.push_back({{"id", id}, {"content", content}});
+  const json file = {{"added_tokens", tokens}, {"model", {{"type", "BPE"}, {"vocab", {{"a", 0}, {"b", 1}}}}}};
+  return {.tokenizer = file.dump()};
+}
+
+TEST(FamilyTest, DreamShifts) {
+  const absl::StatusOr<ModelSpec> spec = Spec(QwenConfig("DreamModel"));
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->traits.family, "dream");
+  EXPECT_TRUE(spec->traits.shift_logits);
+  EXPECT_TRUE(spec->qkv_bias);
+  EXPECT_FALSE(spec->qk_norm);
+  EXPECT_EQ(spec->traits.mask_token, 151666);  // of the published model, when nothing says
+  EXPECT_EQ(spec->traits.default_sampler, "entropy");
+  EXPECT_EQ(spec->head_dim, 64);
+}
+
+TEST(FamilyTest, TheBlockCausalDreamIsAnotherFamily) {
+  const absl::StatusOr<ModelSpec> spec = Spec(With(QwenConfig("DreamForCausalLM"), "model_type", "Dream"));
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_FALSE(spec->traits.shift_logits);
+  EXPECT_FALSE(spec->qkv_bias);
+  EXPECT_TRUE(spec->qk_norm);
+  EXPECT_EQ(spec->traits.causal_block_length, 32);
+  EXPECT_EQ(spec->traits.mask_token, 151669);
+}
+
+TEST(FamilyTest, APlainQwenNeedsAMaskToken) {
+  EXPECT_THAT(Error(QwenConfig("Qwen2ForCausalLM")),
+              AllOf(HasSubstr("autoregressive"), HasSubstr("mask_token_id"), HasSubstr("here/config.json")));
+  EXPECT_EQ(Spec(QwenConfig("Qwen2ForCausalLM")).status().code(), absl::StatusCode::kUnimplemented);
+  const absl::StatusOr<ModelSpec> spec =
+      Spec(QwenConfig("Qwen2ForCausalLM"), TokenizerWith({{"<M>", 151665}, {"<|im_end|>", 151645}}));
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->traits.family, "open_dcoder");
+  EXPECT_EQ(spec->traits.mask_token, 151665);
+  EXPECT_TRUE(spec->traits.shift_logits);
+  EXPECT_THAT(spec->traits.eos_tokens, ElementsAre(151643, 151645));
+  EXPECT_EQ(Spec(With(QwenConfig("Qwen2ForCausalLM"), "mask_token_id", 7))->traits.mask_token, 7);
+}
+
+TEST(FamilyTest, A2dAppendsItsMaskToken) {
+  const absl::StatusOr<ModelSpec> spec =
+      Spec(QwenConfig("A2DQwen3LMHeadModel"), TokenizerWith({{"<|im_end|>", 151645}, {"</think>", 151668}}));
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->traits.mask_token, 151669);
+  EXPECT_FALSE(spec->traits.shift_logits);
+  EXPECT_TRUE(spec->qk_norm);
+  EXPECT_EQ(spec->traits.causal_block_length, 0);
+  EXPECT_EQ(spec->traits.default_sampler, "low_confidence");
+  EXPECT_THAT(Error(QwenConfig("A2DQwen3LMHeadModel")), HasSubstr("mask_token_id"));
+  const json full = With(QwenConfig("A2DQwen3LMHeadModel"), "vocab_size", 151669);
+  EXPECT_THAT(Error(full, TokenizerWith({{"</think>", 151668}})), HasSubstr("mask token 151669"));
+}
+
+TEST(FamilyTest, A2dWithABlockSizeIsBlockCausal) {
+  for (const char* key : {"block_size", "bd_size"}) {
+    json config = With(QwenConfig("A2DQwen2LMHeadModel"), "mask_token_id", 151665);
+    config[key] = 32;
+    const absl::StatusOr<ModelSpec> spec = Spec(config);
+    ASSERT_TRUE(spec.ok()) << spec.status();
+    EXPECT_EQ(spec->traits.causal_block_length, 32);
+    EXPECT_EQ(spec->traits.default_sampler, "block_dynamic");
+    EXPECT_TRUE(spec->qkv_bias);
+  }
+}
+
+TEST(FamilyTest, A2dLlamaReadsItsBiases) {
+  json config = With(QwenConfig("A2DLlamaLMHeadModel"), "mask_token_id", 5);
+  EXPECT_FALSE(Spec(config)->qkv_bias);
+  config["attention_bias"] = config["mlp_bias"] = true;
+  const absl::StatusOr<ModelSpec> spec = Spec(config);
+  ASSERT_TRUE(spec.ok());
+  EXPECT_TRUE(spec->qkv_bias && spec->o_bias && spec->mlp_bias && !spec->qk_norm);
+}
+
+TEST(FamilyTest, LladaKeepsTheEndOfATurnApart) {
+  const absl::StatusOr<ModelSpec> spec =
+      Spec(LladaConfig(), TokenizerWith({{"<|endoftext|>", 126081}, {"<|eot_id|>", 126348}}));
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_THAT(spec->traits.eos_tokens, ElementsAre(126081));
+  EXPECT_EQ(spec->traits.eot_token, 126348);
+  EXPECT_EQ(spec->traits.mask_token, 126336);
+  EXPECT_EQ(spec->traits.tokenizer_size, 126349);
+  EXPECT_EQ(spec->names.gate, "ff_proj");
+  EXPECT_EQ(Spec(Without(LladaConfig(), "mlp_hidden_size"))->mlp_dim, 16384);
+  EXPECT_EQ(Spec(With(With(LladaConfig(), "n_kv_heads", nullptr), "multi_query_attention", true))->num_kv_heads, 1);
+  EXPECT_EQ(Spec(Without(LladaConfig(), "mask_token_id"))->traits.mask_token, 126336);
+}
+
+TEST(FamilyTest, SdarIsBlockCausal) {
+  const absl::StatusOr<ModelSpec> spec = Spec(With(QwenConfig("SDARForCausalLM"), "block_size", 16));
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->traits.causal_block_length, 16);
+  EXPECT_EQ(spec->traits.mask_token, 151669);
+  EXPECT_EQ(Spec(QwenConfig("SDARForCausalLM"))->traits.causal_block_length, 4);
+}
+
+TEST(FamilyTest, SeddIsRecognisedWithoutAnArchitecture) {
+  const absl::StatusOr<ModelSpec> absorb = Spec(SeddConfig());
+  ASSERT_TRUE(absorb.ok()) << absorb.status();
+  EXPECT_EQ(absorb->traits.vocab_size, 50258);
+  EXPECT_EQ(absorb->traits.mask_token, 50257);
+  EXPECT_TRUE(absorb->scale_by_sigma);
+  EXPECT_EQ(absorb->traits.sigma_max, 0);  // log-linear
+  EXPECT_THAT(absorb->traits.eos_tokens, ElementsAre(50256));
+  json config = SeddConfig();
+  config["graph"]["type"] = "uniform";
+  config["noise"]["type"] = "geometric";
+  EXPECT_THAT(Error(config), HasSubstr("scale_by_sigma"));
+  config["model"]["scale_by_sigma"] = false;
+  const absl::StatusOr<ModelSpec> uniform = Spec({{"config", config}});  // as a wrapper keeps it
+  ASSERT_TRUE(uniform.ok()) << uniform.status();
+  EXPECT_EQ(uniform->traits.vocab_size, 50257);
+  EXPECT_EQ(uniform->traits.mask_token, -1);
+  EXPECT_EQ(uniform->traits.parameterization, Parameterization::kUniformScore);
+  EXPECT_EQ(uniform->traits.sigma_max, 20);
+}
+
+TEST(FamilyTest, MdlmReadsCondDimFromItsConfig) {
+  const absl::StatusOr<ModelSpec> spec = Spec(MdlmConfig());
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->traits.mask_token, 50257);
+  EXPECT_FALSE(spec->traits.conditioned_on_sigma);
+  EXPECT_THAT(Error(Without(MdlmConfig(), "cond_dim")), HasSubstr("cond_dim: missing"));
+  EXPECT_TRUE(Spec(With(MdlmConfig(), "time_conditioning", true))->traits.conditioned_on_sigma);
+}
+
+TEST(FamilyTest, WhatIsNotComputedIsRefusedByName) {
+  const json qwen = With(QwenConfig("DreamModel"), "mask_token_id", 1);
+  const json llada = LladaConfig();
+  const struct {
+    json config;
+    std::string field;
+  } cases[] = {
+      {With(qwen, "hidden_act", "gelu"), "hidden_act"},
+      {With(qwen, "rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}), "rope_scaling"},
+      {With(qwen, "rope_scaling", {{"type", "linear"}, {"factor", 2.0}}), "rope_scaling"},
+      {With(With(qwen, "use_sliding_window", true), "sliding_window", 4096), "use_sliding_window"},
+      {With(qwen, "layer_types", {"full_attention", "sliding_attention"}), "layer_types"},
+      {With(qwen, "partial_rotary_factor", 0.5), "partial_rotary_factor"},
+      {With(qwen, "quantization_config", {{"bits", 4}}), "quantization_config"},
+      {With(llada, "alibi", true), "alibi"},
+      {With(llada, "activation_type", "gelu"), "activation_type"},
+      {With(llada, "block_type", "sequential"), "block_type"},
+      {With(llada, "layer_norm_type", "default"), "layer_norm_type"},
+      {With(llada, "attention_layer_norm", true), "attention_layer_norm"},
+      {With(llada, "include_bias", true), "include_bias"},
+      {With(llada, "input_emb_norm", true), "input_emb_norm"},
+      {With(llada, "scale_logits", true), "scale_logits"},
+      {With(llada, "rope", false), "rope"},
+      {With(llada, "clip_qkv", 8.0), "clip_qkv"},
+      {With(llada, "block_group_size", 2), "block_group_size"},
+      {With(MdlmConfig(), "causal", true), "causal"},
+  };
+  for (const auto& c : cases) {
+    EXPECT_EQ(Spec(c.config).status().code(), absl::StatusCode::kUnimplemented) << c.field;
+    EXPECT_THAT(Error(c.config), HasSubstr(absl::StrCat("here/config.json: ", c.field, ": ")));
+  }
+  EXPECT_TRUE(Spec(With(qwen, "rope_scaling", {{"rope_type", "default"}})).ok());
+  EXPECT_EQ(Spec(With(Without(qwen, "rope_theta"), "rope_parameters",
+                      {{"rope_type", "default"}, {"rope_theta", 5e5}}))->rope_theta, 5e5);
+  EXPECT_TRUE(Spec(With(qwen, "sliding_window", 4096)).ok());  // there, and not used
+}
+
+TEST(FamilyTest, AWrongFieldIsNamed) {
+  const json qwen = With(QwenConfig("DreamModel"), "mask_token_id", 1);
+  const struct {
+    json config;
+    std::string message;
+  } cases[] = {
+      {Without(qwen, "hidden_size"), "hidden_size: missing"},
+      {With(qwen, "hidden_size", nullptr), "hidden_size: missing"},
+      {With(qwen, "hidden_size", "896"), "hidden_size: not an integer"},
+      {With(qwen, "hidden_size", 896.5), "hidden_size: not an integer"},
+      {With(qwen, "hidden_size", 0), "hidden_size: 0 is not in"},
+      {With(qwen, "hidden_size", 1e18), "hidden_size"},
+      {With(qwen, "vocab_size", 18446744073709551615U), "vocab_size"},
+      {With(qwen, "num_hidden_layers", -1), "num_hidden_layers: -1 is not in"},
+      {With(qwen, "num_attention_heads", 13), "13 heads do not divide"},
+      {With(qwen, "num_key_value_heads", 3), "3 key-value heads do not divide"},
+      {With(qwen, "head_dim", 63), "it is odd"},
+      {With(qwen, "rms_norm_eps", "small"), "rms_norm_eps: not a number"},
+      {With(qwen, "rope_theta", -1.0), "rope_theta: -1 is not in"},
+      {With(qwen, "tie_word_embeddings", 1), "tie_word_embeddings: not true or false"},
+      {With(qwen, "mask_token_id", 151936), "mask token 151936"},
+      {With(qwen, "mask_token_id", -1), "mask_token_id: -1 is not in"},
+      {With(qwen, "eos_token_id", {1, "2"}), "eos_token_id: not an integer"},
+      {With(qwen, "architectures", 5), "architectures: not a string"},
+      {With(qwen, "rope_scaling", 5), "rope_scaling: not an object"},
+      {With(SeddConfig(), "graph", {{"type", "banded"}}), "graph: type"},
+      {json::array(), "not an object"},
+      {json::object(), "names no architecture"},
+  };
+  for (const auto& c : cases) EXPECT_THAT(Error(c.config), HasSubstr(c.message));
+}
+
+TEST(FamilyTest, AKnownArchitectureSaysWhatIsMissing) {
+  for (const auto& [architecture, word] :
+       {std::pair{"LLaDAMoEModelLM", "experts"}, {"LLaDA2MoeModelLM", "experts"}, {"RND1", "experts"},
+        {"SDARMoeForCausalLM", "experts"}, {"Fast_dLLM_QwenForCausalLM", "shifted inside a block"},
+        {"DiffusionGemmaForBlockDiffusion", "encoder"}, {"BD3LM", "window"},
+        {"LlamaForCausalLM", "supported are A2DQwen2LMHeadModel"}}) {
+    const json config = {{"architectures", {architecture}}};
+    EXPECT_EQ(Spec(config).status().code(), absl::StatusCode::kUnimplemented);
+    EXPECT_THAT(Error(config), AllOf(HasSubstr(architecture), HasSubstr(word)));
+  }
+}
+
+TEST(FamilyTest, EndsComeFromBothConfigsAndIdsOutOfRangeAreDropped) {
+  CheckpointTexts texts = TokenizerWith({{"<|im_end|>", 151645}});
+  texts.generation_config = R"({"eos_token_id":[151645,151643,999999]})";
+  const absl::StatusOr<ModelSpec> spec = Spec(QwenConfig("SDARForCausalLM"), texts);
+  ASSERT_TRUE(spec.ok());
+  EXPECT_THAT(spec->traits.eos_tokens, ElementsAre(151645, 151643));
+}
+
+TEST(CheckpointFactsTest, ReadsTokensFromEveryKindOfFile) {
+  const auto facts = [](CheckpointTexts texts) {
+    texts.config = "{}";
+    return ReadCheckpointFacts(texts, "here");
+  };
+  EXPECT_EQ(facts({.vocab = R"({"a":0,"b":6})", .added_tokens = R"({"<M>":9})"})->tokenizer.size, 10);
+  EXPECT_EQ(TokenizerMask(facts({.vocab = R"({"a":0})", .added_tokens = R"({"<M>":9})"})->tokenizer), 9);
+  const absl::StatusOr<CheckpointFacts> decoder = facts(
+      {.tokenizer_config =
+           R"({"mask_token":{"content":"[X]"},"added_tokens_decoder":{"7":{"content":"[X]"},"8":{"content":"<M>"}}})"});
+  ASSERT_TRUE(decoder.ok()) << decoder.status();
+  EXPECT_EQ(TokenizerMask(decoder->tokenizer), 7);  // what is called the mask goes before what looks like one
+  EXPECT_EQ(decoder->tokenizer.size, 9);
+  // A token called `added_tokens` inside the vocabulary is a token.
+  EXPECT_EQ(facts({.tokenizer = R"({"model":{"vocab":{"added_tokens":3,"id":4}}})"})->tokenizer.size, 5);
+
+  for (const CheckpointTexts& broken :
+       {CheckpointTexts{.tokenizer = R"({"added_tokens":[{"id":-1,"content":"a"}]})"},
+        CheckpointTexts{.tokenizer = R"({"added_tokens":[{"id":99999999999,"content":"a"}]})"},
+        CheckpointTexts{.tokenizer = "{"}, CheckpointTexts{.vocab = R"({"a":2147483647})"},
+        CheckpointTexts{.tokenizer_config = "[]"}, CheckpointTexts{.tokenizer_config = R"({"mask_token":3})"},
+        CheckpointTexts{.tokenizer_config = R"({"added_tokens_decoder":{"x":{"content":"a"}}})"},
+        CheckpointTexts{.tokenizer_config = R"({"added_tokens_decoder":{"1":3}})"},
+        CheckpointTexts{.generation_config = R"({"eos_token_id":"x"})"}}) {
+    const absl::StatusOr<CheckpointFacts> read = facts(broken);
+    ASSERT_FALSE(read.ok());
+    EXPECT_THAT(std::string(read.status().message()), HasSubstr("here/"));
+  }
+}
+
+}  // namespace
+}  // namespace cinnabar

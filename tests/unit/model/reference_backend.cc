@@ -1,0 +1,326 @@
+#include "tests/unit/model/reference_backend.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "common/base/check.h"
+
+namespace cinnabar {
+namespace {
+
+float FromHalf(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const float sign = (bits >> 15) != 0 ? -1.0F : 1.0F;
+  if (exponent == 31) return fraction != 0 ? NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(fraction), -24);
+  return sign * std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+}
+
+// Round to nearest even.
+float Bf16Value(float value) {
+  uint32_t bits = std::bit_cast<uint32_t>(value);
+  bits += 0x7FFF + ((bits >> 16) & 1);
+  return std::bit_cast<float>(bits & 0xFFFF0000U);
+}
+
+float Element(const HostMatrix& matrix, int64_t index) {
+  const char* at = static_cast<const char*>(matrix.data) + index * BytesOf(matrix.dtype);
+  if (matrix.dtype == DType::kF32) {
+    float value;
+    std::memcpy(&value, at, sizeof(value));
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, at, sizeof(bits));
+  return matrix.dtype == DType::kF16 ? FromHalf(bits)
+                                     : std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+
+class PlainWeight : public Weight {
+ public:
+  PlainWeight(std::vector<float> values, int64_t rows, int64_t cols, RowOrder order, DType dtype)
+      : Weight(rows, cols, order, dtype), values_(std::move(values)) {}
+  int64_t memory_bytes() const override { return rows() * cols() * BytesOf(dtype()); }
+  const float* row(int64_t r) const { return values_.data() + r * cols(); }
+
+ private:
+  std::vector<float> values_;
+};
+
+class PlainBuffer : public Buffer {
+ public:
+  explicit PlainBuffer(std::unique_ptr<char[]> bytes, int64_t size_bytes)
+      : Buffer(bytes.get(), size_bytes), bytes_(std::move(bytes)) {}
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+};
+
+struct PlainKv : public KvMemory {
+  explicit PlainKv(const KvShape& s) : shape(s) {
+    const size_t size = int64_t{s.num_layers} * s.positions_max * s.num_kv_heads * s.head_dim;
+    k.resize(size, NAN);  // a read of what was never written shows
+    v.resize(size, NAN);
+  }
+  int64_t memory_bytes() const override { return static_cast<int64_t>(8 * k.size()); }
+  size_t At(int32_t layer, int32_t position, int32_t head) const {
+    CINNABAR_CHECK(layer < shape.num_layers && position < shape.positions_max);
+    return ((int64_t{layer} * shape.positions_max + position) * shape.num_kv_heads + head) *
+           shape.head_dim;
+  }
+  KvShape shape;
+  std::vector<float> k, v;
+};
+
+float* RowOf(const Rows& rows, int64_t row) { return rows.f32() + row * rows.stride; }
+
+const SequenceSpan& SequenceOf(absl::Span<const SequenceSpan> sequences, int64_t row) {
+  for (const SequenceSpan& s : sequences) {
+    if (row >= s.row_begin && row < s.row_begin + s.num_rows) return s;
+  }
+  CINNABAR_CHECK(false) << "row " << row << " has no sequence";
+  return sequences[0];
+}
+
+double Silu(double x) { return x / (1 + std::exp(-x)); }
+
+void NormInPlace(float* x, int64_t dim, const float* weight, double eps) {
+  double sum = 0;
+  for (int64_t i = 0; i < dim; ++i) sum += double{x[i]} * x[i];
+  const double scale = 1 / std::sqrt(sum / static_cast<double>(dim) + eps);
+  for (int64_t i = 0; i < dim; ++i) x[i] = static_cast<float>(x[i] * scale * weight[i]);
+}
+
+class ReferenceBackend : public Backend {
+ public:
+  std::string Describe() const override { return "reference"; }
+  DType activation_dtype() const override { return DType::kF32; }
+
+  absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {
+    return std::unique_ptr<Buffer>(
+        new PlainBuffer(std::make_unique<char[]>(size_bytes), size_bytes));
+  }
+  absl::StatusOr<std::unique_ptr<KvMemory>> AllocateKv(const KvShape& shape) override {
+    return std::unique_ptr<KvMemory>(new PlainKv(shape));
+  }
+  int64_t KvBytes(const KvShape& s) const override {
+    return int64_t{8} * s.num_layers * s.positions_max * s.num_kv_heads * s.head_dim;
+  }
+  absl::Status Reserve(const WorkspaceShape&) override { return absl::OkStatus(); }
+  int64_t WorkspaceBytes(const WorkspaceShape&) const override { return 0; }
+
+  absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
+                                                     RowOrder order, DType dtype) override {
+    std::vector<float> values;
+    int64_t rows = 0;
+    for (const HostMatrix& part : parts) {
+      CINNABAR_CHECK(part.cols == parts[0].cols);
+      rows += part.rows;
+      for (int64_t i = 0; i < part.rows * part.cols; ++i) {
+        const float value = Element(part, i);
+        values.push_back(dtype == DType::kBf16 ? Bf16Value(value) : value);
+      }
+    }
+    return std::unique_ptr<Weight>(
+        new PlainWeight(std::move(values), rows, parts[0].cols, order, dtype));
+  }
+  absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
+    return LoadWeight({table}, RowOrder::kStacked, table.dtype);
+  }
+  absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) override {
+    const int64_t size = vector.rows * vector.cols;
+    absl::StatusOr<std::unique_ptr<Buffer>> buffer = Allocate(4 * size);
+    for (int64_t i = 0; i < size; ++i) {
+      static_cast<float*>((*buffer)->data())[i] = Element(vector, i);
+    }
+    return buffer;
+  }
+  absl::Status Upload(absl::Span<const float> host, void* device) override {
+    std::memcpy(device, host.data(), host.size() * sizeof(float));
+    return absl::OkStatus();
+  }
+  absl::Status Download(const void* device, absl::Span<float> host) override {
+    std::memcpy(host.data(), device, host.size() * sizeof(float));
+    return absl::OkStatus();
+  }
+
+  absl::Status Embed(const Weight& table, absl::Span<const int32_t> ids, float scale,
+                     const Rows& out) override {
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const float* row = static_cast<const PlainWeight&>(table).row(ids[i]);
+      std::transform(row, row + table.cols(), RowOf(out, i), [&](float x) { return x * scale; });
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Linear(const LinearArgs& args) override {
+    const auto& weight = static_cast<const PlainWeight&>(*args.weight);
+    CINNABAR_CHECK((args.epilogue == Epilogue::kSwiGlu) ==
+                   (weight.row_order() == RowOrder::kGatedPairs));
+    std::vector<double> y(weight.rows());
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      const float* x = RowOf(args.x, r);
+      for (int64_t c = 0; c < weight.rows(); ++c) {
+        const float* w = weight.row(c);
+        double sum = 0;
+        for (int64_t i = 0; i < weight.cols(); ++i) sum += double{x[i]} * w[i];
+        y[c] = sum + (args.bias == nullptr ? 0.0 : args.bias[c]);
+      }
+      Finish(args, r, y);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status RmsNorm(const RmsNormArgs& args) override {
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      const float* x = RowOf(args.x, args.row_indices.empty() ? r : args.row_indices[r]);
+      std::copy(x, x + args.dim, RowOf(args.out, r));
+      NormInPlace(RowOf(args.out, r), args.dim, args.weight, args.eps);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status LayerNormModulate(const LayerNormModulateArgs& args) override {
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      const int64_t from = args.row_indices.empty() ? r : args.row_indices[r];
+      const int32_t modulation = SequenceOf(args.sequences, from).modulation_row;
+      const float *x = RowOf(args.x, from), *shift = RowOf(args.shift, modulation),
+                  *scale = RowOf(args.scale, modulation);
+      double mean = 0, variance = 0;
+      for (int64_t i = 0; i < args.dim; ++i) mean += x[i];
+      mean /= static_cast<double>(args.dim);
+      for (int64_t i = 0; i < args.dim; ++i) variance += (x[i] - mean) * (x[i] - mean);
+      const double inverse = 1 / std::sqrt(variance / static_cast<double>(args.dim) + args.eps);
+      for (int64_t i = 0; i < args.dim; ++i) {
+        RowOf(args.out, r)[i] = static_cast<float>(
+            (x[i] - mean) * inverse * args.weight[i] * (1.0 + scale[i]) + shift[i]);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status GatherRows(const GatherRowsArgs& args) override {
+    for (size_t i = 0; i < args.row_indices.size(); ++i) {
+      const float* x = RowOf(args.x, args.row_indices[i]);
+      std::copy(x, x + args.dim, RowOf(args.out, i));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status PrepareHeads(const PrepareHeadsArgs& args) override {
+    const int32_t dim = args.heads.head_dim, half = args.rotary.rotary_dim / 2;
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      const SequenceSpan& sequence = SequenceOf(args.sequences, r);
+      const auto position =
+          static_cast<int32_t>(sequence.first_position + r - sequence.row_begin);
+      CINNABAR_CHECK(position < args.rotary.positions_max);
+      float* heads = RowOf(args.qkv, r);
+      const int32_t num_qk = args.heads.num_heads + args.heads.num_kv_heads;
+      for (int32_t h = 0; h < num_qk; ++h) {
+        float* x = heads + h * dim;
+        const float* norm = h < args.heads.num_heads ? args.q_norm : args.k_norm;
+        if (norm != nullptr) NormInPlace(x, dim, norm, args.norm_eps);
+        for (int32_t i = 0; i < half; ++i) {
+          const double c = args.rotary.cosine[position * half + i],
+                       s = args.rotary.sine[position * half + i], a = x[i], b = x[i + half];
+          x[i] = static_cast<float>(a * c - b * s);
+          x[i + half] = static_cast<float>(b * c + a * s);
+        }
+      }
+      auto& kv = static_cast<PlainKv&>(*sequence.kv);
+      for (int32_t h = 0; h < args.heads.num_kv_heads; ++h) {
+        const float* k = heads + (args.heads.num_heads + h) * dim;
+        const float* v = heads + (num_qk + h) * dim;
+        std::copy(k, k + dim, kv.k.begin() + kv.At(args.layer, position, h));
+        std::copy(v, v + dim, kv.v.begin() + kv.At(args.layer, position, h));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Attend(const AttendArgs& args) override {
+    const int32_t dim = args.heads.head_dim, group = args.heads.num_heads / args.heads.num_kv_heads;
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      const SequenceSpan& sequence = SequenceOf(args.sequences, r);
+      const auto position =
+          static_cast<int32_t>(sequence.first_position + r - sequence.row_begin);
+      int32_t visible = sequence.first_position + sequence.num_rows;
+      if (const int32_t block = sequence.block_length; block > 0) {
+        visible = std::min(visible, (position / block + 1) * block);
+      }
+      const auto& kv = static_cast<const PlainKv&>(*sequence.kv);
+      std::vector<double> weights(visible), out(dim);
+      for (int32_t h = 0; h < args.heads.num_heads; ++h) {
+        const float* q = RowOf(args.q, r) + h * dim;
+        double top = -INFINITY, total = 0;
+        for (int32_t p = 0; p < visible; ++p) {
+          const float* k = kv.k.data() + kv.At(args.layer, p, h / group);
+          double dot = 0;
+          for (int32_t i = 0; i < dim; ++i) dot += double{q[i]} * k[i];
+          weights[p] = dot * args.scale;
+          top = std::max(top, weights[p]);
+        }
+        std::fill(out.begin(), out.end(), 0.0);
+        for (int32_t p = 0; p < visible; ++p) {
+          const double weight = std::exp(weights[p] - top);
+          const float* v = kv.v.data() + kv.At(args.layer, p, h / group);
+          for (int32_t i = 0; i < dim; ++i) out[i] += weight * v[i];
+          total += weight;
+        }
+        for (int32_t i = 0; i < dim; ++i) {
+          RowOf(args.out, r)[h * dim + i] = static_cast<float>(out[i] / total);
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status AnswerVocabulary(const VocabularyArgs&) override {
+    return absl::UnimplementedError("the reference backend answers no queries");
+  }
+  absl::Status Logits(const LogitsArgs& args) override {
+    return Linear({.x = args.hidden,
+                   .num_rows = args.num_rows,
+                   .weight = args.weight,
+                   .bias = args.bias,
+                   .out = args.out});
+  }
+  absl::Status Synchronize() override { return absl::OkStatus(); }
+
+ private:
+  static void Finish(const LinearArgs& args, int64_t row, const std::vector<double>& y) {
+    float* out = RowOf(args.out, row);
+    const int64_t size = static_cast<int64_t>(y.size());
+    const int64_t half = size / 2;
+    const float* gate =
+        args.epilogue == Epilogue::kGatedAdd
+            ? RowOf(args.gate, SequenceOf(args.sequences, row).modulation_row)
+            : nullptr;
+    for (int64_t c = 0; c < size; ++c) {
+      switch (args.epilogue) {
+        case Epilogue::kStore: out[c] = static_cast<float>(y[c]); break;
+        case Epilogue::kAdd: out[c] = static_cast<float>(out[c] + y[c]); break;
+        case Epilogue::kGatedAdd: out[c] = static_cast<float>(out[c] + gate[c] * y[c]); break;
+        case Epilogue::kSilu: out[c] = static_cast<float>(Silu(y[c])); break;
+        case Epilogue::kGeluTanh:
+          out[c] = static_cast<float>(
+              0.5 * y[c] *
+              (1 + std::tanh(std::sqrt(2 / M_PI) * (y[c] + 0.044715 * y[c] * y[c] * y[c]))));
+          break;
+        case Epilogue::kSwiGlu:
+          if (c < half) out[c] = static_cast<float>(Silu(y[c]) * y[half + c]);
+          break;
+      }
+    }
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeReferenceBackend() { return std::make_unique<ReferenceBackend>(); }
+
+}  // namespace cinnabar
