@@ -19,6 +19,7 @@ constexpr Command kCommands[] = {
      cinnabar::RunGenerate},
     {"logits", "write the logits of one forward pass, to compare with other implementations",
      cinnabar::RunLogits},
+    {"model", "inspect a checkpoint", cinnabar::RunModel},
     {"samplers", "list the samplers and the knobs that each one reads", cinnabar::RunSamplers},
 };
 
