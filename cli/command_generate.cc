@@ -145,7 +145,8 @@ absl::StatusOr<Job> MakeJob(const GenerateFlags& flags, const FlagSet& set,
     CINNABAR_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, EncodeChat(flags.chat, *tokenizer));
     AppendGiven(job, ids);
   } else {
-    AppendGiven(job, tokenizer->Encode(flags.prompt));
+    // The prompt opens the sequence: what the tokenizer puts in front of a text (a begin token) belongs there.
+    AppendGiven(job, tokenizer->Encode(flags.prompt, {.add_special_tokens = true}));
   }
   job.answer_begin = static_cast<int32_t>(job.ids.size());
   AppendCanvas(job, set.Has("gen-length") ? flags.gen_length : kDefaultGenLength);

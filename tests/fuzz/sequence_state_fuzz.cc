@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include <google/protobuf/stubs/logging.h>
+
 #include "common/base/check.h"
 #include "worker/engine/sequence_state.h"
 
@@ -32,6 +34,8 @@ void Decode(SequenceState state, const ModelTraits& model) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace cinnabar;  // NOLINT
+  static auto* const quiet = google::protobuf::SetLogHandler(nullptr);
+  (void)quiet;
   v1::SequenceState wire;
   if (!wire.ParseFromArray(data, static_cast<int>(size))) return 0;
   for (const int32_t block_length : {0, 4}) {
