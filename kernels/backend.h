@@ -1,16 +1,17 @@
 // The one interface between the denoiser and the machine it runs on: one contract per op, two
-// implementations (kernels/cpu, kernels/cuda). The ops are what a diffusion transformer needs and no
-// more; the forward pass in worker/model is written once, against this page.
+// implementations (kernels/cpu, kernels/cuda). The ops are what a diffusion transformer needs and
+// no more; the forward pass in worker/model is written once, against this page.
 //
 // What every implementation keeps, and tests/unit/kernels checks on each:
-//   * Batch invariance. Each output row is a function of its own inputs alone: the same bits whatever
+//   * Batch invariance. Each output row is a function of its own inputs alone: the same bits
+//   whatever
 //     rows stand beside it, however many there are, and whatever the number of threads. Sums run in
 //     an order that depends on the row's own length only.
 //   * Packed rows. A batch is rows of many sequences one after another; nothing is padded.
 //   * No allocation after Reserve(): scratch is taken once.
 // Ops are enqueued in call order; what they read must stay alive and unchanged, and what they write
-// must not be read by the host, until Synchronize() returned OK. One thread at a time calls a Backend.
-// Shapes that do not fit each other are a caller's bug (CINNABAR_CHECK).
+// must not be read by the host, until Synchronize() returned OK. One thread at a time calls a
+// Backend. Shapes that do not fit each other are a caller's bug (CINNABAR_CHECK).
 #ifndef CINNABAR_KERNELS_BACKEND_H_
 #define CINNABAR_KERNELS_BACKEND_H_
 
@@ -31,7 +32,8 @@ enum class DType : uint8_t { kF32, kF16, kBf16 };
 constexpr int64_t BytesOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 const char* NameOf(DType dtype);  // "F32", "F16", "BF16", as safetensors writes them
 
-// --- Weights ---------------------------------------------------------------------------------------
+// --- Weights
+// ---------------------------------------------------------------------------------------
 
 // A matrix in host memory: [rows, cols] row-major, that is PyTorch's [out, in]. `data` need not be
 // aligned. Borrowed.
@@ -45,7 +47,8 @@ struct HostMatrix {
 // How the rows of several host matrices become the rows of one weight.
 enum class RowOrder : uint8_t {
   kStacked,     // one matrix after another (q | k | v)
-  kGatedPairs,  // exactly two of equal shape, gate and up, kept so that Epilogue::kSwiGlu can pair them
+  kGatedPairs,  // exactly two of equal shape, gate and up, kept so that Epilogue::kSwiGlu can pair
+                // them
 };
 
 // A weight as its backend wants it (packed, converted, on the device). Immutable; any thread.
@@ -69,7 +72,8 @@ class Weight {
   DType dtype_;
 };
 
-// --- Memory ----------------------------------------------------------------------------------------
+// --- Memory
+// ----------------------------------------------------------------------------------------
 
 // Device memory, zeroed, aligned to 64 bytes. On the CPU `data` is ordinary memory.
 class Buffer {
@@ -96,8 +100,8 @@ struct Rows {
 };
 
 // Keys and values of one sequence, for `num_layers` layers and positions 0 .. positions_max-1. The
-// layout is the backend's own. Keys are kept after per-head norm and rotation: positions are absolute
-// and never move.
+// layout is the backend's own. Keys are kept after per-head norm and rotation: positions are
+// absolute and never move.
 class KvMemory {
  public:
   virtual ~KvMemory() = default;
@@ -111,7 +115,8 @@ struct KvShape {
   int32_t positions_max = 1;
 };
 
-// --- Batch geometry ----------------------------------------------------------------------------------
+// --- Batch geometry
+// ----------------------------------------------------------------------------------
 
 // The rows of one sequence in a packed batch. Its rows are the consecutive absolute positions
 // first_position .. first_position + num_rows - 1.
@@ -120,34 +125,36 @@ struct SequenceSpan {
   int32_t num_rows = 0;   // >= 1
   int32_t first_position = 0;
   // 0: full attention, every row sees positions 0 .. first_position + num_rows - 1.
-  // B > 0: block-causal, a row at position p sees the positions of blocks 0 .. p / B, up to the last
-  // position of this span. Positions before first_position are read from `kv`, where an earlier pass
-  // has left them.
+  // B > 0: block-causal, a row at position p sees the positions of blocks 0 .. p / B, up to the
+  // last position of this span. Positions before first_position are read from `kv`, where an
+  // earlier pass has left them.
   int32_t block_length = 0;
   KvMemory* kv = nullptr;
   // Row of the modulation tensor that belongs to this sequence (DiT bodies); else unused.
   int32_t modulation_row = 0;
 };
 
-// --- Ops -----------------------------------------------------------------------------------------------
+// --- Ops
+// -----------------------------------------------------------------------------------------------
 
 // What happens to y = x W^T (+ bias) on its way out.
 enum class Epilogue : uint8_t {
-  kStore,             // out = y
-  kAdd,               // out += y                     (residual)
-  kGatedAdd,          // out += gate[modulation_row] * y   (residual of a DiT body)
-  kSilu,              // out = y * sigmoid(y)
-  kGeluTanh,          // out = gelu(y), tanh form
-  kSwiGlu,            // out = silu(gate half) * (up half); weight in kGatedPairs, out has rows()/2 columns
+  kStore,     // out = y
+  kAdd,       // out += y                     (residual)
+  kGatedAdd,  // out += gate[modulation_row] * y   (residual of a DiT body)
+  kSilu,      // out = y * sigmoid(y)
+  kGeluTanh,  // out = gelu(y), tanh form
+  kSwiGlu,    // out = silu(gate half) * (up half); weight in kGatedPairs, out has rows()/2 columns
 };
 
 struct LinearArgs {
-  Rows x;                        // [num_rows, weight.cols()]
+  Rows x;  // [num_rows, weight.cols()]
   int64_t num_rows = 0;
   const Weight* weight = nullptr;
-  const float* bias = nullptr;   // device, [weight.rows()] in the order of the stacked rows; optional
+  const float* bias =
+      nullptr;  // device, [weight.rows()] in the order of the stacked rows; optional
   Epilogue epilogue = Epilogue::kStore;
-  Rows out;                      // [num_rows, weight.rows()] (kSwiGlu: half); must not overlap x
+  Rows out;  // [num_rows, weight.rows()] (kSwiGlu: half); must not overlap x
   // kGatedAdd only: gate value of output column c for row r is gate[modulation_row(r)][c].
   Rows gate = {};                                  // [num modulation rows, weight.rows()]
   absl::Span<const SequenceSpan> sequences = {};  // which modulation row a row belongs to
@@ -165,16 +172,17 @@ struct RmsNormArgs {
   absl::Span<const int32_t> row_indices = {};
 };
 
-// out[i] = LN(x[row(i)]) * w * (1 + scale[m]) + shift[m], m the modulation row of row(i). LN subtracts
-// the mean, divides by sqrt(variance + eps), no bias. Source: DiT, arXiv:2212.09748 (adaLN).
+// out[i] = LN(x[row(i)]) * w * (1 + scale[m]) + shift[m], m the modulation row of row(i). LN
+// subtracts the mean, divides by sqrt(variance + eps), no bias. Source: DiT, arXiv:2212.09748
+// (adaLN).
 struct LayerNormModulateArgs {
   Rows x;
   int64_t num_rows = 0;
   int64_t dim = 0;
   const float* weight = nullptr;  // device, [dim]
   float eps = 1e-5F;
-  Rows shift;                     // [num modulation rows, dim]
-  Rows scale;                     // [num modulation rows, dim]
+  Rows shift;  // [num modulation rows, dim]
+  Rows scale;  // [num modulation rows, dim]
   absl::Span<const SequenceSpan> sequences;
   Rows out;
   absl::Span<const int32_t> row_indices = {};  // as in RmsNormArgs
@@ -188,8 +196,8 @@ struct GatherRowsArgs {
   Rows out;                               // dtype of x; must not overlap it
 };
 
-// Cosines and sines of the rotary embedding, [positions_max, rotary_dim / 2] each, float32 computed in
-// double. Half-split pairs (i, i + rotary_dim / 2). Source: arXiv:2104.09864.
+// Cosines and sines of the rotary embedding, [positions_max, rotary_dim / 2] each, float32 computed
+// in double. Half-split pairs (i, i + rotary_dim / 2). Source: arXiv:2104.09864.
 struct RotaryTable {
   const float* cosine = nullptr;  // device
   const float* sine = nullptr;    // device
@@ -204,8 +212,8 @@ struct HeadShape {
 };
 
 // Splits fused rows [q heads | k heads | v heads], applies the per-head RMSNorm to q and k where
-// weights are given, rotates q and k at the row's absolute position, leaves q in place and writes k and
-// v of every row into its sequence's KvMemory at `layer`.
+// weights are given, rotates q and k at the row's absolute position, leaves q in place and writes k
+// and v of every row into its sequence's KvMemory at `layer`.
 struct PrepareHeadsArgs {
   Rows qkv;  // [num_rows, (num_heads + 2 * num_kv_heads) * head_dim], read and written
   int64_t num_rows = 0;
@@ -218,10 +226,10 @@ struct PrepareHeadsArgs {
   int32_t layer = 0;  // layer index inside KvMemory
 };
 
-// out = softmax(q k^T * scale) v for every head over the keys that SequenceSpan lets a row see, all of
-// which are in KvMemory by now. Query head h reads kv head h / (num_heads / num_kv_heads).
+// out = softmax(q k^T * scale) v for every head over the keys that SequenceSpan lets a row see, all
+// of which are in KvMemory by now. Query head h reads kv head h / (num_heads / num_kv_heads).
 struct AttendArgs {
-  Rows q;    // [num_rows, >= num_heads * head_dim]: the q part of the fused rows
+  Rows q;  // [num_rows, >= num_heads * head_dim]: the q part of the fused rows
   int64_t num_rows = 0;
   HeadShape heads;
   float scale = 1.0F;
@@ -230,7 +238,8 @@ struct AttendArgs {
   Rows out;  // [num_rows, num_heads * head_dim]
 };
 
-// --- Vocabulary head -----------------------------------------------------------------------------------
+// --- Vocabulary head
+// -----------------------------------------------------------------------------------
 
 // An exception for one vocabulary id in one row. Ids in a query are distinct; at most
 // kVocabularyRulesMax.
@@ -244,17 +253,25 @@ inline constexpr int32_t kVocabularyRulesMax = 16;
 
 // Which token is drawn, and from what.
 enum class PickRule : uint8_t {
-  // temperature 0: the largest logit, ties to the lower id. temperature > 0: Gumbel-max, the largest
-  // logit / temperature + g(id), a draw from softmax(logits / temperature) over the pickable ids (and
+  // temperature 0: the largest logit, ties to the lower id. temperature > 0: Gumbel-max, the
+  // largest
+  // logit / temperature + g(id), a draw from softmax(logits / temperature) over the pickable ids
+  // (and
   // inside the top-k / top-p set when there is one). g(id) = -ln(-ln u), u = UniformFromWord of
-  // NoiseStream::kToken, index id; computed so that the float32 result keeps its relative precision at
+  // NoiseStream::kToken, index id; computed so that the float32 result keeps its relative precision
+  // at
   // both ends of (0, 1).
   kSoftmax,
   // SEDD's Tweedie step on the uniform graph (needs the sum before any weight is known): with
   // s[y] = exp(logit[y]), s[own] = 1 and S = sum s over all ids, draws y with weight
-  //   max(0, (q - 1) / (N q) * S + s[y] / q) * transition[y], q = exp(-sigma_step), N = vocabulary size,
+  //   max(0, (q - 1) / (N q) * S + s[y] / q) * transition[y], q = exp(-sigma_step), N = vocabulary
+  //   size,
   //   transition[y] = (1 - q) / N off the own token, 1 - (N - 1) (1 - q) / N on it.
-  // `own_token` and `sigma_step` are read. Source: Score-Entropy-Discrete-Diffusion, graph_lib.py.
+  // `own_token` and `sigma_step` are read, the pick temperature is not; filters do not go with it
+  // (a
+  // caller's bug). s is that after the rules' biases; `counted` leaves S alone. Weights and draw
+  // are
+  // double. Source: Score-Entropy-Discrete-Diffusion, graph_lib.py.
   kUniformTweedie,
 };
 
@@ -264,55 +281,61 @@ enum class FilterOrder : uint8_t { kTopPThenTopK, kTopKThenTopP };
 struct VocabularyQuery {
   int32_t hidden_row = 0;
   // Classifier-free guidance: when >= 0, l = l_u + (guidance_scale + 1) * (l_c - l_u) with l_c the
-  // logits of hidden_row and l_u those of this row.
+  // logits of hidden_row and l_u those of this row (one fused multiply-add in float32).
   int32_t unconditional_row = -1;
   float guidance_scale = 0.0F;
 
   PickRule pick = PickRule::kSoftmax;
-  float pick_temperature = 0.0F;        // 0: argmax
-  // Softmax statistics are those of l / statistics_temperature (> 0): 1 for LLaDA's clean confidence,
-  // the sampling temperature for Dream's.
+  float pick_temperature = 0.0F;  // 0: argmax; else above 1e-30
+  // Softmax statistics are those of l / statistics_temperature (above 1e-30): 1 for LLaDA's clean
+  // confidence, the sampling temperature for Dream's.
   float statistics_temperature = 1.0F;
-  // Filters, on l / statistics_temperature over the counted ids; token and statistics then come from the
-  // kept set alone. top_k 0: off; keeps ids with l >= the k-th largest (ties survive). top_p 1: off;
-  // sorted descending (ties: lower id first), an id is dropped when the mass before it already exceeds
-  // top_p, so the one that crosses is kept.
+  // Filters, on l / statistics_temperature over the counted ids; token and statistics then come
+  // from the kept set alone. top_k 0: off; keeps ids with l >= the k-th largest (ties survive).
+  // top_p 1: off; sorted descending (ties: lower id first), an id is dropped when the mass before
+  // it already exceeds top_p, so the one that crosses is kept. The whole mass, and so where top_p
+  // crosses, is exact to about 1e-6 of itself. A rule that is not counted is in no kept set, so
+  // never the token then.
   int32_t top_k = 0;
   float top_p = 1.0F;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
 
-  NoiseKey noise;                 // read when the pick is random
-  int32_t own_token = -1;         // kUniformTweedie only
-  float sigma_step = 0.0F;        // kUniformTweedie only
+  NoiseKey noise;                          // read when the pick is random
+  int32_t own_token = -1;                  // kUniformTweedie only
+  float sigma_step = 0.0F;                 // kUniformTweedie only
   absl::Span<const VocabularyRule> rules;  // host memory, alive until Synchronize()
   // Ids >= this are never picked (rows of the table above the tokenizer's size); they are counted.
   // 0: no limit.
   int32_t pickable_ids = 0;
 };
 
-// One row's answer. Probabilities are of softmax(l / statistics_temperature) over the counted ids (the
-// kept ones when filtered), from float32 logits and float32 sums of bounded length merged in double.
+// One row's answer. Probabilities are of softmax(l / statistics_temperature) over the counted ids
+// (the kept ones when filtered), from float32 logits and float32 sums of bounded length merged in
+// double: probability and margin within 1e-5, entropy within 1e-4 of exact, relative, on the same
+// logits.
 struct VocabularyAnswer {
-  int32_t token = -1;          // the pick; -1 when nothing was pickable
-  float token_logit = 0.0F;    // l[token] without noise and temperature
-  double probability = 0.0;    // of `token`; a token that is pickable but not counted: exp of its logit
-                               // over the counted mass, capped at 1
-  double margin = 0.0;         // largest minus second largest probability
-  double entropy = 0.0;        // nats
-  double log_sum_exp = 0.0;    // ln sum exp(l / statistics_temperature) over the counted ids, unfiltered
-  bool finite = true;          // false: a NaN or +inf among the logits, every other field is undefined
+  int32_t token = -1;        // the pick; -1 when nothing was pickable. An l of -inf is never picked
+  float token_logit = 0.0F;  // l[token] without noise and temperature
+  double probability = 0.0;  // of `token`; a token that is pickable but not counted: exp of its
+                             // logit over the counted mass, capped at 1
+  double margin = 0.0;   // largest minus second largest probability
+  double entropy = 0.0;  // nats
+  // ln sum exp(l / statistics_temperature) over the counted ids, unfiltered; -inf when none has a
+  // finite l, and then probability, margin and entropy are 0.
+  double log_sum_exp = 0.0;
+  bool finite = true;  // false: a NaN or +inf among the logits, every other field is undefined
 };
 
 struct VocabularyArgs {
-  Rows hidden;                    // [.., weight.cols()]
-  const Weight* weight = nullptr; // [vocabulary, dim], kStacked
-  const float* bias = nullptr;    // device, [vocabulary]; optional
+  Rows hidden;                     // [.., weight.cols()]
+  const Weight* weight = nullptr;  // [vocabulary, dim], kStacked
+  const float* bias = nullptr;     // device, [vocabulary]; optional
   absl::Span<const VocabularyQuery> queries;
   absl::Span<VocabularyAnswer> answers;  // host, as long as queries
 };
 
-// Plain logits: out[i] = hidden[i] W^T + bias, [num_rows, vocabulary] float32. For inspection and for
-// samplers that need whole rows, a few at a time.
+// Plain logits: out[i] = hidden[i] W^T + bias, [num_rows, vocabulary] float32. For inspection and
+// for samplers that need whole rows, a few at a time.
 struct LogitsArgs {
   Rows hidden;
   int64_t num_rows = 0;
@@ -323,11 +346,11 @@ struct LogitsArgs {
 
 // The largest shapes that later calls will have; Reserve() takes scratch for them.
 struct WorkspaceShape {
-  int64_t rows_max = 0;        // packed rows of a batch
-  int64_t cols_max = 0;        // widest input of a Linear
+  int64_t rows_max = 0;  // packed rows of a batch
+  int64_t cols_max = 0;  // widest input of a Linear
   int64_t vocabulary = 0;
   int64_t queries_max = 0;
-  int32_t positions_max = 0;   // longest sequence
+  int32_t positions_max = 0;  // longest sequence
   int32_t head_dim_max = 0;
 };
 
@@ -336,7 +359,8 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual std::string Describe() const = 0;  // "cpu avx512, 2 threads"
-  virtual DType activation_dtype() const = 0;  // of every Rows but the residual stream, which is float32
+  virtual DType activation_dtype()
+      const = 0;  // of every Rows but the residual stream, which is float32
 
   // ResourceExhausted when the memory cannot be had.
   virtual absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) = 0;
@@ -345,13 +369,13 @@ class Backend {
   virtual absl::Status Reserve(const WorkspaceShape& shape) = 0;
   virtual int64_t WorkspaceBytes(const WorkspaceShape& shape) const = 0;
 
-  // Stacks `parts` (equal cols; the sources may be let go afterwards). `dtype` is how the values are kept:
-  // kF32, kF16 or kBf16; narrowing rounds to nearest even, widening is exact. Products read the kept
-  // values and compute in float32.
+  // Stacks `parts` (equal cols; the sources may be let go afterwards). `dtype` is how the values
+  // are kept: kF32, kF16 or kBf16; narrowing rounds to nearest even, widening is exact. Products
+  // read the kept values and compute in float32.
   virtual absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                              RowOrder row_order, DType dtype) = 0;
-  // An embedding table: rows are looked up, never multiplied. The CPU backend keeps no copy: `table` must
-  // outlive it.
+  // An embedding table: rows are looked up, never multiplied. The CPU backend keeps no copy:
+  // `table` must outlive it.
   virtual absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) = 0;
   // A float32 vector on the device.
   virtual absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) = 0;
@@ -384,8 +408,8 @@ struct BackendOptions {
   std::string isa = "auto";
 };
 
-// Unimplemented when that backend was not built, Unavailable when there is no device (or the CPU lacks
-// the asked instruction set), InvalidArgument for an unknown isa.
+// Unimplemented when that backend was not built, Unavailable when there is no device (or the CPU
+// lacks the asked instruction set), InvalidArgument for an unknown isa.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
                                                      const BackendOptions& options);
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -44,7 +45,7 @@ struct ModelTraits {
   int32_t tokenizer_size = 0;      // ids at or above it have no text; 0: unknown
   TokenId mask_token = -1;         // -1: none (uniform noise)
   std::vector<TokenId> eos_tokens; // end of text and end of turn; may be empty
-  TokenId eot_token = -1;          // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
+  TokenId eot_token = -1;           // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
   bool shift_logits = false;       // the prediction for position i is row i-1 (row 0 for position 0)
   int32_t causal_block_length = 0; // > 0: block-causal attention in blocks of this many positions
   Parameterization parameterization = Parameterization::kMaskPrediction;
@@ -72,9 +73,12 @@ absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name);
 // Checks `params` against ranges, the sampler's knobs and the model, and fills in what was left to
 // default (sampler, block length, steps). `num_masked` is how many positions are to be filled,
 // `canvas_length` the length of the span from the first to the last of them. InvalidArgument names the
-// field and the fix. A knob counts as set when it differs from DecodingParams{}.
+// field and the fix. A knob counts as set when it differs from DecodingParams{}. `canvas_begin`, where that
+// span starts, is read for block-causal models only: it decides how many blocks the span touches.
+// Idempotent: resolving a result again, for the same canvas and model, gives the same.
 absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const ModelTraits& model,
-                                             int32_t num_masked, int32_t canvas_length);
+                                             int32_t num_masked, int32_t canvas_length,
+                                             int32_t canvas_begin = 0);
 
 }  // namespace cinnabar
 

@@ -246,6 +246,11 @@ def generate(model, ids, given, options):
     traits, name = model.traits, options["sampler"]
     assert options.get("temperature", 0) == 0
     mask = traits.mask_token
+    length = len(ids)
+    if traits.block_length and not given[-1]:
+        # A canvas that reaches the end is filled up to whole blocks, as SDAR does; the answer leaves them out.
+        filler = -length % traits.block_length
+        ids, given = [*ids, *[0] * filler], [*given, *[False] * filler]
     x = [int(t) if g else mask for t, g in zip(ids, given)]
     blocks = canvas_blocks(given, traits, options.get("block_length", 0))
     steps = options.get("steps", 0)
@@ -293,6 +298,8 @@ def generate(model, ids, given, options):
             block_step += 1
             assert block_step <= len(x) + max(steps, 1), "no progress"
     assert all(t != mask for t, g in zip(x, given) if not g)
+    del x[length:]
+    result.trace = [[i for i in step if i < length] for step in result.trace]
     return result
 
 

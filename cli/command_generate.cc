@@ -1,0 +1,283 @@
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "cli/canvas_view.h"
+#include "cli/commands.h"
+#include "cli/flags.h"
+#include "cli/model_session.h"
+#include "common/base/status.h"
+#include "common/tokenizer/chat_template.h"
+#include "worker/engine/engine.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr int32_t kDefaultGenLength = 128;
+
+struct GenerateFlags {
+  ModelFlags model;
+  std::string prompt;
+  std::string suffix;
+  std::string chat;
+  std::string input;
+  int32_t gen_length = 0;
+  std::string forbid;
+  DecodingParams params;
+  bool json = false;
+  bool watch = false;
+  bool trace = false;
+
+  void Register(FlagSet& flags);
+};
+
+void GenerateFlags::Register(FlagSet& flags) {
+  model.Register(flags);
+  flags.Section("What to fill (one of --prompt, --chat, --input)");
+  flags.Add("prompt", &prompt, "TEXT", "text before the canvas");
+  flags.Add("suffix", &suffix, "TEXT", "text after the canvas: the model fills the gap");
+  flags.Add("chat", &chat, "TEXT", "one user message, put into the model's chat template");
+  flags.Add("input", &input, "FILE",
+            "JSON {\"ids\": [...], \"given\": [...]}: fills where given is false");
+  flags.Add("gen-length", &gen_length, "N",
+            "length of the canvas in tokens [128; with --input what it says]");
+  flags.Section("How (cinnabar samplers tells which knobs a sampler reads)");
+  flags.Add("sampler", &params.sampler, "NAME", "default: the model's own");
+  flags.Add("steps", &params.num_steps, "N", "denoising steps; default one for each position");
+  flags.Add("block-length", &params.block_length, "N",
+            "blocks are decoded left to right; default the whole canvas");
+  flags.Add("threshold", &params.threshold, "P", "confidence from which a token is transferred");
+  flags.Add("factor", &params.factor, "F", "factor of the parallel rule");
+  flags.Add("entropy-bound", &params.entropy_bound, "NATS", "joint entropy that a step may commit");
+  flags.Add("temperature", &params.temperature, "T", "0 takes the most likely token");
+  flags.Add("top-p", &params.top_p, "P", "nucleus; 1 is off");
+  flags.Add("top-k", &params.top_k, "K", "most likely K tokens; 0 is off");
+  flags.Add("alg-temp", &params.alg_temp, "T", "randomness of the order of transfers");
+  flags.Add("eps", &params.eps, "E", "end of the time schedule");
+  flags.Add("cfg-scale", &params.cfg_scale, "S", "classifier-free guidance; doubles the work");
+  flags.Add("logits-eos-inf", &params.logits_eos_inf, "never predict the end of text");
+  flags.Add("confidence-eos-eot-inf", &params.confidence_eos_eot_inf,
+            "transfer the end of text last");
+  flags.Add("eos-penalty", &params.eos_penalty, "NATS", "taken off the logit of the end of text");
+  flags.Add("forbid", &forbid, "IDS", "token ids, comma-separated, that must not appear");
+  flags.Add("seed", &params.seed, "N", "same seed, same bytes");
+  flags.Section("Output");
+  flags.Add("json", &json,
+            "one JSON object: tokens, text, steps, nfe, tokens_per_forward, seconds");
+  flags.Add("trace", &trace, "with --json: the positions that each step transferred");
+  flags.Add("watch", &watch, "show the canvas while it is denoised");
+  flags.Examples(
+      "examples:\n"
+      "  cinnabar generate --model DIR --prompt 'def add(a, b):' --gen-length 32 --watch\n"
+      "  cinnabar generate --model DIR --prompt 'def f(x):\\n    return ' --suffix '\\n' "
+      "--gen-length 8\n"
+      "  cinnabar generate --model DIR --chat 'Sort a list in C++' --sampler threshold --threshold "
+      "0.9\n");
+}
+
+// The sequence to fill, and where the answer is in it.
+struct Job {
+  std::vector<TokenId> ids;
+  std::vector<bool> given;
+  int32_t answer_begin = 0;  // `tokens` of the answer
+  int32_t answer_end = 0;
+};
+
+void AppendGiven(Job& job, const std::vector<int32_t>& ids) {
+  job.ids.insert(job.ids.end(), ids.begin(), ids.end());
+  job.given.resize(job.ids.size(), true);
+}
+void AppendCanvas(Job& job, int32_t length) {
+  job.ids.resize(job.ids.size() + length, 0);
+  job.given.resize(job.ids.size(), false);
+}
+
+absl::StatusOr<std::vector<int32_t>> EncodeChat(const std::string& message,
+                                                const Tokenizer& tokenizer) {
+  const auto& templates = tokenizer.chat_templates();
+  const auto found = templates.find("default");
+  if (found == templates.end()) {
+    return absl::FailedPreconditionError("--chat: the model has no chat template; use --prompt");
+  }
+  CINNABAR_ASSIGN_OR_RETURN(const ChatTemplate chat, ChatTemplate::Parse(found->second),
+                            "chat template");
+  ChatInput input;
+  input.messages.push_back({{"role", "user"}, {"content", message}});
+  input.special_tokens = tokenizer.special_tokens();
+  CINNABAR_ASSIGN_OR_RETURN(const RenderedChat rendered, chat.Render(input), "chat template");
+  return tokenizer.Encode(rendered.text,
+                          {.parse_special = true, .plain_ranges = rendered.input_ranges});
+}
+
+absl::StatusOr<Job> MakeJob(const GenerateFlags& flags, const FlagSet& set,
+                            const absl::StatusOr<Tokenizer>& tokenizer) {
+  const int32_t sources = set.Has("prompt") + set.Has("chat") + set.Has("input");
+  if (sources != 1) {
+    return absl::InvalidArgumentError(
+        sources == 0 ? "say what to fill: one of --prompt, --chat, --input"
+                     : "--prompt, --chat and --input exclude each other; keep one");
+  }
+  if (set.Has("suffix") && !set.Has("prompt")) {
+    return absl::InvalidArgumentError("--suffix goes with --prompt (it may be empty)");
+  }
+  if (set.Has("gen-length") && flags.gen_length < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--gen-length ", flags.gen_length, ": take at least 1"));
+  }
+  Job job;
+  if (set.Has("input")) {
+    CINNABAR_ASSIGN_OR_RETURN(InputFile input, ReadInputFile(flags.input));
+    job.ids = std::move(input.ids);
+    job.given = std::move(input.given);
+    AppendCanvas(job, flags.gen_length);
+    job.answer_end = static_cast<int32_t>(job.ids.size());
+    return job;
+  }
+  if (!tokenizer.ok()) return tokenizer.status();
+  if (set.Has("chat")) {
+    CINNABAR_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, EncodeChat(flags.chat, *tokenizer));
+    AppendGiven(job, ids);
+  } else {
+    AppendGiven(job, tokenizer->Encode(flags.prompt));
+  }
+  job.answer_begin = static_cast<int32_t>(job.ids.size());
+  AppendCanvas(job, set.Has("gen-length") ? flags.gen_length : kDefaultGenLength);
+  job.answer_end = static_cast<int32_t>(job.ids.size());
+  AppendGiven(job, tokenizer->Encode(flags.suffix));
+  return job;
+}
+
+// The text of the answer: up to the first end of text, without special tokens.
+std::string AnswerText(const Job& job, const SequenceState& state, const ModelTraits& model,
+                       const Tokenizer& tokenizer) {
+  std::vector<TokenId> tokens;
+  for (int32_t position = job.answer_begin; position < job.answer_end; ++position) {
+    const TokenId token = state.canvas.tokens[position];
+    const bool filled = state.canvas.states[position] != PositionState::kGiven;
+    if (filled && std::count(model.eos_tokens.begin(), model.eos_tokens.end(), token) > 0) break;
+    tokens.push_back(token);
+  }
+  return tokenizer.DecodeText(tokens, {.skip_special = true});
+}
+
+absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
+  if (flags.watch && flags.json) {
+    return absl::InvalidArgumentError("--watch and --json exclude each other; keep one");
+  }
+  for (const absl::string_view id : absl::StrSplit(flags.forbid, ',', absl::SkipEmpty())) {
+    if (!absl::SimpleAtoi(id, &flags.params.forbidden_ids.emplace_back())) {
+      return absl::InvalidArgumentError(absl::StrCat("--forbid ", flags.forbid, ": not token ids"));
+    }
+  }
+  if (flags.model.directory.empty()) {
+    return absl::InvalidArgumentError(
+        "--model is missing: name a folder with config.json and *.safetensors");
+  }
+  const absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(flags.model.directory);
+  CINNABAR_ASSIGN_OR_RETURN(const Job job, MakeJob(flags, set, tokenizer));
+  if (flags.watch && !tokenizer.ok()) return tokenizer.status();
+
+  const int32_t length = static_cast<int32_t>(job.ids.size());
+  const int32_t rows = (length + kBlockLengthMax) * (flags.params.cfg_scale > 0 ? 2 : 1);
+  CINNABAR_ASSIGN_OR_RETURN(const ModelSession session,
+                            OpenModel(flags.model, length + kBlockLengthMax, rows));
+  const ModelTraits& model = session.denoiser->traits();
+  // Exact control takes every id; text takes those that have one.
+  if (!set.Has("input") && tokenizer->vocab_size() < model.vocab_size) {
+    flags.params.pickable_ids = tokenizer->vocab_size();
+  }
+  CINNABAR_ASSIGN_OR_RETURN(SequenceState state,
+                            MakeSequence(job.ids, job.given, flags.params, model));
+  const int32_t num_undecided = CountUndecided(state.canvas, 0, length);
+  EngineOptions options;
+  options.limits = {
+      .rows_max = rows, .sequences_max = 2, .positions_max = length + kBlockLengthMax};
+  options.kv_bytes_max = int64_t{1} << 40;
+  Engine engine(*session.denoiser, options);
+  CINNABAR_ASSIGN_OR_RETURN(const SequenceId id, engine.Add(std::move(state)));
+
+  std::optional<CanvasView> view;
+  if (flags.watch && isatty(STDERR_FILENO) != 0) view.emplace(stderr, *tokenizer, length);
+  nlohmann::json trace = nlohmann::json::array();
+  const absl::Time begin = absl::Now();
+  StepReport report;
+  std::vector<std::pair<SequenceId, SequenceState>> finished;
+  int32_t committed = 0;
+  while (finished.empty()) {
+    CINNABAR_RETURN_IF_ERROR(engine.Step(absl::Now(), report));
+    finished = engine.TakeFinished();
+    std::vector<int32_t> positions;
+    for (const StepEvent& event : report.events) {
+      if (!event.status.ok()) return event.status;
+      std::vector<int32_t> of_step;
+      for (const Transfer& transfer : report.TransfersOf(event)) {
+        if (transfer.position < length) of_step.push_back(transfer.position);
+      }
+      committed += static_cast<int32_t>(of_step.size());
+      positions.insert(positions.end(), of_step.begin(), of_step.end());
+      if (flags.trace) trace.push_back(of_step);
+    }
+    if (view) {
+      const SequenceState& now = finished.empty() ? *engine.Find(id) : finished[0].second;
+      std::sort(positions.begin(), positions.end());
+      view->Draw(now.canvas, now.decoding, positions, std::min(committed, num_undecided),
+                 absl::Now() - begin);
+    }
+  }
+  view.reset();
+  const double seconds = absl::ToDoubleSeconds(absl::Now() - begin);
+  const SequenceState& done = finished[0].second;
+  const std::string text = tokenizer.ok() ? AnswerText(job, done, model, *tokenizer) : "";
+  if (!flags.json) {
+    if (!tokenizer.ok()) return tokenizer.status();
+    if (!flags.watch || isatty(STDOUT_FILENO) == 0) std::printf("%s\n", text.c_str());
+    return absl::OkStatus();
+  }
+  const std::vector<TokenId>& all = done.canvas.tokens;
+  nlohmann::json json = {
+      {"tokens",
+       std::vector<TokenId>(all.begin() + job.answer_begin, all.begin() + job.answer_end)},
+      {"ids", std::vector<TokenId>(all.begin(), all.begin() + length)},
+      {"sampler", done.params.sampler},
+      {"steps", done.decoding.step},
+      {"nfe", done.decoding.nfe},
+      {"tokens_per_forward", static_cast<double>(num_undecided) / std::max(1, done.decoding.nfe)},
+      {"seconds", seconds},
+      {"tokens_per_second", seconds > 0 ? num_undecided / seconds : 0.0},
+  };
+  json["text"] = tokenizer.ok() ? nlohmann::json(text) : nlohmann::json();
+  if (flags.trace) json["trace"] = std::move(trace);
+  std::printf("%s\n", json.dump().c_str());
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int RunGenerate(const std::vector<std::string>& args) {
+  GenerateFlags flags;
+  FlagSet set(
+      "cinnabar generate --model DIR (--prompt TEXT [--suffix TEXT] | --chat TEXT | --input FILE) "
+      "[flags]",
+      "Fills a canvas with a diffusion language model on this machine.");
+  flags.Register(set);
+  absl::Status status = set.Parse(args);
+  if (set.help_asked()) {
+    std::fputs(set.Help().c_str(), stdout);
+    return 0;
+  }
+  if (status.ok() && !set.positional().empty()) {
+    status = absl::InvalidArgumentError(absl::StrCat(
+        "\"", set.positional()[0], "\" is not a flag; text goes behind --prompt or --chat"));
+  }
+  if (status.ok()) status = Generate(flags, set);
+  return ReportError("generate", status);
+}
+
+}  // namespace cinnabar

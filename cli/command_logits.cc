@@ -1,0 +1,87 @@
+#include <cstdio>
+
+#include "absl/strings/str_cat.h"
+#include "cli/commands.h"
+#include "cli/flags.h"
+#include "cli/model_session.h"
+#include "common/base/status.h"
+#include "worker/decoding/canvas.h"
+#include "worker/model/safetensors.h"
+
+namespace cinnabar {
+namespace {
+
+absl::Status WriteLogits(const ModelFlags& flags, const std::string& input_path,
+                         const std::string& output_path) {
+  if (input_path.empty())
+    return absl::InvalidArgumentError("--input is missing: a JSON file with ids");
+  if (output_path.empty())
+    return absl::InvalidArgumentError("--output is missing: where the safetensors file goes");
+  CINNABAR_ASSIGN_OR_RETURN(const InputFile input, ReadInputFile(input_path));
+  const int32_t length = static_cast<int32_t>(input.ids.size());
+  CINNABAR_ASSIGN_OR_RETURN(const ModelSession session,
+                            OpenModel(flags, length + kBlockLengthMax, length + kBlockLengthMax));
+  Denoiser& denoiser = *session.denoiser;
+  const ModelTraits& model = denoiser.traits();
+  if (input.sigma.has_value() && !model.conditioned_on_sigma) {
+    return absl::InvalidArgumentError(
+        "sigma: this network is not conditioned on the noise level; leave it out");
+  }
+  if (length > model.positions_max) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(length, " ids; the model takes ", model.positions_max));
+  }
+  // Positions that are not given hold the mask token, where there is one.
+  std::vector<TokenId> ids = input.ids;
+  for (int32_t i = 0; i < length; ++i) {
+    if (!input.given[i] && model.mask_token >= 0) ids[i] = model.mask_token;
+    if (ids[i] >= model.vocab_size) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "ids[", i, "] = ", ids[i], " is outside the vocabulary of ", model.vocab_size));
+    }
+  }
+  CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<KvMemory> kv,
+                            session.backend->AllocateKv(denoiser.SequenceKvShape(length)));
+  const SequenceSpan span{
+      .num_rows = length, .block_length = model.causal_block_length, .kv = kv.get()};
+  const float sigma = input.sigma.value_or(0.0F);
+  std::vector<int32_t> wanted(length);
+  for (int32_t i = 0; i < length; ++i) wanted[i] = i;
+  CINNABAR_RETURN_IF_ERROR(denoiser.Forward({.ids = ids,
+                                             .sequences = absl::MakeConstSpan(&span, 1),
+                                             .sigmas = absl::MakeConstSpan(&sigma, 1),
+                                             .wanted_rows = wanted}));
+  std::vector<float> logits(static_cast<size_t>(length) * model.vocab_size);
+  CINNABAR_RETURN_IF_ERROR(denoiser.Logits(0, length, absl::MakeSpan(logits)));
+  return WriteSafetensors(output_path, "logits", {length, model.vocab_size}, logits);
+}
+
+}  // namespace
+
+int RunLogits(const std::vector<std::string>& args) {
+  ModelFlags model;
+  std::string input;
+  std::string output;
+  FlagSet set("cinnabar logits --model DIR --input FILE.json --output FILE.safetensors",
+              "Writes the float32 logits of one forward pass: tensor \"logits\", [positions, "
+              "vocabulary], unshifted "
+              "rows as the\nnetwork gives them (SEDD: log-scores).");
+  model.Register(set);
+  set.Section("Files");
+  set.Add("input", &input, "FILE",
+          "{\"ids\": [...], \"given\": [...], \"sigma\": number}; the last two may be left out");
+  set.Add("output", &output, "FILE", "safetensors file to write");
+  absl::Status status = set.Parse(args);
+  if (set.help_asked()) {
+    std::fputs(set.Help().c_str(), stdout);
+    return 0;
+  }
+  if (status.ok() && !set.positional().empty()) {
+    status =
+        absl::InvalidArgumentError(absl::StrCat("\"", set.positional()[0], "\" is not a flag"));
+  }
+  if (status.ok()) status = WriteLogits(model, input, output);
+  return ReportError("logits", status);
+}
+
+}  // namespace cinnabar

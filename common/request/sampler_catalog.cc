@@ -1,0 +1,309 @@
+#include "common/request/sampler_catalog.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+
+#include "absl/status/status.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "common/base/status.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr uint32_t Bits() { return 0; }
+template <typename... Rest>
+constexpr uint32_t Bits(Knob first, Rest... rest) {
+  return static_cast<uint32_t>(first) | Bits(rest...);
+}
+
+constexpr uint32_t kGuidedBlocks = Bits(Knob::kBlockLength, Knob::kCfgScale);
+constexpr uint32_t kLlada = kGuidedBlocks | Bits(Knob::kNumSteps, Knob::kEosSwitches);
+constexpr uint32_t kFastDllm = kGuidedBlocks | Bits(Knob::kEosSwitches);
+constexpr uint32_t kDream =
+    kGuidedBlocks | Bits(Knob::kNumSteps, Knob::kTopP, Knob::kTopK, Knob::kEps);
+constexpr uint32_t kBlockDiffusion =
+    Bits(Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kTopK);
+
+constexpr std::array kCatalog = {
+    SamplerEntry{"low_confidence", "", "LLaDA, arXiv:2502.09992",
+                 "the most probable predictions first, a fixed share in each step", kLlada},
+    SamplerEntry{"random", "", "LLaDA, arXiv:2502.09992",
+                 "positions in random order, a fixed share in each step", kLlada},
+    SamplerEntry{"origin", "", "Dream, arXiv:2508.15487",
+                 "each position independently, by the time schedule", kDream},
+    SamplerEntry{"maskgit_plus", "", "Dream, arXiv:2508.15487",
+                 "the most probable predictions first, by the time schedule",
+                 kDream | Bits(Knob::kAlgTemp)},
+    SamplerEntry{"topk_margin", "", "Dream, arXiv:2508.15487",
+                 "the widest gap between the two best tokens first, by the time schedule",
+                 kDream | Bits(Knob::kAlgTemp)},
+    SamplerEntry{"entropy", "", "Dream, arXiv:2508.15487",
+                 "the lowest entropy first, by the time schedule",
+                 kDream | Bits(Knob::kAlgTemp)},
+    SamplerEntry{"threshold", "", "Fast-dLLM, arXiv:2505.22618",
+                 "every prediction at least as probable as the threshold, and the best one",
+                 kFastDllm | Bits(Knob::kThreshold)},
+    SamplerEntry{"factor", "", "Fast-dLLM, arXiv:2505.22618",
+                 "as many as their probabilities allow under a bound that grows with the rank",
+                 kFastDllm | Bits(Knob::kFactor)},
+    SamplerEntry{"entropy_bounded", "", "EB-Sampler, arXiv:2505.24857",
+                 "the longest prefix by entropy whose joint entropy stays under a bound",
+                 kGuidedBlocks | Bits(Knob::kEntropyBound)},
+    SamplerEntry{"block_static", "static", "SDAR, arXiv:2510.06303",
+                 "the most probable predictions of the block, a fixed share in each step",
+                 kBlockDiffusion},
+    SamplerEntry{"block_dynamic", "dynamic", "SDAR, arXiv:2510.06303",
+                 "all above the threshold, at least the fixed share",
+                 kBlockDiffusion | Bits(Knob::kThreshold)},
+    SamplerEntry{"block_sequential", "sequential", "SDAR, arXiv:2510.06303",
+                 "left to right, a fixed share in each step", kBlockDiffusion},
+    SamplerEntry{"mdlm_ancestral", "ddpm", "MDLM, arXiv:2406.07524",
+                 "ancestral sampling of the masked process, one forward pass in each step",
+                 Bits(Knob::kNumSteps)},
+    SamplerEntry{"mdlm_cached", "ddpm_cache", "MDLM, arXiv:2406.07524",
+                 "the same, without the passes of steps that unmask nothing",
+                 Bits(Knob::kNumSteps)},
+    SamplerEntry{"mdlm_semi_ar", "", "MDLM, arXiv:2406.07524",
+                 "the same block by block; later blocks are not seen",
+                 Bits(Knob::kNumSteps, Knob::kBlockLength)},
+    SamplerEntry{"sedd_euler", "euler", "SEDD, arXiv:2310.16834",
+                 "Euler steps of the reverse process", Bits(Knob::kNumSteps)},
+    SamplerEntry{"sedd_analytic", "analytic", "SEDD, arXiv:2310.16834",
+                 "Tweedie tau-leaping steps of the reverse process", Bits(Knob::kNumSteps)},
+};
+
+// A step costs a forward pass, so an absurd count is a mistake, not a wish.
+constexpr int32_t kNumStepsMax = 1 << 16;
+// Smaller ones overflow what they divide; 0 is the way to say "none".
+constexpr float kTemperatureMin = 1e-6F;
+// The vocabulary head takes 16 exceptions for a row (kVocabularyRulesMax in kernels/backend.h, which
+// this folder does not see; worker/decoding asserts that they agree).
+constexpr size_t kRulesMax = 16;
+
+std::string Normalized(absl::string_view name) {
+  std::string result = absl::AsciiStrToLower(name);
+  std::replace(result.begin(), result.end(), '-', '_');
+  return result;
+}
+
+bool Reads(const SamplerEntry& entry, Knob knob) {
+  return (entry.knobs & static_cast<uint32_t>(knob)) != 0;
+}
+
+template <typename... Words>
+absl::Status Invalid(const Words&... words) {
+  return absl::InvalidArgumentError(absl::StrCat(words...));
+}
+
+// NaN fails every comparison, so ranges are written as what must hold.
+absl::Status CheckRanges(const DecodingParams& p, const ModelTraits& model) {
+  const auto temperature_ok = [](float t) {
+    return t == 0 || (t >= kTemperatureMin && std::isfinite(t));
+  };
+  if (p.num_steps < 0 || p.num_steps > kNumStepsMax) {
+    return Invalid("num_steps: ", p.num_steps, " is not in 0 .. ", kNumStepsMax,
+                   "; leave it out for one step per position");
+  }
+  if (p.block_length < 0) {
+    return Invalid("block_length: ", p.block_length, " is negative; 0 takes the default");
+  }
+  if (!temperature_ok(p.temperature)) {
+    return Invalid("temperature: ", p.temperature, "; use 0 or at least ", kTemperatureMin);
+  }
+  if (!(p.top_p > 0 && p.top_p <= 1)) {
+    return Invalid("top_p: ", p.top_p, " is not in (0, 1]; 1 switches it off");
+  }
+  if (p.top_k < 0) return Invalid("top_k: ", p.top_k, " is negative; 0 switches it off");
+  if (!(p.threshold >= 0 && p.threshold <= 1)) {
+    return Invalid("threshold: ", p.threshold, " is not in [0, 1]");
+  }
+  if (!(p.factor > 0 && std::isfinite(p.factor))) {
+    return Invalid("factor: ", p.factor, "; use a number above 0");
+  }
+  if (!(p.entropy_bound >= 0)) {
+    return Invalid("entropy_bound: ", p.entropy_bound, "; use 0 or more nats");
+  }
+  if (!temperature_ok(p.alg_temp)) {
+    return Invalid("alg_temp: ", p.alg_temp, "; use 0 or at least ", kTemperatureMin);
+  }
+  if (!(p.eps > 0 && p.eps < 1)) return Invalid("eps: ", p.eps, " is not in (0, 1)");
+  if (!(p.cfg_scale >= 0 && std::isfinite(p.cfg_scale))) {
+    return Invalid("cfg_scale: ", p.cfg_scale, "; use 0 (off) or more");
+  }
+  if (!std::isfinite(p.eos_penalty)) return Invalid("eos_penalty: not a finite number");
+  if (p.forbidden_ids.size() > static_cast<size_t>(kForbiddenIdsMax)) {
+    return Invalid("forbidden_ids: ", p.forbidden_ids.size(), " ids; at most ", kForbiddenIdsMax);
+  }
+  for (const TokenId id : p.forbidden_ids) {
+    if (id < 0 || id >= model.vocab_size) {
+      return Invalid("forbidden_ids: ", id, " is outside the vocabulary of ", model.vocab_size);
+    }
+  }
+  if (p.pickable_ids < 0 || p.pickable_ids > model.vocab_size) {
+    return Invalid("pickable_ids: ", p.pickable_ids, " is not in 0 .. ", model.vocab_size);
+  }
+  return absl::OkStatus();
+}
+
+// block_length is not here: its resolved value is compared instead.
+absl::Status CheckUnread(const DecodingParams& p, const SamplerEntry& entry) {
+  const DecodingParams unset;
+  struct Setting {
+    Knob knob;
+    absl::string_view field;
+    bool set;
+  };
+  const Setting settings[] = {
+      {Knob::kNumSteps, "num_steps", p.num_steps != unset.num_steps},
+      {Knob::kTopP, "top_p", p.top_p != unset.top_p},
+      {Knob::kTopK, "top_k", p.top_k != unset.top_k},
+      {Knob::kThreshold, "threshold", p.threshold != unset.threshold},
+      {Knob::kFactor, "factor", p.factor != unset.factor},
+      {Knob::kEntropyBound, "entropy_bound", p.entropy_bound != unset.entropy_bound},
+      {Knob::kAlgTemp, "alg_temp", p.alg_temp != unset.alg_temp},
+      {Knob::kEps, "eps", p.eps != unset.eps},
+      {Knob::kCfgScale, "cfg_scale", p.cfg_scale != unset.cfg_scale},
+      {Knob::kEosSwitches, "logits_eos_inf", p.logits_eos_inf},
+      {Knob::kEosSwitches, "confidence_eos_eot_inf", p.confidence_eos_eot_inf},
+  };
+  for (const Setting& setting : settings) {
+    if (!setting.set || Reads(entry, setting.knob)) continue;
+    std::vector<absl::string_view> readers;
+    for (const SamplerEntry& other : kCatalog) {
+      if (Reads(other, setting.knob)) readers.push_back(other.name);
+    }
+    return Invalid(setting.field, ": sampler ", entry.name, " does not read it; leave it out or use ",
+                   absl::StrJoin(readers, ", "));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
+                            const ModelTraits& model) {
+  const bool is_score_sampler = absl::string_view(entry.name).substr(0, 5) == "sedd_";
+  const bool is_score_model = model.parameterization != Parameterization::kMaskPrediction;
+  if (is_score_sampler && !is_score_model) {
+    return Invalid("sampler: ", entry.name, " needs a model that predicts scores (SEDD); use ",
+                   model.default_sampler.empty() ? "low_confidence" : model.default_sampler);
+  }
+  if (!is_score_sampler && is_score_model) {
+    return Invalid("sampler: ", entry.name, " needs a model that predicts the token of a mask; this"
+                   " one predicts scores: use sedd_analytic or sedd_euler");
+  }
+  if (is_score_sampler && p.temperature != 0 && p.temperature != 1) {
+    return Invalid("temperature: sampler ", entry.name, " draws from the scores as they are; leave "
+                   "it out or use 1");
+  }
+  if (p.cfg_scale > 0 && model.causal_block_length > 0) {
+    return Invalid("cfg_scale: not for block-causal models; leave it out");
+  }
+  if (p.cfg_scale > 0 && model.mask_token < 0) {
+    return Invalid("cfg_scale: the model has no mask token to hide the prompt with; leave it out");
+  }
+  if (p.logits_eos_inf && model.eos_tokens.empty()) {
+    return Invalid("logits_eos_inf: the model has no EOS id; leave it out");
+  }
+  if (p.confidence_eos_eot_inf && model.eos_tokens.empty() && model.eot_token < 0) {
+    return Invalid("confidence_eos_eot_inf: the model has neither EOS nor EoT; leave it out");
+  }
+  // Worst case of the exceptions for one row: mask or own token, EOS ids, EoT, forbidden ids.
+  size_t rules = 1 + p.forbidden_ids.size();
+  if (p.eos_penalty != 0 || p.logits_eos_inf || p.confidence_eos_eot_inf) {
+    rules += model.eos_tokens.size() + (p.confidence_eos_eot_inf ? 1 : 0);
+  }
+  if (rules > kRulesMax) {
+    return Invalid("forbidden_ids: with the model's ", model.eos_tokens.size(),
+                   " EOS ids these are more exceptions than the ", kRulesMax,
+                   " of the vocabulary head; forbid ", rules - kRulesMax, " ids fewer");
+  }
+  return absl::OkStatus();
+}
+
+int32_t CountBlocks(const ModelTraits& model, int32_t block_length, int32_t canvas_begin,
+                    int32_t canvas_length) {
+  if (canvas_length == 0 || block_length == 0) return 0;
+  const int32_t lead = model.causal_block_length > 0 ? canvas_begin % block_length : 0;
+  return static_cast<int32_t>((int64_t{lead} + canvas_length + block_length - 1) / block_length);
+}
+
+}  // namespace
+
+absl::Span<const SamplerEntry> SamplerCatalog() { return kCatalog; }
+
+absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name) {
+  const std::string wanted = Normalized(name);
+  if (!wanted.empty()) {
+    for (const SamplerEntry& entry : kCatalog) {
+      if (entry.name == wanted || entry.alias == wanted) return &entry;
+    }
+  }
+  return absl::NotFoundError(absl::StrCat(
+      "no sampler \"", name, "\"; there are ",
+      absl::StrJoin(kCatalog, ", ", [](std::string* out, const SamplerEntry& entry) {
+        absl::StrAppend(out, entry.name);
+      })));
+}
+
+absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const ModelTraits& model,
+                                             int32_t num_masked, int32_t canvas_length,
+                                             int32_t canvas_begin) {
+  if (num_masked < 0 || canvas_length < num_masked || canvas_begin < 0) {
+    return Invalid("a canvas of ", canvas_length, " positions from ", canvas_begin, " with ",
+                   num_masked, " to fill");
+  }
+  DecodingParams result = params;
+  if (result.sampler.empty()) result.sampler = model.default_sampler;
+  if (result.sampler.empty()) {
+    return Invalid("sampler: the model names no default; choose one");
+  }
+  const absl::StatusOr<const SamplerEntry*> found = FindSampler(result.sampler);
+  if (!found.ok()) return Invalid("sampler: ", found.status().message());
+  const SamplerEntry& entry = **found;
+  result.sampler = std::string(entry.name);
+  CINNABAR_RETURN_IF_ERROR(CheckRanges(result, model));
+  CINNABAR_RETURN_IF_ERROR(CheckUnread(result, entry));
+  CINNABAR_RETURN_IF_ERROR(CheckModelFits(result, entry, model));
+
+  const int32_t default_block =
+      model.causal_block_length > 0 ? model.causal_block_length : canvas_length;
+  if (result.block_length == 0) result.block_length = default_block;
+  if (result.block_length != default_block) {
+    if (model.causal_block_length > 0) {
+      return Invalid("block_length: ", result.block_length, "; this model decodes blocks of ",
+                     default_block, ", leave it out");
+    }
+    if (!Reads(entry, Knob::kBlockLength)) {
+      return Invalid("block_length: sampler ", entry.name,
+                     " decodes the whole canvas at once; leave it out");
+    }
+  }
+
+  if (Reads(entry, Knob::kNumSteps)) {
+    const int32_t num_blocks =
+        CountBlocks(model, result.block_length, canvas_begin, canvas_length);
+    if (result.num_steps == 0) {
+      // A block of B positions in B steps takes one position at a time, and ends early when fewer
+      // are masked; a single block can be given just as many steps as it needs.
+      const bool one_block = model.causal_block_length == 0 && num_blocks <= 1 &&
+                             absl::string_view(entry.name).substr(0, 6) != "block_";
+      const int64_t steps =
+          one_block ? num_masked : int64_t{result.block_length} * std::max(num_blocks, 1);
+      // Beyond the limit the same number of steps for each block, as many as fit.
+      const int64_t most = kNumStepsMax / std::max(num_blocks, 1) * std::max(num_blocks, 1);
+      result.num_steps = static_cast<int32_t>(std::clamp<int64_t>(steps, 1, std::max<int64_t>(most, 1)));
+    }
+    if (num_blocks > 1 && result.num_steps % num_blocks != 0) {
+      const int32_t below = result.num_steps / num_blocks * num_blocks;
+      return Invalid("num_steps: ", result.num_steps, " do not split evenly over ", num_blocks,
+                     " blocks; use ", below > 0 ? absl::StrCat(below, " or ") : "",
+                     below + num_blocks);
+    }
+  }
+  return result;
+}
+
+}  // namespace cinnabar

@@ -1,0 +1,58 @@
+#include "common/wire/decoding_params_wire.h"
+
+#include "absl/strings/str_cat.h"
+
+namespace cinnabar {
+
+absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire) {
+  if (wire.forbidden_ids_size() > kForbiddenIdsMax) {
+    return absl::InvalidArgumentError(absl::StrCat("forbidden_ids has ", wire.forbidden_ids_size(),
+                                                   " ids; at most ", kForbiddenIdsMax,
+                                                   " are taken"));
+  }
+  DecodingParams params;
+  params.sampler = wire.sampler();
+  params.num_steps = wire.num_steps();
+  params.block_length = wire.block_length();
+  params.temperature = wire.temperature();
+  if (wire.has_top_p()) params.top_p = wire.top_p();
+  params.top_k = wire.top_k();
+  if (wire.has_threshold()) params.threshold = wire.threshold();
+  if (wire.has_factor()) params.factor = wire.factor();
+  if (wire.has_entropy_bound()) params.entropy_bound = wire.entropy_bound();
+  params.alg_temp = wire.alg_temp();
+  if (wire.has_eps()) params.eps = wire.eps();
+  params.cfg_scale = wire.cfg_scale();
+  params.logits_eos_inf = wire.logits_eos_inf();
+  params.confidence_eos_eot_inf = wire.confidence_eos_eot_inf();
+  params.eos_penalty = wire.eos_penalty();
+  params.forbidden_ids.assign(wire.forbidden_ids().begin(), wire.forbidden_ids().end());
+  params.pickable_ids = wire.pickable_ids();
+  params.seed = wire.seed();
+  return params;
+}
+
+v1::DecodingParams ToWire(const DecodingParams& params) {
+  v1::DecodingParams wire;
+  wire.set_sampler(params.sampler);
+  wire.set_num_steps(params.num_steps);
+  wire.set_block_length(params.block_length);
+  wire.set_temperature(params.temperature);
+  wire.set_top_p(params.top_p);
+  wire.set_top_k(params.top_k);
+  wire.set_threshold(params.threshold);
+  wire.set_factor(params.factor);
+  wire.set_entropy_bound(params.entropy_bound);
+  wire.set_alg_temp(params.alg_temp);
+  wire.set_eps(params.eps);
+  wire.set_cfg_scale(params.cfg_scale);
+  wire.set_logits_eos_inf(params.logits_eos_inf);
+  wire.set_confidence_eos_eot_inf(params.confidence_eos_eot_inf);
+  wire.set_eos_penalty(params.eos_penalty);
+  wire.mutable_forbidden_ids()->Assign(params.forbidden_ids.begin(), params.forbidden_ids.end());
+  wire.set_pickable_ids(params.pickable_ids);
+  wire.set_seed(params.seed);
+  return wire;
+}
+
+}  // namespace cinnabar

@@ -1,0 +1,33 @@
+#include "kernels/backend.h"
+
+#include "common/base/check.h"
+#include "kernels/cpu/cpu_backend.h"
+
+namespace cinnabar {
+
+const char* NameOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "F32";
+    case DType::kF16:
+      return "F16";
+    case DType::kBf16:
+      return "BF16";
+  }
+  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
+  return "";
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
+                                                     const BackendOptions& options) {
+  switch (kind) {
+    case BackendKind::kCpu:
+      return cpu::MakeCpuBackend(options);
+    case BackendKind::kCuda:
+      return absl::UnimplementedError("this build has no CUDA backend; use the CPU");
+  }
+  CINNABAR_CHECK(false) << "not a backend: " << static_cast<int>(kind);
+  return absl::InternalError("");
+}
+
+}  // namespace cinnabar

@@ -1,0 +1,629 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/check.h"
+#include "kernels/cpu/isa_kernels.h"
+#include "kernels/cpu/packed_weight.h"
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/cpu/vocabulary.h"
+
+namespace cinnabar::cpu {
+namespace {
+
+// Inputs of a panel that are multiplied at once: 512 x 32 floats, 64 KiB, stay in the second-level
+// cache (and half of them in the first) while every strip of rows passes.
+constexpr int64_t kInputBlock = 512;
+// Rows whose sums a thread keeps while it walks through the input blocks of a panel: 512 x 32
+// floats, 64 KiB.
+constexpr int64_t kRowGroup = 512;
+
+struct IsaChoice {
+  const IsaKernels* kernels;
+  const VocabularyKernels* vocabulary;
+};
+
+absl::StatusOr<IsaChoice> ChooseIsa(const std::string& isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool automatic = isa == "auto";
+  if (isa == "avx512" || (automatic && has_avx512)) {
+    if (!has_avx512) return absl::UnavailableError("this processor has no AVX-512");
+    return IsaChoice{&kIsaAvx512, &kVocabularyAvx512};
+  }
+  if (isa == "avx2" || (automatic && has_avx2)) {
+    if (!has_avx2) return absl::UnavailableError("this processor has no AVX2 with FMA and F16C");
+    return IsaChoice{&kIsaAvx2, &kVocabularyAvx2};
+  }
+#endif
+  if (isa == "generic" || isa == "auto") return IsaChoice{&kIsaGeneric, &kVocabularyGeneric};
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown isa \"", isa, "\": take auto, avx512, avx2 or generic"));
+}
+
+class HostBuffer : public Buffer {
+ public:
+  HostBuffer(AlignedMemory memory, int64_t size_bytes)
+      : Buffer(memory.get(), size_bytes), memory_(std::move(memory)) {}
+
+ private:
+  AlignedMemory memory_;
+};
+
+class EmbeddingTable : public Weight {
+ public:
+  explicit EmbeddingTable(const HostMatrix& table)
+      : Weight(table.rows, table.cols, RowOrder::kStacked, table.dtype), data_(table.data) {}
+  int64_t memory_bytes() const override { return 0; }  // the file's own pages
+  const void* data() const { return data_; }
+
+ private:
+  const void* data_;
+};
+
+// Keys in panels of 32 positions, [positions / 32][head_dim][32]: the scores of a strip are a
+// product with them. Values in panels of 32 columns, [head_dim / 32][positions][32], zero beyond
+// head_dim.
+class PanelKv : public KvMemory {
+ public:
+  PanelKv(const KvShape& shape, AlignedMemory memory) : shape_(shape), memory_(std::move(memory)) {}
+
+  static int64_t Positions(const KvShape& shape) {
+    return (shape.positions_max + kPanelWidth - 1) / kPanelWidth * kPanelWidth;
+  }
+  static int64_t ValueColumns(const KvShape& shape) {
+    return (shape.head_dim + kPanelWidth - 1) / kPanelWidth * kPanelWidth;
+  }
+  static int64_t HeadFloats(const KvShape& shape) {
+    return Positions(shape) * (shape.head_dim + ValueColumns(shape));
+  }
+  static int64_t Bytes(const KvShape& shape) {
+    return HeadFloats(shape) * shape.num_kv_heads * shape.num_layers * 4;
+  }
+
+  int64_t memory_bytes() const override { return Bytes(shape_); }
+  const KvShape& shape() const { return shape_; }
+  float* Keys(int32_t layer, int32_t head) const {
+    return reinterpret_cast<float*>(memory_.get()) +
+           (int64_t{layer} * shape_.num_kv_heads + head) * HeadFloats(shape_);
+  }
+  float* Values(int32_t layer, int32_t head) const {
+    return Keys(layer, head) + Positions(shape_) * shape_.head_dim;
+  }
+
+ private:
+  KvShape shape_;
+  AlignedMemory memory_;
+};
+
+// Rows of nearly equal number in each strip.
+struct Strips {
+  int64_t num_rows;
+  int64_t count;
+  Strips(int64_t rows, int64_t strip_rows)
+      : num_rows(rows), count((rows + strip_rows - 1) / strip_rows) {}
+  int64_t begin(int64_t strip) const { return strip * num_rows / count; }
+  int32_t height(int64_t strip) const {
+    return static_cast<int32_t>(begin(strip + 1) - begin(strip));
+  }
+};
+
+Finish FinishOf(Epilogue epilogue) {
+  switch (epilogue) {
+    case Epilogue::kStore:
+      return Finish::kStore;
+    case Epilogue::kAdd:
+      return Finish::kAdd;
+    case Epilogue::kGatedAdd:
+      return Finish::kGatedAdd;
+    case Epilogue::kSilu:
+      return Finish::kSilu;
+    case Epilogue::kGeluTanh:
+      return Finish::kGeluTanh;
+    case Epilogue::kSwiGlu:
+      return Finish::kSwiGlu;
+  }
+  CINNABAR_CHECK(false) << "not an epilogue: " << static_cast<int>(epilogue);
+  return Finish::kStore;
+}
+
+void CheckFloat(const Rows& rows) {
+  CINNABAR_CHECK(rows.dtype == DType::kF32) << "the CPU computes in float32";
+}
+
+const SequenceSpan& SpanOf(absl::Span<const SequenceSpan> sequences, int64_t row) {
+  const auto after =
+      std::upper_bound(sequences.begin(), sequences.end(), row,
+                       [](int64_t r, const SequenceSpan& span) { return r < span.row_begin; });
+  CINNABAR_CHECK(after != sequences.begin());
+  const SequenceSpan& span = *(after - 1);
+  CINNABAR_CHECK(row < span.row_begin + span.num_rows)
+      << "row " << row << " belongs to no sequence";
+  return span;
+}
+
+class CpuBackend : public Backend {
+ public:
+  CpuBackend(const IsaChoice& isa, int32_t num_threads)
+      : isa_(*isa.kernels), vocabulary_kernels_(*isa.vocabulary), pool_(num_threads) {}
+
+  std::string Describe() const override {
+    return absl::StrCat("cpu ", isa_.name, ", ", pool_.num_threads(),
+                        pool_.num_threads() == 1 ? " thread" : " threads");
+  }
+  DType activation_dtype() const override { return DType::kF32; }
+
+  absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {
+    AlignedMemory memory = AllocateAligned(size_bytes);
+    if (memory == nullptr)
+      return absl::ResourceExhaustedError(absl::StrCat("no ", size_bytes, " bytes of memory"));
+    return std::make_unique<HostBuffer>(std::move(memory), size_bytes);
+  }
+
+  absl::StatusOr<std::unique_ptr<KvMemory>> AllocateKv(const KvShape& shape) override {
+    AlignedMemory memory = AllocateAligned(PanelKv::Bytes(shape));
+    if (memory == nullptr) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no ", PanelKv::Bytes(shape), " bytes of KV memory"));
+    }
+    return std::make_unique<PanelKv>(shape, std::move(memory));
+  }
+  int64_t KvBytes(const KvShape& shape) const override { return PanelKv::Bytes(shape); }
+
+  int64_t WorkspaceBytes(const WorkspaceShape& shape) const override {
+    return ScratchOf(shape).total_bytes +
+           VocabularyWorkspace::Bytes(shape, pool_.num_threads(), isa_.strip_rows);
+  }
+
+  absl::Status Reserve(const WorkspaceShape& wanted) override {
+    WorkspaceShape shape = shape_;
+    shape.rows_max = std::max(shape.rows_max, wanted.rows_max);
+    shape.cols_max = std::max(shape.cols_max, wanted.cols_max);
+    shape.vocabulary = std::max(shape.vocabulary, wanted.vocabulary);
+    shape.queries_max = std::max(shape.queries_max, wanted.queries_max);
+    shape.positions_max = std::max(shape.positions_max, wanted.positions_max);
+    shape.head_dim_max = std::max(shape.head_dim_max, wanted.head_dim_max);
+    const Scratch scratch = ScratchOf(shape);
+    AlignedMemory memory = AllocateAligned(scratch.total_bytes);
+    if (memory == nullptr) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no ", scratch.total_bytes, " bytes of workspace"));
+    }
+    const absl::Status vocabulary =
+        vocabulary_workspace_.Reserve(shape, pool_.num_threads(), isa_.strip_rows);
+    if (!vocabulary.ok()) return vocabulary;
+    shape_ = shape;
+    scratch_ = scratch;
+    scratch_memory_ = std::move(memory);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
+                                                     RowOrder row_order, DType dtype) override {
+    return PackedWeight::Pack(parts, row_order, dtype, pool_);
+  }
+  absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
+    return std::make_unique<EmbeddingTable>(table);
+  }
+  absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) override {
+    const int64_t size = vector.rows * vector.cols;
+    auto buffer = Allocate(size * 4);
+    if (!buffer.ok()) return buffer.status();
+    float* out = static_cast<float*>((*buffer)->data());
+    for (int64_t i = 0; i < size; ++i) out[i] = ReadElement(vector.data, vector.dtype, i);
+    return buffer;
+  }
+  absl::Status Upload(absl::Span<const float> host, void* device) override {
+    std::memcpy(device, host.data(), host.size() * sizeof(float));
+    return absl::OkStatus();
+  }
+  absl::Status Download(const void* device, absl::Span<float> host) override {
+    std::memcpy(host.data(), device, host.size() * sizeof(float));
+    return absl::OkStatus();
+  }
+
+  absl::Status Embed(const Weight& table, absl::Span<const int32_t> ids, float scale,
+                     const Rows& out) override {
+    CheckFloat(out);
+    const auto& embedding = dynamic_cast<const EmbeddingTable&>(table);
+    ForRows(static_cast<int64_t>(ids.size()), [&](int64_t row) {
+      CINNABAR_CHECK(ids[row] >= 0 && ids[row] < embedding.rows()) << "id " << ids[row];
+      const int64_t begin = ids[row] * embedding.cols();
+      float* values = out.f32() + row * out.stride;
+      for (int64_t i = 0; i < embedding.cols(); ++i) {
+        values[i] = ReadElement(embedding.data(), embedding.dtype(), begin + i) * scale;
+      }
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status Linear(const LinearArgs& args) override {
+    CheckFloat(args.x);
+    CheckFloat(args.out);
+    const auto& weight = dynamic_cast<const PackedWeight&>(*args.weight);
+    const bool paired = weight.row_order() == RowOrder::kGatedPairs;
+    CINNABAR_CHECK(paired == (args.epilogue == Epilogue::kSwiGlu))
+        << "gated pairs go with kSwiGlu and nothing else";
+    Multiply(args, weight, FinishOf(args.epilogue));
+    return absl::OkStatus();
+  }
+
+  absl::Status Logits(const LogitsArgs& args) override {
+    LinearArgs linear;
+    linear.x = args.hidden;
+    linear.num_rows = args.num_rows;
+    linear.weight = args.weight;
+    linear.bias = args.bias;
+    linear.out = args.out;
+    return Linear(linear);
+  }
+
+  absl::Status RmsNorm(const RmsNormArgs& args) override {
+    CheckFloat(args.x);
+    CheckFloat(args.out);
+    ForRows(args.num_rows, [&](int64_t row) {
+      const int64_t source = args.row_indices.empty() ? row : args.row_indices[row];
+      isa_.rms_norm(args.x.f32() + source * args.x.stride, args.weight, args.dim, args.eps,
+                    args.out.f32() + row * args.out.stride);
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status LayerNormModulate(const LayerNormModulateArgs& args) override {
+    CheckFloat(args.x);
+    CheckFloat(args.out);
+    ForRows(args.num_rows, [&](int64_t row) {
+      const int64_t source = args.row_indices.empty() ? row : args.row_indices[row];
+      const int64_t modulation = SpanOf(args.sequences, source).modulation_row;
+      isa_.layer_norm(args.x.f32() + source * args.x.stride, args.weight,
+                      args.shift.f32() + modulation * args.shift.stride,
+                      args.scale.f32() + modulation * args.scale.stride, args.dim, args.eps,
+                      args.out.f32() + row * args.out.stride);
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status GatherRows(const GatherRowsArgs& args) override {
+    CheckFloat(args.x);
+    CheckFloat(args.out);
+    ForRows(static_cast<int64_t>(args.row_indices.size()), [&](int64_t row) {
+      std::memcpy(args.out.f32() + row * args.out.stride,
+                  args.x.f32() + args.row_indices[row] * args.x.stride, args.dim * sizeof(float));
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status PrepareHeads(const PrepareHeadsArgs& args) override {
+    CheckFloat(args.qkv);
+    const HeadShape& heads = args.heads;
+    CINNABAR_CHECK(args.rotary.rotary_dim <= heads.head_dim);
+    ForRows(args.num_rows, [&](int64_t row) {
+      const SequenceSpan& span = SpanOf(args.sequences, row);
+      const int64_t position = span.first_position + row - span.row_begin;
+      const auto& kv = dynamic_cast<const PanelKv&>(*span.kv);
+      CINNABAR_CHECK(position < kv.shape().positions_max) << "position " << position;
+      float* values = args.qkv.f32() + row * args.qkv.stride;
+      for (int32_t head = 0; head < heads.num_heads + heads.num_kv_heads; ++head) {
+        const float* norm = head < heads.num_heads ? args.q_norm : args.k_norm;
+        float* x = values + int64_t{head} * heads.head_dim;
+        if (norm != nullptr) isa_.rms_norm(x, norm, heads.head_dim, args.norm_eps, x);
+        Rotate(args.rotary, position, x);
+      }
+      for (int32_t head = 0; head < heads.num_kv_heads; ++head) {
+        const float* key = values + int64_t{heads.num_heads + head} * heads.head_dim;
+        const float* value = key + int64_t{heads.num_kv_heads} * heads.head_dim;
+        float* keys = kv.Keys(args.layer, head) +
+                      position / kPanelWidth * heads.head_dim * kPanelWidth +
+                      position % kPanelWidth;
+        for (int32_t i = 0; i < heads.head_dim; ++i) keys[i * kPanelWidth] = key[i];
+        const int64_t panel_floats = PanelKv::Positions(kv.shape()) * kPanelWidth;
+        float* kept = kv.Values(args.layer, head) + position * kPanelWidth;
+        for (int32_t i = 0; i < heads.head_dim; i += kPanelWidth) {
+          const int32_t count = std::min(heads.head_dim - i, kPanelWidth);
+          std::memcpy(kept + i / kPanelWidth * panel_floats, value + i, count * sizeof(float));
+        }
+      }
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status Attend(const AttendArgs& args) override {
+    CheckFloat(args.q);
+    CheckFloat(args.out);
+    // Strips of all spans, numbered through; a task is one strip under one head.
+    int64_t num_strips = 0;
+    for (const SequenceSpan& span : args.sequences)
+      num_strips += Strips(span.num_rows, isa_.strip_rows).count;
+    pool_.ParallelFor(num_strips * args.heads.num_heads, [&](int64_t item, int32_t thread) {
+      int64_t strip = item / args.heads.num_heads;
+      const int32_t head = static_cast<int32_t>(item % args.heads.num_heads);
+      for (const SequenceSpan& span : args.sequences) {
+        const int64_t count = Strips(span.num_rows, isa_.strip_rows).count;
+        if (strip < count) return AttendStrip(args, span, strip, head, thread);
+        strip -= count;
+      }
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status AnswerVocabulary(const VocabularyArgs& args) override {
+    CheckFloat(args.hidden);
+    const Head machine(*this, dynamic_cast<const PackedWeight&>(*args.weight));
+    AnswerVocabularyCpu(args, machine, vocabulary_workspace_);
+    return absl::OkStatus();
+  }
+
+  absl::Status Synchronize() override { return absl::OkStatus(); }
+
+ private:
+  // Offsets in floats into the workspace; per-thread parts follow one another.
+  struct Scratch {
+    int64_t strips = 0;   // packed rows of the left side of a product
+    int64_t threads = 0;  // first thread's part
+    int64_t thread_floats = 0;
+    int64_t sums = 0;  // inside a thread's part
+    int64_t panel = 0;
+    int64_t scores = 0;
+    int64_t probabilities = 0;
+    int64_t query = 0;
+    int64_t total_bytes = 0;
+  };
+
+  Scratch ScratchOf(const WorkspaceShape& shape) const {
+    const auto round = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+    Scratch scratch;
+    int64_t next = 0;
+    const auto take = [&](int64_t floats) { return std::exchange(next, next + round(floats)); };
+    scratch.strips = take(shape.rows_max * shape.cols_max);
+    scratch.threads = next;
+    next = 0;
+    scratch.sums = take(kRowGroup * kPanelWidth);
+    scratch.panel = take(kInputBlock * kPanelWidth);
+    scratch.scores = take(kStripRowsMax * ScoreStride(shape.positions_max));
+    scratch.probabilities = take(kStripRowsMax * ScoreStride(shape.positions_max));
+    scratch.query = take(kStripRowsMax * std::max<int64_t>(shape.head_dim_max, kPanelWidth));
+    scratch.thread_floats = next;
+    scratch.total_bytes = (scratch.threads + scratch.thread_floats * pool_.num_threads()) * 4;
+    return scratch;
+  }
+
+  // Whole panels of keys, and a line more so that the rows of a strip do not share cache sets.
+  static int64_t ScoreStride(int64_t positions) {
+    return (positions + kPanelWidth - 1) / kPanelWidth * kPanelWidth + 16;
+  }
+
+  float* scratch() const { return reinterpret_cast<float*>(scratch_memory_.get()); }
+  float* ThreadScratch(int32_t thread) const {
+    return scratch() + scratch_.threads + thread * scratch_.thread_floats;
+  }
+
+  // Rows in chunks, so that a task is worth handing out.
+  template <typename Body>
+  void ForRows(int64_t num_rows, const Body& body) {
+    constexpr int64_t kRowsPerTask = 8;
+    pool_.ParallelFor((num_rows + kRowsPerTask - 1) / kRowsPerTask,
+                      [&](int64_t task, int32_t /*thread*/) {
+                        const int64_t end = std::min(num_rows, (task + 1) * kRowsPerTask);
+                        for (int64_t row = task * kRowsPerTask; row < end; ++row) body(row);
+                      });
+  }
+
+  void Rotate(const RotaryTable& rotary, int64_t position, float* x) const {
+    if (rotary.rotary_dim == 0) return;
+    CINNABAR_CHECK(position < rotary.positions_max) << "position " << position;
+    const int32_t half = rotary.rotary_dim / 2;
+    isa_.rotate(x, rotary.cosine + position * half, rotary.sine + position * half, half);
+  }
+
+  void Multiply(const LinearArgs& args, const PackedWeight& weight, Finish finish) {
+    const int64_t dim = weight.cols();
+    CINNABAR_CHECK(args.num_rows * dim <= shape_.rows_max * shape_.cols_max)
+        << args.num_rows << " x " << dim << " is more than was reserved";
+    const Strips strips(args.num_rows, isa_.strip_rows);
+    float* packed = scratch() + scratch_.strips;
+    pool_.ParallelFor(strips.count, [&](int64_t strip, int32_t /*thread*/) {
+      const int64_t row = strips.begin(strip);
+      isa_.pack_strip(args.x.f32() + row * args.x.stride, args.x.stride, strips.height(strip), dim,
+                      1.0F, packed + row * dim);
+    });
+    // Groups of strips of at most kRowGroup rows; a task is one panel for one group.
+    const int64_t strips_per_group = kRowGroup / isa_.strip_rows;
+    const int64_t num_groups = (strips.count + strips_per_group - 1) / strips_per_group;
+    pool_.ParallelFor(num_groups * weight.num_panels(), [&](int64_t item, int32_t thread) {
+      const int64_t group = item / weight.num_panels();
+      const int64_t strip_begin = group * strips_per_group;
+      const int64_t strip_end = std::min(strips.count, strip_begin + strips_per_group);
+      MultiplyPanel(args, weight, finish, strips, strip_begin, strip_end,
+                    item % weight.num_panels(), ThreadScratch(thread));
+    });
+  }
+
+  void MultiplyPanel(const LinearArgs& args, const PackedWeight& weight, Finish finish,
+                     const Strips& strips, int64_t strip_begin, int64_t strip_end, int64_t panel,
+                     float* mine) const {
+    const int64_t dim = weight.cols();
+    const float* packed = scratch() + scratch_.strips;
+    float* sums = mine + scratch_.sums;
+    const int64_t first_row = strips.begin(strip_begin);
+    for (int64_t k = 0; k < dim; k += kInputBlock) {
+      const int64_t count = std::min(kInputBlock, dim - k);
+      const float* block = weight.PanelBlock(panel, k, count, isa_, mine + scratch_.panel);
+      for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
+        const int64_t row = strips.begin(strip);
+        const int32_t height = strips.height(strip);
+        isa_.tile(packed + row * dim + k * height, height, block, count, /*resume=*/k > 0,
+                  sums + (row - first_row) * kPanelWidth, kPanelWidth);
+        if (k + count == dim) {
+          FinishStrip(args, weight, finish, panel, row, height,
+                      sums + (row - first_row) * kPanelWidth);
+        }
+      }
+    }
+  }
+
+  void FinishStrip(const LinearArgs& args, const PackedWeight& weight, Finish finish, int64_t panel,
+                   int64_t row, int32_t height, const float* sums) const {
+    const bool paired = finish == Finish::kSwiGlu;
+    const int64_t num_outputs = paired ? weight.rows() / 2 : weight.rows();
+    const int64_t outputs_per_panel = paired ? kPanelWidth / 2 : kPanelWidth;
+    const int64_t output = panel * outputs_per_panel;
+    FinishTask task;
+    task.finish = finish;
+    task.sums = sums;
+    task.sums_stride = kPanelWidth;
+    task.num_rows = height;
+    task.num_outputs = static_cast<int32_t>(std::min(outputs_per_panel, num_outputs - output));
+    task.bias_low = args.bias == nullptr ? nullptr : args.bias + output;
+    task.bias_high = args.bias == nullptr
+                         ? nullptr
+                         : args.bias + output + (paired ? num_outputs : kPanelWidth / 2);
+    task.gate = nullptr;
+    task.out = args.out.f32() + row * args.out.stride + output;
+    task.out_stride = args.out.stride;
+    if (finish != Finish::kGatedAdd) return isa_.finish(task);
+    // One sequence at a time: each has its own gate.
+    const int64_t end = row + height;
+    while (row < end) {
+      const SequenceSpan& span = SpanOf(args.sequences, row);
+      task.num_rows =
+          static_cast<int32_t>(std::min<int64_t>(end, span.row_begin + span.num_rows) - row);
+      task.gate = args.gate.f32() + int64_t{span.modulation_row} * args.gate.stride + output;
+      isa_.finish(task);
+      task.sums += int64_t{task.num_rows} * kPanelWidth;
+      task.out += int64_t{task.num_rows} * args.out.stride;
+      row += task.num_rows;
+    }
+  }
+
+  // Number of leading positions that a row sees.
+  static int64_t VisibleKeys(const SequenceSpan& span, int64_t row_in_span) {
+    const int64_t all = int64_t{span.first_position} + span.num_rows;
+    if (span.block_length == 0) return all;
+    const int64_t block = (span.first_position + row_in_span) / span.block_length;
+    return std::min<int64_t>(all, (block + 1) * span.block_length);
+  }
+
+  void AttendStrip(const AttendArgs& args, const SequenceSpan& span, int64_t strip, int32_t head,
+                   int32_t thread) const {
+    const Strips strips(span.num_rows, isa_.strip_rows);
+    const int64_t first = strips.begin(strip);
+    const int32_t height = strips.height(strip);
+    const int32_t head_dim = args.heads.head_dim;
+    const int32_t kv_head = head / (args.heads.num_heads / args.heads.num_kv_heads);
+    const auto& kv = dynamic_cast<const PanelKv&>(*span.kv);
+    const float* keys = kv.Keys(args.layer, kv_head);
+    const float* values = kv.Values(args.layer, kv_head);
+    const int64_t num_keys = VisibleKeys(span, first + height - 1);  // the last row sees most
+    CINNABAR_CHECK(num_keys <= shape_.positions_max)
+        << num_keys << " keys are more than was reserved";
+
+    float* mine = ThreadScratch(thread);
+    float* query = mine + scratch_.query;
+    float* scores = mine + scratch_.scores;
+    float* probabilities = mine + scratch_.probabilities;
+    const int64_t stride = ScoreStride(num_keys);
+    const int64_t row = span.row_begin + first;
+    isa_.pack_strip(args.q.f32() + row * args.q.stride + int64_t{head} * head_dim, args.q.stride,
+                    height, head_dim, args.scale, query);
+    for (int64_t key = 0; key < num_keys; key += kPanelWidth) {
+      isa_.tile(query, height, keys + key * head_dim, head_dim, /*resume=*/false, scores + key,
+                stride);
+    }
+    // Keys that a row does not see get probability 0, which adds nothing to its sums: a row's
+    // result does not depend on what its neighbours see.
+    float reciprocal[kStripRowsMax];
+    for (int32_t r = 0; r < height; ++r) {
+      reciprocal[r] = isa_.softmax(scores + r * stride, VisibleKeys(span, first + r), num_keys);
+    }
+    isa_.pack_strip(scores, stride, height, num_keys, 1.0F, probabilities);
+    const int64_t panel_floats = PanelKv::Positions(kv.shape()) * kPanelWidth;
+    float* sums = query;  // no longer needed; at least 32 wide
+    for (int32_t column = 0; column < head_dim; column += kPanelWidth) {
+      isa_.tile(probabilities, height, values + column / kPanelWidth * panel_floats, num_keys,
+                /*resume=*/false, sums, kPanelWidth);
+      const int32_t count = std::min(head_dim - column, kPanelWidth);
+      for (int32_t r = 0; r < height; ++r) {
+        isa_.scale(
+            sums + r * kPanelWidth, reciprocal[r], count,
+            args.out.f32() + (row + r) * args.out.stride + int64_t{head} * head_dim + column);
+      }
+    }
+  }
+
+  // The vocabulary head's view of this backend.
+  class Head : public VocabularyMachine {
+   public:
+    Head(CpuBackend& backend, const PackedWeight& weight)
+        : VocabularyMachine(backend.vocabulary_kernels_, backend.pool_.num_threads(),
+                            backend.isa_.strip_rows),
+          backend_(backend),
+          weight_(weight) {}
+
+    void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id,
+                  int32_t num_ids, float* out, int64_t out_stride) const override {
+      for (int32_t id = 0; id < num_ids; id += kPanelWidth) {
+        MultiplyPanel(x, x_stride, num_rows, (first_id + id) / kPanelWidth, out + id, out_stride);
+      }
+    }
+
+    void ParallelFor(int64_t num_items,
+                     absl::FunctionRef<void(int64_t, int32_t)> body) const override {
+      backend_.pool_.ParallelFor(num_items, body);
+    }
+
+   private:
+    void MultiplyPanel(const float* x, int64_t x_stride, int32_t num_rows, int64_t panel,
+                       float* out, int64_t out_stride) const {
+      const int64_t dim = weight_.cols();
+      // Widened weights pass through a block of scratch that belongs to the call.
+      alignas(64) float block[kWidenBlock * kPanelWidth];
+      const int64_t step = weight_.dtype() == DType::kF32 ? dim : kWidenBlock;
+      for (int64_t k = 0; k < dim; k += step) {
+        const int64_t count = std::min(step, dim - k);
+        backend_.isa_.tile_rows(x + k, x_stride, num_rows,
+                                weight_.PanelBlock(panel, k, count, backend_.isa_, block), count,
+                                k > 0, out, out_stride);
+      }
+    }
+
+    static constexpr int64_t kWidenBlock = 128;
+    CpuBackend& backend_;
+    const PackedWeight& weight_;
+  };
+
+  const IsaKernels& isa_;
+  const VocabularyKernels& vocabulary_kernels_;
+  mutable ThreadPool pool_;
+  WorkspaceShape shape_;
+  Scratch scratch_;
+  AlignedMemory scratch_memory_;
+  VocabularyWorkspace vocabulary_workspace_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const BackendOptions& options) {
+  if (options.num_threads < 0 || options.num_threads > 1024) {
+    return absl::InvalidArgumentError(absl::StrCat("num_threads is ", options.num_threads,
+                                                   "; take 1 to 1024, or 0 for every core"));
+  }
+  const absl::StatusOr<IsaChoice> isa = ChooseIsa(options.isa);
+  if (!isa.ok()) return isa.status();
+  const int32_t num_threads =
+      options.num_threads > 0
+          ? options.num_threads
+          : std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
+  return std::make_unique<CpuBackend>(*isa, num_threads);
+}
+
+}  // namespace cinnabar::cpu

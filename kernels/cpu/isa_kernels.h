@@ -1,0 +1,74 @@
+// The inner loops of the CPU backend, one table an instruction set, all compiled from
+// isa_kernels.inc. Raw pointers and plain structs only: the including files are compiled with
+// different flags, and an inline function or template that they share with the rest of the program
+// could end up with instructions that the machine lacks.
+//
+// Every table gives the same bits: an output of a product is one float32 accumulator, fused over k
+// = 0, 1, ...; sums over a row run in sixteen lanes, element i in lane i mod 16, joined in one
+// fixed order.
+#ifndef CINNABAR_KERNELS_CPU_ISA_KERNELS_H_
+#define CINNABAR_KERNELS_CPU_ISA_KERNELS_H_
+
+#include <cstdint>
+
+namespace cinnabar::cpu {
+
+inline constexpr int32_t kPanelWidth = 32;    // outputs of a weight panel
+inline constexpr int32_t kStripRowsMax = 14;  // largest strip of any instruction set
+
+enum class Finish : uint8_t { kStore, kAdd, kGatedAdd, kSilu, kGeluTanh, kSwiGlu };
+
+// Rows of one panel's products on their way out: rows of 32 sums, of which the first `num_outputs`
+// count (kSwiGlu: the first num_outputs of each half).
+struct FinishTask {
+  Finish finish;
+  const float* sums;
+  int64_t sums_stride;
+  int32_t num_rows;
+  int32_t num_outputs;
+  const float* bias_low;   // of sums 0..15, or null; num_outputs (or 16) of them
+  const float* bias_high;  // of sums 16..31
+  const float* gate;       // kGatedAdd: one row of num_outputs
+  float* out;
+  int64_t out_stride;
+};
+
+struct IsaKernels {
+  const char* name;
+  int32_t strip_rows;  // rows of a strip at most
+
+  // strip[k * num_rows + r] = x[r * stride + k] * scale.
+  void (*pack_strip)(const float* x, int64_t stride, int32_t num_rows, int64_t dim, float scale,
+                     float* strip);
+  // c[r * c_stride + j] (+)= sum over k of strip[k * num_rows + r] * panel[k * 32 + j], j < 32.
+  // When `resume`, the sums go on from what c holds. panel: 64-byte aligned.
+  void (*tile)(const float* strip, int32_t num_rows, const float* panel, int64_t dim, bool resume,
+               float* c, int64_t c_stride);
+  // The same from rows that are not packed: x[r * x_stride + k].
+  void (*tile_rows)(const float* x, int64_t x_stride, int32_t num_rows, const float* panel,
+                    int64_t dim, bool resume, float* c, int64_t c_stride);
+  void (*widen_bf16)(const uint16_t* source, int64_t count, float* out);  // count: multiple of 16
+  void (*widen_f16)(const uint16_t* source, int64_t count, float* out);
+  void (*finish)(const FinishTask& task);
+
+  // out = w * x / sqrt(mean x^2 + eps)
+  void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float* out);
+  // out = LN(x) * w * (1 + scale) + shift
+  void (*layer_norm)(const float* x, const float* weight, const float* shift, const float* scale,
+                     int64_t dim, float eps, float* out);
+  // x[i], x[i + half] rotated by (cosine[i], sine[i]), i < half.
+  void (*rotate)(float* x, const float* cosine, const float* sine, int32_t half);
+  // In place: x[i] = exp(x[i] - max) for i < count, 0 up to padded_count; returns 1 / sum.
+  float (*softmax)(float* x, int64_t count, int64_t padded_count);
+  // out = x * factor
+  void (*scale)(const float* x, float factor, int64_t count, float* out);
+};
+
+// The AVX tables are there on x86-64 only, and may only be called where the processor has them.
+extern const IsaKernels kIsaAvx512;
+extern const IsaKernels kIsaAvx2;
+extern const IsaKernels kIsaGeneric;
+
+}  // namespace cinnabar::cpu
+
+#endif  // CINNABAR_KERNELS_CPU_ISA_KERNELS_H_

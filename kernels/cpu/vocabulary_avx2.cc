@@ -1,0 +1,13 @@
+// The vocabulary head's loops for avx2; the flags are in CMakeLists.txt.
+#include <immintrin.h>
+
+#include "kernels/cpu/vocabulary_kernels.h"
+
+namespace cinnabar::cpu {
+namespace {
+#include "kernels/cpu/vocabulary_kernels.inc"
+}  // namespace
+
+extern const VocabularyKernels kVocabularyAvx2 = kKernels;
+
+}  // namespace cinnabar::cpu

@@ -1,0 +1,227 @@
+// Whole denoising steps of dense models with random weights: GFLOP/s, the share of the FMA rate that this machine
+// reaches in the same minute, and tokens x steps a second; then block-cached against uncached decoding.
+//
+//   engine_bench [--model small|medium|half|all] [--threads 1,2] [--rows 128,256,512] [--batch 1,8]
+//                [--dtype float32,bfloat16] [--isa auto] [--rounds 5] [--skip-cache]
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_split.h"
+#include "common/base/check.h"
+#include "tests/bench/peak.h"
+#include "tests/support/random_checkpoint.h"
+#include "worker/engine/engine.h"
+
+namespace cinnabar {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Model {
+  const char* name;
+  RandomCheckpoint shape;
+};
+
+std::vector<Model> Models() {
+  return {
+      {"small", {.num_layers = 12, .dim = 768, .ffn = 2048, .num_heads = 12, .num_kv_heads = 12, .vocabulary = 32000}},
+      {"medium", {.num_layers = 24, .dim = 1024, .ffn = 2816, .num_heads = 16, .num_kv_heads = 16, .vocabulary = 32000}},
+      {"half", {.num_layers = 24, .dim = 1024, .ffn = 4096, .num_heads = 16, .num_kv_heads = 16, .vocabulary = 50304}},
+  };
+}
+
+double Parameters(const RandomCheckpoint& shape) {
+  return static_cast<double>(shape.num_layers * shape.LayerProducts() + 2 * shape.HeadProducts());
+}
+
+// Floating-point operations of one step in which every position is computed and `answered` of them have logits.
+double StepFlops(const RandomCheckpoint& shape, int64_t batch, int64_t length, int64_t answered) {
+  const double rows = static_cast<double>(batch * length);
+  const double keys_values = 2.0 * shape.dim * shape.num_kv_heads * shape.head_dim();
+  const double others = static_cast<double>(shape.LayerProducts()) - keys_values;
+  const double attention = 2.0 * static_cast<double>(length) * shape.num_heads * shape.head_dim();
+  // The last layer computes keys and values of every row, and the rest for the rows that are answered.
+  double products = rows * keys_values * shape.num_layers;
+  products += (rows * (shape.num_layers - 1) + static_cast<double>(answered)) * (others + attention);
+  products += static_cast<double>(answered) * static_cast<double>(shape.HeadProducts());
+  return 2.0 * products;
+}
+
+SequenceState MakeState(const Denoiser& denoiser, int32_t given, int32_t length, DecodingParams params) {
+  std::vector<TokenId> ids(length);
+  std::vector<bool> flags(length);
+  for (int32_t i = 0; i < given; ++i) {
+    ids[i] = (i * 131 + 7) % 1000;
+    flags[i] = true;
+  }
+  auto state = MakeSequence(ids, flags, params, denoiser.traits());
+  CINNABAR_CHECK(state.ok()) << state.status();
+  return *std::move(state);
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+struct Options {
+  std::vector<std::string> models = {"small", "half"};
+  std::vector<std::string> threads = {"1", "2"};
+  std::vector<std::string> rows = {"128", "256", "512"};
+  std::vector<std::string> batches = {"1", "8"};
+  std::vector<std::string> dtypes = {"float32", "bfloat16"};
+  std::string isa = "auto";
+  int rounds = 5;
+  bool cache = true;
+};
+
+std::unique_ptr<Denoiser> Load(const std::string& directory, Backend& backend, const std::string& dtype,
+                               const ForwardLimits& limits) {
+  auto denoiser = LoadDenoiser(directory, backend,
+                               {.weight_dtype = dtype == "bfloat16" ? DType::kBf16 : DType::kF32}, limits);
+  CINNABAR_CHECK(denoiser.ok()) << denoiser.status();
+  return *std::move(denoiser);
+}
+
+int ToInt(const std::string& text) {
+  int value = 0;
+  CINNABAR_CHECK(absl::SimpleAtoi(text, &value)) << text << " is not a number";
+  return value;
+}
+
+void BenchSteps(const Model& model, const std::string& directory, const Options& options) {
+  for (const std::string& threads_text : options.threads) {
+    const int32_t threads = ToInt(threads_text);
+    for (const std::string& dtype : options.dtypes) {
+      auto backend = *MakeBackend(BackendKind::kCpu, {.num_threads = threads, .isa = options.isa});
+      const ForwardLimits limits{.rows_max = 4096, .sequences_max = 8, .positions_max = 512};
+      auto denoiser = Load(directory, *backend, dtype, limits);
+      for (const std::string& rows_text : options.rows) {
+        for (const std::string& batch_text : options.batches) {
+          const int32_t length = ToInt(rows_text);
+          const int32_t batch = ToInt(batch_text);
+          Engine engine(*denoiser, {.limits = limits, .kv_bytes_max = int64_t{4} << 30});
+          for (int32_t i = 0; i < batch; ++i) {
+            const auto added = engine.Add(
+                MakeState(*denoiser, 1, length, {.sampler = "low_confidence", .seed = static_cast<uint64_t>(i)}));
+            CINNABAR_CHECK(added.ok()) << added.status();
+          }
+          StepReport report;
+          CINNABAR_CHECK(engine.Step(absl::InfinitePast(), report).ok());  // warm-up
+          std::vector<double> shares;
+          std::vector<double> rates;
+          double peak_before = bench::MeasurePeakFlops(threads);
+          for (int round = 0; round < options.rounds; ++round) {
+            const int64_t answered_before = engine.counters().rows_answered;
+            const auto begin = Clock::now();
+            CINNABAR_CHECK(engine.Step(absl::InfinitePast(), report).ok());
+            const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+            const double flops =
+                StepFlops(model.shape, batch, length, engine.counters().rows_answered - answered_before);
+            const double peak_after = bench::MeasurePeakFlops(threads);
+            shares.push_back(flops / seconds / std::max(peak_before, peak_after));
+            rates.push_back(flops / seconds);
+            peak_before = peak_after;
+          }
+          const auto [low, high] = std::minmax_element(shares.begin(), shares.end());
+          const double step_flops = StepFlops(model.shape, batch, length, int64_t{batch} * (length - 1));
+          std::printf("%-6s %4.2fB  %-8s  %d thr  T=%-3d  batch %d   %6.1f GFLOP/s   %5.1f%% of peak (%.1f .. %.1f)   "
+                      "%7.0f tokens x steps/s\n",
+                      model.name, Parameters(model.shape) / 1e9, dtype.c_str(), threads, length, batch,
+                      Median(rates) / 1e9, 100 * Median(shares), 100 * *low, 100 * *high,
+                      batch * length * Median(rates) / step_flops);
+          std::fflush(stdout);
+        }
+      }
+    }
+  }
+}
+
+// Decodes 512 tokens in blocks of 32 with four tokens a step, with and without the cache of finished blocks.
+void BenchCache(const std::string& directory, const RandomCheckpoint& shape, const Options& options) {
+  constexpr int32_t kLength = 512;
+  for (const std::string& threads_text : options.threads) {
+    auto backend = *MakeBackend(BackendKind::kCpu, {.num_threads = ToInt(threads_text), .isa = options.isa});
+    const ForwardLimits limits{.rows_max = kLength, .sequences_max = 1, .positions_max = kLength};
+    auto denoiser = Load(directory, *backend, "float32", limits);
+    double seconds[2];
+    std::vector<TokenId> tokens[2];
+    for (const bool cached : {false, true}) {
+      Engine engine(*denoiser, {.limits = limits, .block_cache = cached});
+      const auto added = engine.Add(MakeState(*denoiser, 4, kLength, {.sampler = "block_static", .num_steps = 128}));
+      CINNABAR_CHECK(added.ok()) << added.status();
+      StepReport report;
+      const auto begin = Clock::now();
+      std::vector<std::pair<SequenceId, SequenceState>> finished;
+      while (finished.empty()) {
+        CINNABAR_CHECK(engine.Step(absl::InfinitePast(), report).ok());
+        finished = engine.TakeFinished();
+      }
+      seconds[cached] = std::chrono::duration<double>(Clock::now() - begin).count();
+      tokens[cached] = finished[0].second.canvas.tokens;
+    }
+    std::printf("block cache  %.2fB, blocks of %d, %d tokens, %s thr:  uncached %.2f s, cached %.2f s, ratio %.1f, tokens %s\n",
+                Parameters(shape) / 1e9, shape.block_length, kLength, threads_text.c_str(), seconds[0], seconds[1],
+                seconds[0] / seconds[1], tokens[0] == tokens[1] ? "identical" : "DIFFER");
+    CINNABAR_CHECK(tokens[0] == tokens[1]);
+  }
+}
+
+int Main(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    if (flag == "--skip-cache") {
+      options.cache = false;
+      continue;
+    }
+    if (i + 1 == argc) {
+      std::fprintf(stderr, "engine_bench: %s needs a value; the head of engine_bench.cc lists the flags\n", argv[i]);
+      return 2;
+    }
+    const std::vector<std::string> value = absl::StrSplit(argv[++i], ',');
+    if (flag == "--model") options.models = value[0] == "all" ? std::vector<std::string>{"small", "medium", "half"} : value;
+    else if (flag == "--threads") options.threads = value;
+    else if (flag == "--rows") options.rows = value;
+    else if (flag == "--batch") options.batches = value;
+    else if (flag == "--dtype") options.dtypes = value;
+    else if (flag == "--isa") options.isa = value[0];
+    else if (flag == "--rounds") options.rounds = ToInt(value[0]);
+    else {
+      std::fprintf(stderr, "engine_bench: unknown flag %s\n", flag.c_str());
+      return 2;
+    }
+  }
+  const std::filesystem::path root = std::filesystem::temp_directory_path() / "cinnabar_engine_bench";
+  const auto write = [&](const RandomCheckpoint& shape) {
+    std::filesystem::remove_all(root);
+    std::filesystem::create_directories(root);
+    const absl::Status written = WriteRandomCheckpoint(shape, root.string());
+    CINNABAR_CHECK(written.ok()) << written;
+  };
+  std::printf("%s\n", (*MakeBackend(BackendKind::kCpu, {.isa = options.isa}))->Describe().c_str());
+  for (const Model& model : Models()) {
+    if (std::count(options.models.begin(), options.models.end(), model.name) == 0) continue;
+    write(model.shape);
+    BenchSteps(model, root.string(), options);
+  }
+  if (options.cache) {
+    RandomCheckpoint blocks = Models()[0].shape;
+    blocks.block_length = 32;
+    write(blocks);
+    BenchCache(root.string(), blocks, options);
+  }
+  std::filesystem::remove_all(root);
+  return 0;
+}
+
+}  // namespace
+}  // namespace cinnabar
+
+int main(int argc, char** argv) { return cinnabar::Main(argc, argv); }

@@ -1,0 +1,2 @@
+cinnabar_fuzz(tokenizer_json_fuzz SOURCES tokenizer_json_fuzz.cc DEPS common_tokenizer)
+cinnabar_fuzz(chat_template_fuzz SOURCES chat_template_fuzz.cc DEPS common_tokenizer)

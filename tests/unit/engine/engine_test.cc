@@ -1,0 +1,378 @@
+// The batched loop on the golden checkpoints: output that depends on the request alone, sequences that join, leave,
+// fail and resume without disturbing others, and no allocation while it runs.
+#include "worker/engine/engine.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+
+namespace {
+std::atomic<int64_t> num_allocations{0};
+}  // namespace
+
+// Counts every allocation of this program.
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
+void* operator new(size_t size) {
+  num_allocations.fetch_add(1, std::memory_order_relaxed);
+  void* memory = std::malloc(size);
+  if (memory == nullptr) std::abort();
+  return memory;
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
+namespace cinnabar {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr ForwardLimits kLimits{.rows_max = 400, .sequences_max = 12, .positions_max = 96};
+
+struct Loaded {
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<Denoiser> denoiser;
+};
+
+Loaded Load(const std::string& model, int32_t num_threads = 1) {
+  Loaded loaded;
+  loaded.backend = *MakeBackend(BackendKind::kCpu, {.num_threads = num_threads});
+  const char* source = std::getenv("CINNABAR_SOURCE_DIR");
+  auto denoiser = LoadDenoiser(absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", model),
+                               *loaded.backend, {}, kLimits);
+  EXPECT_TRUE(denoiser.ok()) << denoiser.status();
+  loaded.denoiser = *std::move(denoiser);
+  return loaded;
+}
+
+// A model and the samplers that fit it.
+struct Family {
+  const char* model;
+  std::vector<const char*> samplers;
+};
+
+std::vector<Family> Families() {
+  const std::vector<const char*> mask_samplers = {
+      "low_confidence", "random",          "origin",       "maskgit_plus",  "topk_margin",      "entropy",
+      "threshold",      "factor",          "entropy_bounded", "block_static", "block_dynamic",  "block_sequential",
+      "mdlm_ancestral", "mdlm_cached", "mdlm_semi_ar"};
+  return {{"dream", mask_samplers},
+          {"llada", mask_samplers},
+          {"open_dcoder", {"threshold", "entropy"}},
+          {"a2d_qwen3", {"low_confidence", "block_dynamic"}},
+          {"a2d_llama", {"low_confidence", "factor"}},
+          {"mdlm", {"mdlm_cached", "mdlm_ancestral", "low_confidence"}},
+          {"sdar_b4", {"block_static", "block_dynamic", "block_sequential", "low_confidence", "threshold", "entropy"}},
+          {"sdar_b8", {"block_dynamic", "entropy_bounded"}},
+          {"sedd_absorb", {"sedd_euler", "sedd_analytic"}},
+          {"sedd_uniform", {"sedd_euler", "sedd_analytic"}}};
+}
+
+// A random request: prompt, suffix and holes, all knobs that the sampler takes.
+SequenceState RandomSequence(const ModelTraits& model, const std::string& sampler, int seed) {
+  std::mt19937 random(seed);
+  const int32_t length = 4 + static_cast<int32_t>(random() % 36);
+  std::vector<TokenId> ids(length);
+  std::vector<bool> given(length);
+  const uint32_t shape = random() % 3;
+  for (int32_t i = 0; i < length; ++i) {
+    do {
+      ids[i] = static_cast<TokenId>(random() % std::min(model.vocab_size, 90));
+    } while (ids[i] == model.mask_token);
+    given[i] = shape == 0 ? i < length / 3 : shape == 1 ? (i < length / 4 || i > length - 3) : random() % 2 == 0;
+  }
+  given[0] = true;
+  given[length - 1] = given[length - 1] && shape != 0;
+  DecodingParams params;
+  params.sampler = sampler;
+  params.seed = random();
+  if (model.parameterization == Parameterization::kMaskPrediction && random() % 2 == 0) params.temperature = 0.8F;
+  const SamplerEntry& entry = **FindSampler(sampler);
+  const auto reads = [&](Knob knob) { return (entry.knobs & static_cast<uint32_t>(knob)) != 0; };
+  if (reads(Knob::kCfgScale) && random() % 3 == 0 && model.causal_block_length == 0) params.cfg_scale = 0.7F;
+  if (reads(Knob::kTopP) && random() % 2 == 0) params.top_p = 0.9F;
+  if (reads(Knob::kTopK) && random() % 2 == 0) params.top_k = 20;
+  if (reads(Knob::kThreshold)) params.threshold = 0.5F;
+  if (reads(Knob::kAlgTemp) && random() % 2 == 0) params.alg_temp = 0.3F;
+  if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 5;
+  auto state = MakeSequence(ids, given, params, model);
+  EXPECT_TRUE(state.ok()) << state.status();
+  return *std::move(state);
+}
+
+// Runs what is in the engine to the end; the final state of each sequence.
+std::map<SequenceId, SequenceState> Finish(Engine& engine) {
+  std::map<SequenceId, SequenceState> done;
+  StepReport report;
+  for (int turn = 0; engine.num_sequences() > 0; ++turn) {
+    EXPECT_LT(turn, 1000);
+    EXPECT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    for (const StepEvent& event : report.events) EXPECT_TRUE(event.status.ok()) << event.status;
+    for (auto& [id, state] : engine.TakeFinished()) done[id] = std::move(state);
+  }
+  return done;
+}
+
+SequenceState RunAlone(Denoiser& denoiser, const SequenceState& state, bool block_cache = true) {
+  Engine engine(denoiser, {.limits = kLimits, .block_cache = block_cache});
+  const absl::StatusOr<SequenceId> id = engine.Add(state);
+  EXPECT_TRUE(id.ok()) << id.status();
+  return Finish(engine).at(*id);
+}
+
+void ExpectSameResult(const SequenceState& got, const SequenceState& want) {
+  EXPECT_EQ(got.canvas.tokens, want.canvas.tokens);
+  EXPECT_EQ(got.decoding.step, want.decoding.step);
+  EXPECT_EQ(got.decoding.nfe, want.decoding.nfe);
+  EXPECT_TRUE(got.decoding.finished);
+}
+
+class EngineTest : public testing::TestWithParam<Family> {};
+
+TEST_P(EngineTest, OutputDependsOnTheRequestAlone) {
+  const Family& family = GetParam();
+  const Loaded one = Load(family.model, 1);
+  const Loaded two = Load(family.model, 2);
+  const ModelTraits& model = one.denoiser->traits();
+  std::vector<SequenceState> requests;
+  std::vector<SequenceState> alone;
+  for (const char* sampler : family.samplers) {
+    for (int seed = 0; seed < 3; ++seed) {
+      SCOPED_TRACE(absl::StrCat(sampler, " seed ", seed));
+      requests.push_back(RandomSequence(model, sampler, seed));
+      alone.push_back(RunAlone(*one.denoiser, requests.back()));
+      ExpectSameResult(RunAlone(*two.denoiser, requests.back()), alone.back());
+      const Canvas& before = requests.back().canvas;
+      for (int32_t i = 0; i < before.length(); ++i) {
+        if (before.states[i] == PositionState::kGiven) {
+          EXPECT_EQ(alone.back().canvas.tokens[i], before.tokens[i]);
+        } else {
+          EXPECT_EQ(alone.back().canvas.states[i], PositionState::kCommitted);
+          EXPECT_NE(alone.back().canvas.tokens[i], model.mask_token);
+        }
+      }
+    }
+  }
+  // All of them in one engine of two threads, joining at different turns; some leave in the middle, travel as bytes
+  // and come back.
+  Engine engine(*two.denoiser, {.limits = kLimits});
+  std::mt19937 random(5);
+  std::map<SequenceId, size_t> request_of;
+  std::vector<size_t> waiting(requests.size());
+  for (size_t i = 0; i < waiting.size(); ++i) waiting[i] = i;
+  std::map<size_t, SequenceState> now;
+  for (size_t i = 0; i < requests.size(); ++i) now[i] = requests[i];
+  size_t num_done = 0;
+  StepReport report;
+  for (int turn = 0; num_done < requests.size(); ++turn) {
+    ASSERT_LT(turn, 5000);
+    while (!waiting.empty() && random() % 3 != 0) {
+      const size_t pick = random() % waiting.size();
+      const absl::StatusOr<SequenceId> id = engine.Add(now[waiting[pick]]);
+      if (!id.ok()) {
+        EXPECT_EQ(id.status().code(), absl::StatusCode::kResourceExhausted) << id.status();
+        break;
+      }
+      request_of[*id] = waiting[pick];
+      waiting.erase(waiting.begin() + pick);
+    }
+    ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    for (auto& [id, state] : engine.TakeFinished()) {
+      SCOPED_TRACE(absl::StrCat(requests[request_of[id]].params.sampler, " request ", request_of[id]));
+      ExpectSameResult(state, alone[request_of[id]]);
+      request_of.erase(id);
+      ++num_done;
+    }
+    if (!request_of.empty() && random() % 4 == 0) {
+      const auto leaving = std::next(request_of.begin(), random() % request_of.size());
+      const size_t request = leaving->second;
+      const SequenceState taken = *engine.Remove(leaving->first);
+      v1::SequenceState read;
+      ASSERT_TRUE(read.ParseFromString(ToWire(taken, "model").SerializeAsString()));
+      const absl::StatusOr<SequenceState> back = FromWire(read, model, "model");
+      ASSERT_TRUE(back.ok()) << back.status();
+      now[request] = *back;
+      waiting.push_back(request);
+      request_of.erase(leaving);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, EngineTest, testing::ValuesIn(Families()),
+                         [](const auto& info) { return std::string(info.param.model); });
+
+TEST(EngineCacheTest, TheBlockCacheChangesNoByte) {
+  for (const char* name : {"sdar_b4", "sdar_b8", "sdar_b4_f16"}) {
+    const Loaded loaded = Load(name);
+    for (int seed = 0; seed < 6; ++seed) {
+      const SequenceState request = RandomSequence(loaded.denoiser->traits(), "block_dynamic", seed);
+      ExpectSameResult(RunAlone(*loaded.denoiser, request, /*block_cache=*/true),
+                       RunAlone(*loaded.denoiser, request, /*block_cache=*/false));
+    }
+  }
+}
+
+TEST(EngineCacheTest, ALongPromptIsEncodedInPieces) {
+  const Loaded loaded = Load("sdar_b4");
+  std::vector<TokenId> ids(80, 5);
+  std::vector<bool> given(80, true);
+  for (int32_t i = 70; i < 80; ++i) given[i] = false;
+  const SequenceState request = *MakeSequence(ids, given, {.sampler = "block_dynamic"}, loaded.denoiser->traits());
+  ForwardLimits narrow = kLimits;
+  narrow.rows_max = 17;
+  Engine engine(*loaded.denoiser, {.limits = narrow});
+  const SequenceId id = *engine.Add(request);
+  ExpectSameResult(Finish(engine).at(id), RunAlone(*loaded.denoiser, request));
+  EXPECT_EQ(engine.counters().rows_prefilled, 76);
+}
+
+TEST(EngineStepTest, AllocatesNothingOnceWarm) {
+  for (const char* name : {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb"}) {
+    SCOPED_TRACE(name);
+    const Loaded loaded = Load(name, 2);
+    const ModelTraits& model = loaded.denoiser->traits();
+    Engine engine(*loaded.denoiser, {.limits = kLimits});
+    std::vector<bool> given(48, false);
+    given[0] = true;
+    for (int i = 0; i < 4; ++i) {
+      DecodingParams params{.sampler = model.default_sampler, .seed = static_cast<uint64_t>(i)};
+      if (model.causal_block_length > 0) params.sampler = "block_static";
+      // mdlm_cached makes a random number of steps a turn, and so of events in the report.
+      if (model.family == "mdlm") params.sampler = "mdlm_ancestral";
+      if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 5000;
+      ASSERT_TRUE(engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
+    }
+    StepReport report;
+    for (int turn = 0; turn < 12; ++turn) ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    const int64_t before = num_allocations.load();
+    for (int turn = 0; turn < 12; ++turn) {
+      const absl::Status status = engine.Step(absl::InfinitePast(), report);
+      ASSERT_TRUE(status.ok());
+    }
+    EXPECT_EQ(num_allocations.load() - before, 0);
+    EXPECT_EQ(engine.num_sequences(), 4);
+  }
+}
+
+TEST(EngineStepTest, CancelledAndExpiredSequencesLeaveAndDisturbNobody) {
+  const Loaded loaded = Load("llada");
+  const ModelTraits& model = loaded.denoiser->traits();
+  const SequenceState request = RandomSequence(model, "low_confidence", 1);
+  const SequenceState alone = RunAlone(*loaded.denoiser, request);
+  const absl::Time start = absl::FromUnixSeconds(1000);
+  Engine engine(*loaded.denoiser, {.limits = kLimits});
+  const SequenceId cancelled = *engine.Add(RandomSequence(model, "low_confidence", 2));
+  const SequenceId kept = *engine.Add(request);
+  const SequenceId expired = *engine.Add(RandomSequence(model, "random", 4), start + absl::Seconds(1));
+  StepReport report;
+  ASSERT_TRUE(engine.Step(start, report).ok());
+  EXPECT_EQ(report.events.size(), 3U);
+  EXPECT_TRUE(engine.Cancel(cancelled));
+  EXPECT_FALSE(engine.Cancel(999));
+  ASSERT_TRUE(engine.Step(start + absl::Seconds(2), report).ok());
+  std::map<SequenceId, absl::StatusCode> ended;
+  for (const StepEvent& event : report.events) {
+    if (event.finished) ended[event.sequence] = event.status.code();
+  }
+  EXPECT_EQ(ended[cancelled], absl::StatusCode::kCancelled);
+  EXPECT_EQ(ended[expired], absl::StatusCode::kDeadlineExceeded);
+  (void)engine.TakeFinished();
+  EXPECT_EQ(engine.Find(cancelled), nullptr);
+  ExpectSameResult(Finish(engine).at(kept), alone);
+}
+
+// A network whose numbers go bad for one sequence.
+class PoisonedDenoiser : public Denoiser {
+ public:
+  explicit PoisonedDenoiser(Denoiser& real) : real_(real) {}
+  const ModelTraits& traits() const override { return real_.traits(); }
+  Backend& backend() const override { return real_.backend(); }
+  KvShape SequenceKvShape(int32_t positions) const override { return real_.SequenceKvShape(positions); }
+  absl::Status Forward(const ForwardBatch& batch) override {
+    return fail_next ? (fail_next = false, absl::UnavailableError("device lost")) : real_.Forward(batch);
+  }
+  absl::Status Answer(absl::Span<const VocabularyQuery> queries, absl::Span<VocabularyAnswer> answers) override {
+    const absl::Status status = real_.Answer(queries, answers);
+    for (size_t i = 0; i < queries.size(); ++i) {
+      if (queries[i].noise.seed == bad_seed) answers[i].finite = false;
+    }
+    return status;
+  }
+  absl::Status Logits(int32_t begin, int32_t count, absl::Span<float> out) override {
+    return real_.Logits(begin, count, out);
+  }
+  double OutputOffset(float sigma) const override { return real_.OutputOffset(sigma); }
+  Memory memory() const override { return real_.memory(); }
+
+  uint64_t bad_seed = ~uint64_t{0};
+  bool fail_next = false;
+
+ private:
+  Denoiser& real_;
+};
+
+TEST(EngineStepTest, ASequenceWithoutFinitePredictionsFailsAlone) {
+  const Loaded loaded = Load("dream");
+  const SequenceState good = RandomSequence(loaded.denoiser->traits(), "entropy", 1);
+  SequenceState bad = RandomSequence(loaded.denoiser->traits(), "entropy", 2);
+  bad.params.seed = 77;
+  PoisonedDenoiser poisoned(*loaded.denoiser);
+  poisoned.bad_seed = 77;
+  Engine engine(poisoned, {.limits = kLimits});
+  const SequenceId bad_id = *engine.Add(bad);
+  const SequenceId good_id = *engine.Add(good);
+  StepReport report;
+  std::map<SequenceId, SequenceState> done;
+  while (engine.num_sequences() > 0) {
+    ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    for (const StepEvent& event : report.events) {
+      if (event.sequence == bad_id && event.finished) {
+        EXPECT_EQ(event.status.code(), absl::StatusCode::kDataLoss);
+        EXPECT_THAT(std::string(event.status.message()), HasSubstr("no finite prediction"));
+      }
+    }
+    for (auto& [id, state] : engine.TakeFinished()) done[id] = std::move(state);
+  }
+  ExpectSameResult(done.at(good_id), RunAlone(*loaded.denoiser, good));
+  EXPECT_EQ(engine.counters().sequences_failed, 1);
+}
+
+TEST(EngineStepTest, AfterADeviceErrorTheTurnIsRepeated) {
+  const Loaded loaded = Load("sdar_b4");
+  const SequenceState request = RandomSequence(loaded.denoiser->traits(), "block_dynamic", 3);
+  PoisonedDenoiser failing(*loaded.denoiser);
+  Engine engine(failing, {.limits = kLimits});
+  const SequenceId id = *engine.Add(request);
+  StepReport report;
+  ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+  failing.fail_next = true;
+  EXPECT_EQ(engine.Step(absl::InfinitePast(), report).code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(report.events.empty());
+  ExpectSameResult(Finish(engine).at(id), RunAlone(*loaded.denoiser, request));
+}
+
+TEST(EngineAddTest, RefusesWhatCannotFitAndSaysWhether) {
+  const Loaded loaded = Load("llada");
+  const ModelTraits& model = loaded.denoiser->traits();
+  const SequenceState request = RandomSequence(model, "low_confidence", 1);
+  Engine tiny(*loaded.denoiser, {.limits = {.rows_max = 2, .sequences_max = 1, .positions_max = 96}});
+  EXPECT_EQ(tiny.Add(request).status().code(), absl::StatusCode::kInvalidArgument);
+  Engine one(*loaded.denoiser, {.limits = {.rows_max = 96, .sequences_max = 1, .positions_max = 96}});
+  ASSERT_TRUE(one.Add(request).ok());
+  EXPECT_EQ(one.Add(request).status().code(), absl::StatusCode::kResourceExhausted);
+  Engine poor(*loaded.denoiser, {.limits = kLimits, .kv_bytes_max = 10});
+  EXPECT_EQ(poor.Add(request).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace cinnabar

@@ -1,0 +1,99 @@
+#include "worker/engine/sequence_state.h"
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace cinnabar {
+namespace {
+
+ModelTraits Model() {
+  ModelTraits model;
+  model.family = "test";
+  model.vocab_size = 100;
+  model.mask_token = 99;
+  model.eos_tokens = {98};
+  model.positions_max = 4096;
+  model.default_sampler = "low_confidence";
+  return model;
+}
+
+SequenceState Example() {
+  std::vector<TokenId> ids(40, 7);
+  std::vector<bool> given(40, false);
+  for (int i = 0; i < 11; ++i) given[i] = true;
+  given[39] = true;
+  return *MakeSequence(ids, given, {.block_length = 8, .temperature = 0.5F, .seed = 123456789012345ULL}, Model());
+}
+
+TEST(SequenceStateTest, TheWireFormLosesNothing) {
+  const SequenceState state = Example();
+  const absl::StatusOr<SequenceState> back = FromWire(ToWire(state, "m"), Model(), "m");
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(back->canvas.tokens, state.canvas.tokens);
+  EXPECT_EQ(back->canvas.states, state.canvas.states);
+  EXPECT_EQ(back->canvas.begin, 11);
+  EXPECT_EQ(back->canvas.end, 39);
+  EXPECT_EQ(ToWire(*back, "m").SerializeAsString(), ToWire(state, "m").SerializeAsString());
+}
+
+TEST(SequenceStateTest, AFewKilobytesForFourThousandPositions) {
+  std::vector<TokenId> ids(4096, 90);
+  std::vector<bool> given(4096, false);
+  given[0] = true;
+  const SequenceState state = *MakeSequence(ids, given, {}, Model());
+  EXPECT_LT(ToWire(state, "model").ByteSizeLong(), 10000U);
+}
+
+TEST(SequenceStateTest, ABrokenStateIsAnErrorThatSaysWhatIsWrong) {
+  struct Case {
+    const char* words;
+    std::function<void(v1::SequenceState&)> breaks;
+  };
+  const std::vector<Case> cases = {
+      {"format", [](auto& s) { s.set_format(9); }},
+      {"this worker serves", [](auto& s) { s.set_model_fingerprint("other"); }},
+      {"tokens", [](auto& s) { s.clear_tokens(); }},
+      {"outside the vocabulary", [](auto& s) { s.set_tokens(3, 100); }},
+      {"outside the vocabulary", [](auto& s) { s.set_tokens(3, -1); }},
+      {"disagree about being masked", [](auto& s) { s.set_tokens(3, 99); }},
+      {"disagree about being masked", [](auto& s) { s.set_tokens(20, 5); }},
+      {"position_states", [](auto& s) { s.mutable_position_states()->pop_back(); }},
+      {"holds noise", [](auto& s) { (*s.mutable_position_states())[0] = '\x03'; }},
+      {"sampler", [](auto& s) { s.mutable_params()->set_sampler("magic"); }},
+      {"contradict", [](auto& s) { s.set_nfe(5); }},
+      {"contradict", [](auto& s) { s.set_block_step(-1); }},
+      {"block_index", [](auto& s) { s.set_block_index(4000); }},
+      {"before the open block", [](auto& s) { s.set_block_index(1); }},
+      {"block_masks", [](auto& s) { s.set_block_masks(0); }},
+      {"block_masks", [](auto& s) { s.set_block_masks(1000); }},
+      {"finished", [](auto& s) { s.set_finished(true); }},
+      {"forbidden_ids", [](auto& s) { s.mutable_params()->mutable_forbidden_ids()->Resize(99, 1); }},
+  };
+  for (const Case& c : cases) {
+    v1::SequenceState wire = ToWire(Example(), "m");
+    c.breaks(wire);
+    const absl::StatusOr<SequenceState> state = FromWire(wire, Model(), "m");
+    ASSERT_FALSE(state.ok()) << c.words;
+    EXPECT_THAT(std::string(state.status().message()), testing::HasSubstr(c.words));
+  }
+}
+
+TEST(SequenceStateTest, ACanvasThatReachesTheEndIsFilledUpToWholeBlocks) {
+  ModelTraits model = Model();
+  model.causal_block_length = 8;
+  model.default_sampler = "block_dynamic";
+  const std::vector<TokenId> ids(13, 1);
+  std::vector<bool> given(13, true);
+  given[12] = false;
+  EXPECT_EQ(MakeSequence(ids, given, {}, model)->canvas.length(), 16);
+  given[12] = true;
+  given[3] = false;
+  EXPECT_EQ(MakeSequence(ids, given, {}, model)->canvas.length(), 13);
+}
+
+}  // namespace
+}  // namespace cinnabar

@@ -1,0 +1,134 @@
+#include "worker/decoding/sampler.h"
+
+#include <algorithm>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/base/check.h"
+#include "common/base/status.h"
+#include "worker/decoding/sampler_support.h"
+
+namespace cinnabar {
+
+// ResolveParams counts with this number but cannot see the header.
+static_assert(kVocabularyRulesMax == 16);
+
+namespace {
+
+struct Registration {
+  absl::string_view name;
+  const Sampler* (*get)();
+};
+
+constexpr Registration kRegistry[] = {
+    {"low_confidence", LowConfidenceSampler},
+    {"random", RandomSampler},
+    {"origin", OriginSampler},
+    {"maskgit_plus", MaskgitPlusSampler},
+    {"topk_margin", TopkMarginSampler},
+    {"entropy", EntropySampler},
+    {"threshold", ThresholdSampler},
+    {"factor", FactorSampler},
+    {"entropy_bounded", EntropyBoundedSampler},
+    {"block_static", BlockStaticSampler},
+    {"block_dynamic", BlockDynamicSampler},
+    {"block_sequential", BlockSequentialSampler},
+    {"mdlm_ancestral", MdlmAncestralSampler},
+    {"mdlm_cached", MdlmCachedSampler},
+    {"mdlm_semi_ar", MdlmSemiArSampler},
+    {"sedd_euler", SeddEulerSampler},
+    {"sedd_analytic", SeddAnalyticSampler},
+};
+
+// Opens block `index` or the first one after it that has something to fill.
+void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTraits& model,
+               int32_t index, DecodingState& state) {
+  const int32_t num_blocks = NumBlocks(canvas, model, params.block_length);
+  state.block_step = 0;
+  for (; index < num_blocks; ++index) {
+    const BlockRange block = BlockAt(canvas, model, params.block_length, index);
+    state.block_masks = CountUndecided(canvas, block.begin, block.end);
+    if (state.block_masks == 0) continue;
+    state.block_index = index;
+    return;
+  }
+  state.block_index = num_blocks;
+  state.block_masks = 0;
+  state.finished = true;
+}
+
+}  // namespace
+
+void StepPlan::Clear() {
+  forward = true;
+  sigma = 0.0F;
+  visible_begin = 0;
+  visible_end = 0;
+  queries.clear();
+}
+
+void StepOutcome::Clear() {
+  transfers.clear();
+  settled = false;
+}
+
+absl::StatusOr<const Sampler*> GetSampler(absl::string_view name) {
+  CINNABAR_ASSIGN_OR_RETURN(const SamplerEntry* const entry, FindSampler(name));
+  for (const Registration& registration : kRegistry) {
+    if (registration.name == entry->name) return registration.get();
+  }
+  return absl::NotFoundError(absl::StrCat("sampler ", entry->name, " is not part of this build"));
+}
+
+std::vector<absl::string_view> RegisteredSamplers() {
+  std::vector<absl::string_view> names;
+  for (const Registration& registration : kRegistry) names.push_back(registration.name);
+  return names;
+}
+
+DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
+                            const ModelTraits& model) {
+  DecodingState state;
+  OpenBlock(canvas, params, model, 0, state);
+  return state;
+}
+
+void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
+                  const ModelTraits& model, Canvas& canvas, DecodingState& state) {
+  CINNABAR_CHECK(!state.finished) << "a step after the last";
+  const BlockRange block = BlockAt(canvas, model, params.block_length, state.block_index);
+  int32_t previous = -1;
+  for (const Transfer& transfer : outcome.transfers) {
+    const int32_t position = transfer.position;
+    CINNABAR_CHECK(position > previous && position >= block.begin && position < block.end)
+        << "transfer to position " << position << " of block " << block.begin << " .. " << block.end;
+    CINNABAR_CHECK(canvas.undecided(position)) << "position " << position << " is decided";
+    CINNABAR_CHECK(transfer.token >= 0 && transfer.token < model.vocab_size &&
+                   transfer.token != model.mask_token)
+        << "token " << transfer.token << " at position " << position;
+    canvas.tokens[position] = transfer.token;
+    if (canvas.states[position] == PositionState::kMasked) {
+      canvas.states[position] = PositionState::kCommitted;
+    }
+    previous = position;
+  }
+  if (outcome.settled) {
+    for (int32_t i = block.begin; i < block.end; ++i) {
+      if (canvas.states[i] == PositionState::kNoise) canvas.states[i] = PositionState::kCommitted;
+    }
+  }
+  ++state.step;
+  ++state.block_step;
+  if (forward) ++state.nfe;
+  if (CountUndecided(canvas, block.begin, block.end) == 0) {
+    OpenBlock(canvas, params, model, state.block_index + 1, state);
+  }
+}
+
+int32_t StepsPerBlock(const Canvas& canvas, const DecodingParams& params,
+                      const ModelTraits& model) {
+  const int32_t num_blocks = std::max(NumBlocks(canvas, model, params.block_length), 1);
+  return std::max(params.num_steps / num_blocks, 1);
+}
+
+}  // namespace cinnabar

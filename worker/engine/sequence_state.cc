@@ -1,0 +1,171 @@
+#include "worker/engine/sequence_state.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status.h"
+#include "common/wire/decoding_params_wire.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr uint32_t kFormat = 1;
+constexpr int kStatesPerByte = 4;
+
+// Sets the span of the canvas from the states: first to last position that is not given.
+void SetCanvasSpan(Canvas& canvas) {
+  const auto open = [](PositionState state) { return state != PositionState::kGiven; };
+  const auto first = std::find_if(canvas.states.begin(), canvas.states.end(), open);
+  const auto last = std::find_if(canvas.states.rbegin(), canvas.states.rend(), open);
+  canvas.begin = static_cast<int32_t>(first - canvas.states.begin());
+  canvas.end = static_cast<int32_t>(last.base() - canvas.states.begin());
+  if (first == canvas.states.end()) canvas.begin = canvas.end = 0;
+}
+
+absl::Status CheckPosition(const Canvas& canvas, int32_t position, const ModelTraits& model) {
+  const TokenId token = canvas.tokens[position];
+  const PositionState state = canvas.states[position];
+  if (token < 0 || token >= model.vocab_size) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tokens[", position, "] = ", token, " is outside the vocabulary of ", model.vocab_size));
+  }
+  const bool has_mask_token = model.mask_token >= 0;
+  if (state == PositionState::kNoise && has_mask_token) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("position ", position, " holds noise, but the model has a mask token"));
+  }
+  if (state == PositionState::kMasked && !has_mask_token) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("position ", position, " is masked, but the model has no mask token"));
+  }
+  if (has_mask_token && (token == model.mask_token) != (state == PositionState::kMasked)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("position ", position, " and its token disagree about being masked"));
+  }
+  return absl::OkStatus();
+}
+
+// What the decoding state must satisfy for its canvas, so that going on cannot run out of range.
+absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& model) {
+  const Canvas& canvas = state.canvas;
+  const DecodingState& decoding = state.decoding;
+  const int32_t undecided = CountUndecided(canvas, 0, canvas.length());
+  if (decoding.finished) {
+    if (undecided > 0) return absl::InvalidArgumentError("finished, with undecided positions left");
+    return absl::OkStatus();
+  }
+  if (decoding.block_step < 0 || decoding.step < decoding.block_step || decoding.nfe < 0 ||
+      decoding.nfe > decoding.step) {
+    return absl::InvalidArgumentError(absl::StrCat("step counts ", decoding.block_step, " / ",
+                                                   decoding.step, " / ", decoding.nfe,
+                                                   " contradict each other"));
+  }
+  const int32_t num_blocks = NumBlocks(canvas, model, state.params.block_length);
+  if (decoding.block_index < 0 || decoding.block_index >= num_blocks) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("block_index ", decoding.block_index, " of ", num_blocks, " blocks"));
+  }
+  const BlockRange block = BlockAt(canvas, model, state.params.block_length, decoding.block_index);
+  if (CountUndecided(canvas, 0, block.begin) > 0) {
+    return absl::InvalidArgumentError("undecided positions before the open block");
+  }
+  const int32_t open = CountUndecided(canvas, block.begin, block.end);
+  if (open == 0 || decoding.block_masks < open || decoding.block_masks > block.end - block.begin) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "block_masks ", decoding.block_masks, " for a block with ", open, " undecided positions"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
+                                           const std::vector<bool>& given,
+                                           const DecodingParams& params, const ModelTraits& model) {
+  std::vector<TokenId> all_ids(ids.begin(), ids.end());
+  std::vector<bool> all_given = given;
+  const int32_t block = model.causal_block_length;
+  if (block > 0 && all_given.size() == all_ids.size() && !all_given.empty() && !all_given.back()) {
+    const size_t whole_blocks = (all_ids.size() + block - 1) / block * block;
+    all_ids.resize(whole_blocks, 0);
+    all_given.resize(whole_blocks, false);
+  }
+  SequenceState state;
+  CINNABAR_ASSIGN_OR_RETURN(state.canvas, MakeCanvas(all_ids, all_given, model, params.seed));
+  const Canvas& canvas = state.canvas;
+  CINNABAR_ASSIGN_OR_RETURN(state.params,
+                            ResolveParams(params, model, CountUndecided(canvas, 0, canvas.length()),
+                                          canvas.end - canvas.begin, canvas.begin));
+  state.decoding = BeginDecoding(canvas, state.params, model);
+  return state;
+}
+
+v1::SequenceState ToWire(const SequenceState& state, absl::string_view model_fingerprint) {
+  v1::SequenceState wire;
+  wire.set_format(kFormat);
+  wire.set_model_fingerprint(std::string(model_fingerprint));
+  wire.mutable_tokens()->Assign(state.canvas.tokens.begin(), state.canvas.tokens.end());
+  std::string& packed = *wire.mutable_position_states();
+  packed.assign((state.canvas.states.size() + kStatesPerByte - 1) / kStatesPerByte, '\0');
+  for (size_t i = 0; i < state.canvas.states.size(); ++i) {
+    packed[i / kStatesPerByte] |= static_cast<char>(static_cast<unsigned>(state.canvas.states[i])
+                                                    << (i % kStatesPerByte * 2));
+  }
+  *wire.mutable_params() = ToWire(state.params);
+  wire.set_block_index(state.decoding.block_index);
+  wire.set_block_step(state.decoding.block_step);
+  wire.set_block_masks(state.decoding.block_masks);
+  wire.set_step(state.decoding.step);
+  wire.set_nfe(state.decoding.nfe);
+  wire.set_finished(state.decoding.finished);
+  return wire;
+}
+
+absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const ModelTraits& model,
+                                       absl::string_view model_fingerprint) {
+  if (wire.format() != kFormat) {
+    return absl::FailedPreconditionError(absl::StrCat("sequence state of format ", wire.format(),
+                                                      "; this build reads format ", kFormat));
+  }
+  if (wire.model_fingerprint() != model_fingerprint) {
+    return absl::FailedPreconditionError(absl::StrCat("sequence state of model ",
+                                                      wire.model_fingerprint(),
+                                                      "; this worker serves ", model_fingerprint));
+  }
+  const int32_t length = wire.tokens_size();
+  if (length == 0 || length > model.positions_max) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(length, " tokens; the model takes 1 to ", model.positions_max));
+  }
+  if (wire.position_states().size() !=
+      static_cast<size_t>(length + kStatesPerByte - 1) / kStatesPerByte) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        wire.position_states().size(), " bytes of position_states for ", length, " tokens"));
+  }
+  SequenceState state;
+  state.canvas.tokens.assign(wire.tokens().begin(), wire.tokens().end());
+  state.canvas.states.resize(length);
+  for (int32_t i = 0; i < length; ++i) {
+    const unsigned byte = static_cast<uint8_t>(wire.position_states()[i / kStatesPerByte]);
+    state.canvas.states[i] = static_cast<PositionState>(byte >> (i % kStatesPerByte * 2) & 3U);
+    CINNABAR_RETURN_IF_ERROR(CheckPosition(state.canvas, i, model));
+  }
+  SetCanvasSpan(state.canvas);
+  CINNABAR_ASSIGN_OR_RETURN(const DecodingParams params, FromWire(wire.params()));
+  const int32_t num_open = static_cast<int32_t>(
+      std::count_if(state.canvas.states.begin(), state.canvas.states.end(),
+                    [](PositionState s) { return s != PositionState::kGiven; }));
+  CINNABAR_ASSIGN_OR_RETURN(
+      state.params, ResolveParams(params, model, num_open, state.canvas.end - state.canvas.begin, state.canvas.begin));
+  state.decoding = {.block_index = wire.block_index(),
+                    .block_step = wire.block_step(),
+                    .block_masks = wire.block_masks(),
+                    .step = wire.step(),
+                    .nfe = wire.nfe(),
+                    .finished = wire.finished()};
+  CINNABAR_RETURN_IF_ERROR(CheckDecodingState(state, model));
+  return state;
+}
+
+}  // namespace cinnabar
