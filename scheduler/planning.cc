@@ -1,0 +1,684 @@
+#include "scheduler/planning.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <optional>
+#include <queue>
+#include <set>
+#include <tuple>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/types/span.h"
+#include "common/base/check.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// A request this close to its latest start is served before its turn.
+constexpr double kUrgentSeconds = 0.5;
+
+// Forecasts by kind, worked out once a plan: a request that has not begun needs a multiplication only.
+class Forecaster {
+ public:
+  explicit Forecaster(const CostModel& cost) : cost_(cost) {}
+
+  StepsForecast Forecast(const WorkKind& kind, int32_t canvas_tokens, int32_t steps_budget,
+                         int32_t steps_done) {
+    constexpr int32_t kUnit = 1 << 20;
+    const auto key = std::make_tuple(kind.model, kind.sampler, kind.threshold_percent,
+                                     CanvasBucket(canvas_tokens));
+    auto [entry, is_new] = known_.try_emplace(key);
+    if (is_new) {
+      entry->second.fractions = BlendFractions(cost_, kind, canvas_tokens);
+      entry->second.unit = ForecastSteps(entry->second.fractions, kUnit, 0);
+    }
+    if (steps_done > 0) return ForecastSteps(entry->second.fractions, steps_budget, steps_done);
+    const double budget = steps_budget;
+    const auto scale = [budget](double of_unit) {
+      return std::max(1.0, of_unit / kUnit * budget);
+    };
+    const StepsForecast& unit = entry->second.unit;
+    return {scale(unit.mean), scale(unit.p25), scale(unit.p50), scale(unit.p75), scale(unit.p90)};
+  }
+
+ private:
+  struct Known {
+    FractionHistogram fractions;
+    StepsForecast unit;
+  };
+  const CostModel& cost_;
+  absl::flat_hash_map<std::tuple<int32_t, int32_t, int32_t, int32_t>, Known> known_;
+};
+
+// The workers of one model, as one machine.
+struct Pool {
+  const StepTimeFit* step_time = nullptr;
+  int32_t num_workers = 0;      // that accept
+  int64_t tokens_max = 0;       // of the largest worker, accepting or not
+  double tokens_target = 0.0;   // mean over the accepting
+  double rows_max = 0.0;        // mean over the accepting
+  double backlog_seconds = 0.0;  // device time of all its requests
+
+  // Rows of this length in a full step, and what such a step takes.
+  double RowsAtTarget(double tokens) const {
+    return std::max(1.0, std::min(rows_max, std::floor(tokens_target / tokens)));
+  }
+  double FullStepSeconds(double tokens) const {
+    const double rows = RowsAtTarget(tokens);
+    return PredictStepSeconds(*step_time, rows, rows * tokens);
+  }
+  double AloneStepSeconds(double tokens) const {
+    return PredictStepSeconds(*step_time, 1.0, tokens);
+  }
+};
+
+struct Candidate {
+  const WaitingRequest* request = nullptr;
+  int32_t pool = -1;           // index; -1: no accepting worker
+  int32_t steps_budget = 0;    // as it would be granted
+  int32_t lane = 0;            // class after ageing
+  double waited_seconds = 0.0;
+  double slack_seconds = 0.0;  // until the deadline
+  StepsForecast steps;
+  double device_seconds = 0.0;  // its share of full steps: what it costs the others
+  double run_seconds = 0.0;     // from start to end in a full batch
+  bool starving = false;
+  bool put_off = false;
+
+  bool Urgent() const {
+    return !put_off && slack_seconds - run_seconds < kUrgentSeconds;
+  }
+};
+
+bool EarlierDeadline(const Candidate& a, const Candidate& b) {
+  return std::tie(a.slack_seconds, a.request->id) < std::tie(b.slack_seconds, b.request->id);
+}
+
+// A worker while its plan is made.
+struct Slot {
+  const WorkerState* worker = nullptr;
+  const StepTimeFit* step_time = nullptr;
+  int32_t pool = -1;
+  int32_t rows = 0;
+  int64_t tokens = 0;          // sum over the rows
+  int64_t tokens_longest = 0;
+  double steps_longest = 0.0;  // median remaining steps of the row that stays longest
+  double step_seconds_max = kInfinity;  // the slowest step at which every row that can be in time is
+  bool closed = false;         // suspect on board, or being drained for somebody
+  std::vector<int32_t> placed;  // candidates, in the order of service
+
+  int64_t PositionsWith(int64_t more_tokens) const {
+    if (!worker->pads) return tokens + more_tokens;
+    return (rows + 1) * std::max(tokens_longest, more_tokens);
+  }
+  // Of those positions, the ones that would be padding.
+  int64_t PaddingWith(int64_t more_tokens) const {
+    return PositionsWith(more_tokens) - tokens - more_tokens;
+  }
+  bool PadsTooMuch(int64_t more_tokens, double padding_max) const {
+    return rows > 0 && static_cast<double>(PaddingWith(more_tokens)) >
+                           padding_max * static_cast<double>(PositionsWith(more_tokens));
+  }
+  double StepSeconds() const {
+    const int64_t positions = worker->pads ? rows * tokens_longest : tokens;
+    return PredictStepSeconds(*step_time, rows, static_cast<double>(positions));
+  }
+  double DrainSeconds() const { return steps_longest * StepSeconds(); }
+
+  void Add(int64_t more_tokens, double steps_p50, double slack_seconds, double margin,
+           bool suspect) {
+    ++rows;
+    tokens += more_tokens;
+    tokens_longest = std::max(tokens_longest, more_tokens);
+    steps_longest = std::max(steps_longest, steps_p50);
+    // A row that is late already at the present pace holds nobody back.
+    const double bound = slack_seconds / (std::max(steps_p50, 1.0) * (1.0 + margin));
+    if (bound > StepSeconds()) step_seconds_max = std::min(step_seconds_max, bound);
+    closed = closed || suspect;
+  }
+};
+
+struct Planner {
+  const PlanOptions& options;
+  const CostModel& cost;
+  const absl::Time now;
+  Forecaster forecaster;
+  std::vector<Pool> pools;
+  std::vector<int32_t> pool_models;  // ascending; pools[i] serves pool_models[i]
+  std::vector<Slot> slots;           // of accepting workers, ascending by worker id
+  std::vector<Candidate> candidates;  // ascending by id
+  Plan plan;
+
+  Planner(const CostModel& cost_model, const PlanOptions& plan_options, absl::Time time)
+      : options(plan_options), cost(cost_model), now(time), forecaster(cost_model) {}
+
+  int32_t PoolOf(int32_t model) const {
+    const auto at = std::lower_bound(pool_models.begin(), pool_models.end(), model);
+    return at != pool_models.end() && *at == model
+               ? static_cast<int32_t>(at - pool_models.begin())
+               : -1;
+  }
+
+  void TakeWorkers(absl::Span<const WorkerState> workers);
+  void TakeRequests(absl::Span<const WaitingRequest> waiting);
+  bool Price(Candidate& candidate);
+  void Degrade(double backlog_seconds);
+  void PutOff(int32_t pool);
+  std::vector<int32_t> Order(const ShareState& before, std::vector<TenantShare>& tenants);
+  void Place(const std::vector<int32_t>& order);
+  void Write(const ShareState& before, std::vector<TenantShare> tenants);
+};
+
+void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
+  for (const WorkerState& worker : workers) pool_models.push_back(worker.model);
+  std::sort(pool_models.begin(), pool_models.end());
+  pool_models.erase(std::unique(pool_models.begin(), pool_models.end()), pool_models.end());
+  pools.resize(pool_models.size());
+  for (size_t i = 0; i < pools.size(); ++i) pools[i].step_time = &StepTimeOf(cost, pool_models[i]);
+  for (const WorkerState& worker : workers) {
+    const int32_t pool_index = PoolOf(worker.model);
+    Pool& pool = pools[static_cast<size_t>(pool_index)];
+    pool.tokens_max = std::max(pool.tokens_max, worker.tokens_max);
+    if (!worker.accepting) continue;
+    ++pool.num_workers;
+    pool.tokens_target += static_cast<double>(std::min(worker.tokens_target, worker.tokens_max));
+    pool.rows_max += worker.rows_max;
+    Slot slot;
+    slot.worker = &worker;
+    slot.step_time = pool.step_time;
+    slot.pool = pool_index;
+    slots.push_back(slot);
+  }
+  for (Pool& pool : pools) {
+    if (pool.num_workers == 0) continue;
+    pool.tokens_target /= pool.num_workers;
+    pool.rows_max /= pool.num_workers;
+  }
+  std::sort(slots.begin(), slots.end(),
+            [](const Slot& a, const Slot& b) { return a.worker->id < b.worker->id; });
+  for (Slot& slot : slots) {
+    Pool& pool = pools[static_cast<size_t>(slot.pool)];
+    std::vector<const RunningRow*> rows;
+    for (const RunningRow& row : slot.worker->rows) rows.push_back(&row);
+    std::sort(rows.begin(), rows.end(),
+              [](const RunningRow* a, const RunningRow* b) { return a->id < b->id; });
+    // Twice: whether a row is late "already" is judged at the pace of the whole batch.
+    for (const RunningRow* row : rows) slot.Add(row->sequence_tokens, 0.0, kInfinity, 0.0, false);
+    slot.rows = 0;
+    const Slot whole = slot;
+    const double pace = PredictStepSeconds(
+        *slot.step_time, static_cast<double>(rows.size()),
+        static_cast<double>(whole.worker->pads
+                                ? static_cast<int64_t>(rows.size()) * whole.tokens_longest
+                                : whole.tokens));
+    slot.rows = static_cast<int32_t>(rows.size());
+    for (const RunningRow* row : rows) {
+      const StepsForecast steps = forecaster.Forecast(row->kind, row->canvas_tokens,
+                                                      row->steps_budget, row->steps_done);
+      slot.steps_longest = std::max(slot.steps_longest, steps.p50);
+      const double slack = absl::ToDoubleSeconds(row->deadline - now);
+      const double bound = slack / (std::max(steps.p50, 1.0) * (1.0 + options.deadline_margin));
+      if (bound > pace) slot.step_seconds_max = std::min(slot.step_seconds_max, bound);
+      slot.closed = slot.closed || row->suspect;
+      const double tokens = row->sequence_tokens;
+      pool.backlog_seconds +=
+          steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens);
+    }
+  }
+}
+
+// Fills in what the candidate costs at its granted steps. False: it cannot be in time even alone.
+bool Planner::Price(Candidate& candidate) {
+  const WaitingRequest& request = *candidate.request;
+  const Pool& pool = pools[static_cast<size_t>(candidate.pool)];
+  candidate.steps = forecaster.Forecast(request.kind, request.canvas_tokens,
+                                        candidate.steps_budget, request.steps_done);
+  const double tokens = request.sequence_tokens;
+  const double full_step = pool.FullStepSeconds(tokens);
+  candidate.device_seconds = candidate.steps.mean * full_step / pool.RowsAtTarget(tokens);
+  candidate.run_seconds = candidate.steps.p75 * full_step * (1.0 + options.deadline_margin);
+  return candidate.steps.p25 * pool.AloneStepSeconds(tokens) <= candidate.slack_seconds;
+}
+
+void Planner::TakeRequests(absl::Span<const WaitingRequest> waiting) {
+  candidates.reserve(waiting.size());
+  for (const WaitingRequest& request : waiting) {
+    CINNABAR_CHECK(request.sequence_tokens > 0 && request.steps_done >= 0 &&
+                   request.steps_budget > request.steps_done && request.tenant_weight > 0.0)
+        << "request " << request.id;
+    if (request.deadline <= now) {
+      plan.expired.push_back(request.id);
+      continue;
+    }
+    const int32_t pool_index = PoolOf(request.kind.model);
+    if (pool_index < 0) continue;
+    Pool& pool = pools[static_cast<size_t>(pool_index)];
+    if (request.sequence_tokens > pool.tokens_max) {
+      plan.refused.push_back({request.id, RefusalReason::kTooLong});
+      continue;
+    }
+    if (pool.num_workers == 0) continue;
+    Candidate candidate;
+    candidate.request = &request;
+    candidate.pool = pool_index;
+    candidate.steps_budget = request.steps_budget;
+    candidate.slack_seconds = absl::ToDoubleSeconds(request.deadline - now);
+    const absl::Duration waited = std::max(now - request.arrival, absl::ZeroDuration());
+    candidate.waited_seconds = absl::ToDoubleSeconds(waited);
+    candidate.starving = waited > options.starvation_wait;
+    const double lifted =
+        std::min<double>(kNumClasses, std::floor(absl::FDivDuration(waited, options.ageing_period)));
+    candidate.lane =
+        std::max(0, static_cast<int32_t>(request.priority) - static_cast<int32_t>(lifted));
+    if (!Price(candidate)) {
+      // A lower step budget keeps the promise; only a request that has not begun can take one.
+      candidate.steps_budget = request.steps_min;
+      if (request.steps_min <= 0 || request.steps_done > 0 || !Price(candidate)) {
+        plan.refused.push_back({request.id, RefusalReason::kDeadlineInfeasible});
+        continue;
+      }
+    }
+    pool.backlog_seconds += candidate.device_seconds;
+    candidates.push_back(candidate);
+  }
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    return a.request->id < b.request->id;
+  });
+  std::sort(plan.expired.begin(), plan.expired.end());
+  std::sort(plan.refused.begin(), plan.refused.end(),
+            [](const Refusal& a, const Refusal& b) { return a.id < b.id; });
+}
+
+// Under pressure, requests that allow it get the share of their steps that the backlog leaves.
+void Planner::Degrade(double backlog_seconds) {
+  const double share = absl::ToDoubleSeconds(options.pressure_backlog) / backlog_seconds;
+  if (share >= 1.0) return;
+  for (Candidate& candidate : candidates) {
+    const WaitingRequest& request = *candidate.request;
+    if (request.steps_min <= 0 || request.steps_done > 0) continue;
+    const int32_t wanted = static_cast<int32_t>(std::ceil(request.steps_budget * share));
+    candidate.steps_budget =
+        std::min(candidate.steps_budget, std::max(request.steps_min, wanted));
+    Price(candidate);
+  }
+}
+
+// Rule 3. Moore and Hodgson's rule (at most so many late jobs as must be): walk through the requests by deadline;
+// when one would be late, put off the dearest so far. Ours is fair besides: "dearest" is weighed with what its
+// tenant would receive. The pool is taken as one machine as fast as all its workers.
+void Planner::PutOff(int32_t pool_index) {
+  const Pool& pool = pools[static_cast<size_t>(pool_index)];
+  struct Job {
+    double slack_seconds;
+    RequestId id;
+    int32_t candidate;  // -1: runs already, cannot be put off
+    double device_seconds;
+  };
+  std::vector<Job> jobs;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    const Candidate& candidate = candidates[i];
+    if (candidate.pool != pool_index) continue;
+    jobs.push_back({candidate.slack_seconds, candidate.request->id, static_cast<int32_t>(i),
+                    candidate.device_seconds});
+  }
+  for (const Slot& slot : slots) {
+    if (slot.pool != pool_index) continue;
+    for (const RunningRow& row : slot.worker->rows) {
+      const StepsForecast steps = forecaster.Forecast(row.kind, row.canvas_tokens,
+                                                      row.steps_budget, row.steps_done);
+      const double tokens = row.sequence_tokens;
+      jobs.push_back({absl::ToDoubleSeconds(row.deadline - now), row.id, -1,
+                      steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens)});
+    }
+  }
+  std::sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) {
+    return std::tie(a.slack_seconds, a.id) < std::tie(b.slack_seconds, b.id);
+  });
+  struct Kept {
+    double device_seconds = 0.0;
+    double weight = 1.0;
+    std::priority_queue<std::pair<double, int32_t>> dearest;  // device seconds, candidate
+    double Key() const {
+      return dearest.empty() ? -1.0 : dearest.top().first * device_seconds / weight;
+    }
+  };
+  std::map<TenantIndex, Kept> kept;
+  std::set<std::pair<double, TenantIndex>> worst;  // by Key()
+  double busy_seconds = 0.0;                       // of one worker
+  for (const Job& job : jobs) {
+    const double share = job.device_seconds / pool.num_workers;
+    const double before = busy_seconds;
+    busy_seconds += share;
+    if (job.candidate < 0) continue;
+    const Candidate& candidate = candidates[static_cast<size_t>(job.candidate)];
+    if (candidate.starving) continue;
+    Kept& of_tenant = kept[candidate.request->tenant];
+    worst.erase({of_tenant.Key(), candidate.request->tenant});
+    of_tenant.weight = candidate.request->tenant_weight;
+    of_tenant.device_seconds += job.device_seconds;
+    of_tenant.dearest.emplace(job.device_seconds, job.candidate);
+    worst.emplace(of_tenant.Key(), candidate.request->tenant);
+    // What is served before it starts it late; its own run is longer than its share of the machine.
+    const double latest = job.slack_seconds - std::max(candidate.run_seconds, share);
+    double start = before;
+    bool itself = false;
+    while (start > latest && !itself && !worst.empty()) {
+      const TenantIndex tenant = worst.rbegin()->second;
+      worst.erase(std::prev(worst.end()));
+      Kept& most = kept[tenant];
+      const auto [seconds, victim] = most.dearest.top();
+      most.dearest.pop();
+      most.device_seconds -= seconds;
+      if (!most.dearest.empty()) worst.emplace(most.Key(), tenant);
+      candidates[static_cast<size_t>(victim)].put_off = true;
+      ++plan.num_put_off;
+      busy_seconds -= seconds / pool.num_workers;
+      itself = victim == job.candidate;
+      start -= seconds / pool.num_workers;
+    }
+  }
+}
+
+// The order of service, and the shares of every tenant that waits, ascending by (lane, tenant).
+std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<TenantShare>& tenants) {
+  struct Queue {
+    size_t share = 0;  // index in `tenants`
+    double weight = 1.0;
+    double virtual_time = 0.0;
+    std::vector<int32_t> requests;  // earliest deadline first
+    size_t next = 0;
+  };
+  std::vector<int32_t> front;
+  std::vector<int32_t> tail;
+  std::map<std::pair<int32_t, TenantIndex>, Queue> queues;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    const Candidate& candidate = candidates[i];
+    Queue& queue = queues[{candidate.lane, candidate.request->tenant}];
+    queue.weight = candidate.request->tenant_weight;
+    if (candidate.starving || candidate.Urgent()) {
+      front.push_back(static_cast<int32_t>(i));
+    } else if (candidate.put_off) {
+      tail.push_back(static_cast<int32_t>(i));
+    } else {
+      queue.requests.push_back(static_cast<int32_t>(i));
+    }
+  }
+  const auto at = [this](int32_t index) -> const Candidate& {
+    return candidates[static_cast<size_t>(index)];
+  };
+  const auto by_deadline = [&at](int32_t a, int32_t b) { return EarlierDeadline(at(a), at(b)); };
+  std::sort(front.begin(), front.end(), [&](int32_t a, int32_t b) {
+    if (at(a).starving != at(b).starving) return at(a).starving;
+    return at(a).starving ? at(a).request->id < at(b).request->id : by_deadline(a, b);
+  });
+  std::sort(tail.begin(), tail.end(), [&](int32_t a, int32_t b) {
+    return std::tie(at(a).device_seconds, at(a).request->id) <
+           std::tie(at(b).device_seconds, at(b).request->id);
+  });
+
+  // A tenant that comes back starts level with those that stayed: an absence is no credit.
+  std::array<std::vector<Queue*>, kNumClasses> lanes;
+  for (auto& [key, queue] : queues) {
+    const auto known = std::lower_bound(
+        before.tenants.begin(), before.tenants.end(), key,
+        [](const TenantShare& share, const std::pair<int32_t, TenantIndex>& wanted) {
+          return std::pair(share.lane, share.tenant) < wanted;
+        });
+    const double floor = before.floor[static_cast<size_t>(key.first)];
+    double start = floor;
+    if (known != before.tenants.end() && std::pair(known->lane, known->tenant) == key) {
+      start = known->active ? known->virtual_time : std::max(known->virtual_time, floor);
+    }
+    queue.share = tenants.size();
+    queue.virtual_time = start;
+    tenants.push_back({key.first, key.second, start, true});
+    std::sort(queue.requests.begin(), queue.requests.end(), by_deadline);
+    lanes[static_cast<size_t>(key.first)].push_back(&queue);
+  }
+
+  const auto later = [](const Queue* a, const Queue* b) {
+    return std::tie(a->virtual_time, a->share) > std::tie(b->virtual_time, b->share);
+  };
+  std::array<double, kNumClasses> lane_time = before.lane_time;
+  std::array<std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>, kNumClasses> heaps =
+      {std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>(later),
+       std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>(later),
+       std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>(later)};
+  for (size_t lane = 0; lane < kNumClasses; ++lane) {
+    if (!before.lane_active[lane]) lane_time[lane] = std::max(lane_time[lane], before.lane_floor);
+    for (Queue* queue : lanes[lane]) {
+      if (!queue->requests.empty()) heaps[lane].push(queue);
+    }
+  }
+  std::vector<int32_t> order = std::move(front);
+  order.reserve(candidates.size());
+  while (true) {
+    int lane = -1;
+    for (int i = 0; i < kNumClasses; ++i) {
+      const size_t index = static_cast<size_t>(i);
+      if (heaps[index].empty()) continue;
+      if (lane < 0 || lane_time[index] < lane_time[static_cast<size_t>(lane)]) lane = i;
+    }
+    if (lane < 0) break;
+    const size_t index = static_cast<size_t>(lane);
+    Queue* queue = heaps[index].top();
+    heaps[index].pop();
+    const int32_t request = queue->requests[queue->next++];
+    order.push_back(request);
+    queue->virtual_time += at(request).device_seconds / queue->weight;
+    lane_time[index] += at(request).device_seconds / options.class_weight[index];
+    if (queue->next < queue->requests.size()) heaps[index].push(queue);
+  }
+  order.insert(order.end(), tail.begin(), tail.end());
+  return order;
+}
+
+void Planner::Place(const std::vector<int32_t>& order) {
+  const double window_seconds =
+      absl::ToDoubleSeconds(options.window_max) * std::clamp(plan.pressure, 0.0, 1.0);
+  const double drain_after = absl::ToDoubleSeconds(options.drain_after);
+  std::vector<int32_t> drains_left(pools.size());
+  for (size_t i = 0; i < pools.size(); ++i) {
+    drains_left[i] = std::max(1, static_cast<int32_t>(options.drain_share * pools[i].num_workers));
+  }
+  std::vector<std::pair<int32_t, int64_t>> drained_for;  // pool, tokens
+
+  for (const int32_t index : order) {
+    Candidate& candidate = candidates[static_cast<size_t>(index)];
+    const WaitingRequest& request = *candidate.request;
+    const int64_t tokens = request.sequence_tokens;
+    Slot* best = nullptr;
+    double best_finish = kInfinity;
+    bool fits_a_batch = false;  // one of the running batches will take it when it has room
+    bool held_back = false;
+    for (Slot& slot : slots) {
+      if (slot.pool != candidate.pool || slot.closed || slot.rows >= slot.worker->rows_max + 1) {
+        continue;
+      }
+      if (slot.worker->tokens_max < tokens) continue;
+      const double share = options.tokens_share[static_cast<size_t>(candidate.lane)];
+      const int64_t limit = std::min<int64_t>(
+          slot.worker->tokens_max,
+          static_cast<int64_t>(share * static_cast<double>(slot.worker->tokens_target)));
+      if (slot.rows > 0) {
+        if (request.suspect) continue;
+        if (slot.worker->pads && slot.PadsTooMuch(tokens, options.padding_max)) continue;
+        fits_a_batch = fits_a_batch || tokens + slot.tokens / slot.rows <= limit;
+        if (slot.rows >= slot.worker->rows_max || slot.PositionsWith(tokens) > limit) continue;
+      } else if (slot.worker->rows_max <= 0) {
+        continue;
+      }
+      const double step_seconds = PredictStepSeconds(
+          *slot.step_time, slot.rows + 1, static_cast<double>(slot.PositionsWith(tokens)));
+      if (step_seconds > slot.step_seconds_max) continue;
+      const double finish = candidate.steps.p50 * step_seconds * (1.0 + options.deadline_margin);
+      if (finish > candidate.slack_seconds && slot.rows > 0) continue;
+      if (slot.rows > 0 && candidate.waited_seconds < window_seconds && !candidate.Urgent()) {
+        held_back = true;
+        continue;
+      }
+      if (finish < best_finish) {
+        best = &slot;
+        best_finish = finish;
+      }
+    }
+    if (best != nullptr) {
+      best->placed.push_back(index);
+      best->Add(tokens, candidate.steps.p50, candidate.slack_seconds, options.deadline_margin,
+                request.suspect);
+      continue;
+    }
+    if (held_back) {
+      plan.next = std::min(plan.next, request.arrival + absl::Seconds(window_seconds) +
+                                          absl::Milliseconds(1));
+      continue;
+    }
+    if (fits_a_batch || candidate.put_off) continue;
+    if (candidate.waited_seconds < drain_after && !candidate.Urgent()) continue;
+    // No running batch has its length: the worker that is done first takes nobody else until it is free for it.
+    const auto shares_batch = [&](const std::pair<int32_t, int64_t>& other) {
+      const int64_t longer = std::max(tokens, other.second);
+      const int64_t shorter = std::min(tokens, other.second);
+      return other.first == candidate.pool &&
+             static_cast<double>(longer - shorter) <=
+                 options.padding_max * 2.0 * static_cast<double>(longer);
+    };
+    if (!request.suspect &&
+        std::any_of(drained_for.begin(), drained_for.end(), shares_batch)) {
+      continue;
+    }
+    if (drains_left[static_cast<size_t>(candidate.pool)] <= 0) continue;
+    Slot* soonest = nullptr;
+    for (Slot& slot : slots) {
+      if (slot.pool != candidate.pool || slot.closed || slot.worker->tokens_max < tokens) continue;
+      if (soonest == nullptr || slot.DrainSeconds() < soonest->DrainSeconds()) soonest = &slot;
+    }
+    if (soonest == nullptr) continue;
+    soonest->closed = true;
+    --drains_left[static_cast<size_t>(candidate.pool)];
+    drained_for.emplace_back(candidate.pool, tokens);
+  }
+}
+
+void Planner::Write(const ShareState& before, std::vector<TenantShare> tenants) {
+  plan.shares = before;
+  for (size_t lane = 0; lane < kNumClasses; ++lane) {
+    if (!before.lane_active[lane]) {
+      plan.shares.lane_time[lane] = std::max(plan.shares.lane_time[lane], before.lane_floor);
+    }
+    plan.shares.lane_active[lane] = false;
+  }
+  double lane_floor = kInfinity;
+  std::array<double, kNumClasses> floor;
+  floor.fill(kInfinity);
+  for (const TenantShare& share : tenants) {
+    const size_t lane = static_cast<size_t>(share.lane);
+    plan.shares.lane_active[lane] = true;
+    floor[lane] = std::min(floor[lane], share.virtual_time);
+    lane_floor = std::min(lane_floor, plan.shares.lane_time[lane]);
+  }
+  for (size_t lane = 0; lane < kNumClasses; ++lane) {
+    if (floor[lane] < kInfinity) {
+      plan.shares.floor[lane] = std::max(plan.shares.floor[lane], floor[lane]);
+    }
+  }
+  if (lane_floor < kInfinity) {
+    plan.shares.lane_floor = std::max(plan.shares.lane_floor, lane_floor);
+  }
+
+  for (Slot& slot : slots) {
+    for (const int32_t index : slot.placed) {
+      const Candidate& candidate = candidates[static_cast<size_t>(index)];
+      const WaitingRequest& request = *candidate.request;
+      const Bucket bucket = {request.kind.model, LengthBucket(request.sequence_tokens),
+                             StepsBucket(candidate.steps.mean)};
+      // Packs of a worker follow the best-placed member of each; a suspect has its own anyway (it is alone).
+      Pack* pack = nullptr;
+      for (auto it = plan.packs.rbegin();
+           it != plan.packs.rend() && it->worker == slot.worker->id; ++it) {
+        if (it->bucket == bucket) pack = &*it;
+      }
+      if (pack == nullptr) {
+        plan.packs.push_back({.worker = slot.worker->id, .bucket = bucket, .members = {}});
+        pack = &plan.packs.back();
+      }
+      pack->members.push_back({request.id, candidate.steps_budget});
+      pack->cost_token_steps += candidate.steps.mean * request.sequence_tokens;
+      const auto share = std::lower_bound(
+          tenants.begin(), tenants.end(), std::pair(candidate.lane, request.tenant),
+          [](const TenantShare& a, const std::pair<int32_t, TenantIndex>& wanted) {
+            return std::pair(a.lane, a.tenant) < wanted;
+          });
+      share->virtual_time += candidate.device_seconds / request.tenant_weight;
+      const size_t lane = static_cast<size_t>(candidate.lane);
+      plan.shares.lane_time[lane] += candidate.device_seconds / options.class_weight[lane];
+    }
+  }
+
+  // Those that do not wait now are remembered while they are ahead of the others.
+  std::vector<TenantShare> merged;
+  for (const TenantShare& share : before.tenants) {
+    const auto now_waiting = std::lower_bound(
+        tenants.begin(), tenants.end(), share, [](const TenantShare& a, const TenantShare& b) {
+          return std::tie(a.lane, a.tenant) < std::tie(b.lane, b.tenant);
+        });
+    if (now_waiting != tenants.end() && now_waiting->lane == share.lane &&
+        now_waiting->tenant == share.tenant) {
+      continue;
+    }
+    if (share.virtual_time <= plan.shares.floor[static_cast<size_t>(share.lane)]) continue;
+    merged.push_back(share);
+    merged.back().active = false;
+  }
+  merged.insert(merged.end(), tenants.begin(), tenants.end());
+  std::sort(merged.begin(), merged.end(), [](const TenantShare& a, const TenantShare& b) {
+    return std::tie(a.lane, a.tenant) < std::tie(b.lane, b.tenant);
+  });
+  plan.shares.tenants = std::move(merged);
+}
+
+}  // namespace
+
+int32_t LengthBucket(int32_t sequence_tokens) {
+  CINNABAR_CHECK(sequence_tokens > 0);
+  return std::max(0, static_cast<int32_t>(std::ceil(4.0 * std::log2(sequence_tokens / 32.0))));
+}
+
+int32_t StepsBucket(double remaining_steps) {
+  return std::max(0, static_cast<int32_t>(std::ceil(std::log2(std::max(remaining_steps, 1.0)))));
+}
+
+Plan PlanPacks(absl::Span<const WaitingRequest> waiting, absl::Span<const WorkerState> workers,
+               const CostModel& cost, const ShareState& shares, const PlanOptions& options,
+               absl::Time now) {
+  Planner planner(cost, options, now);
+  planner.TakeWorkers(workers);
+  planner.TakeRequests(waiting);
+
+  double backlog_seconds = 0.0;  // of the busiest model
+  for (const Pool& pool : planner.pools) {
+    if (pool.num_workers == 0) continue;
+    backlog_seconds = std::max(backlog_seconds, pool.backlog_seconds / pool.num_workers);
+  }
+  planner.plan.backlog = absl::Seconds(backlog_seconds);
+  const double full = absl::ToDoubleSeconds(options.pressure_backlog);
+  planner.plan.pressure = full > 0.0 ? std::min(1.0, backlog_seconds / full) : 1.0;
+  planner.Degrade(backlog_seconds);
+  if (options.shed) {
+    for (size_t i = 0; i < planner.pools.size(); ++i) {
+      if (planner.pools[i].num_workers > 0) planner.PutOff(static_cast<int32_t>(i));
+    }
+  }
+  std::vector<TenantShare> tenants;
+  const std::vector<int32_t> order = planner.Order(shares, tenants);
+  planner.Place(order);
+  planner.Write(shares, std::move(tenants));
+  return std::move(planner.plan);
+}
+
+}  // namespace cinnabar
