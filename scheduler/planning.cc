@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <map>
 #include <optional>
@@ -15,12 +16,13 @@
 #include "absl/types/span.h"
 #include "common/base/check.h"
 
+#include <cstdlib>
 namespace cinnabar {
+static double Env(const char*n,double d){const char*v=getenv(n);return v?atof(v):d;}
+static const double kBeta=Env("BETA",1);
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-// A request this close to its latest start is served before its turn.
-constexpr double kUrgentSeconds = 0.5;
 
 // Forecasts by kind, worked out once a plan: a request that has not begun needs a multiplication only.
 class Forecaster {
@@ -89,10 +91,7 @@ struct Candidate {
   double run_seconds = 0.0;     // from start to end in a full batch
   bool starving = false;
   bool put_off = false;
-
-  bool Urgent() const {
-    return !put_off && slack_seconds - run_seconds < kUrgentSeconds;
-  }
+  bool pressed = false;  // served before its turn: its deadline, or that of one behind it, needs it
 };
 
 bool EarlierDeadline(const Candidate& a, const Candidate& b) {
@@ -143,6 +142,18 @@ struct Slot {
   }
 };
 
+// A request, waiting or running, on the machine that stands for the whole pool.
+struct Job {
+  double slack_seconds = 0.0;
+  RequestId id = 0;
+  int32_t candidate = -1;       // -1: runs already
+  double device_seconds = 0.0;  // divided by the pool's workers
+
+  bool operator<(const Job& other) const {
+    return std::tie(slack_seconds, id) < std::tie(other.slack_seconds, other.id);
+  }
+};
+
 struct Planner {
   const PlanOptions& options;
   const CostModel& cost;
@@ -168,6 +179,7 @@ struct Planner {
   void TakeRequests(absl::Span<const WaitingRequest> waiting);
   bool Price(Candidate& candidate);
   void Degrade(double backlog_seconds);
+  std::vector<Job> JobsByDeadline(int32_t pool);
   void PutOff(int32_t pool);
   std::vector<int32_t> Order(const ShareState& before, std::vector<TenantShare>& tenants);
   void Place(const std::vector<int32_t>& order);
@@ -207,16 +219,12 @@ void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
     for (const RunningRow& row : slot.worker->rows) rows.push_back(&row);
     std::sort(rows.begin(), rows.end(),
               [](const RunningRow* a, const RunningRow* b) { return a->id < b->id; });
-    // Twice: whether a row is late "already" is judged at the pace of the whole batch.
-    for (const RunningRow* row : rows) slot.Add(row->sequence_tokens, 0.0, kInfinity, 0.0, false);
-    slot.rows = 0;
-    const Slot whole = slot;
-    const double pace = PredictStepSeconds(
-        *slot.step_time, static_cast<double>(rows.size()),
-        static_cast<double>(whole.worker->pads
-                                ? static_cast<int64_t>(rows.size()) * whole.tokens_longest
-                                : whole.tokens));
     slot.rows = static_cast<int32_t>(rows.size());
+    for (const RunningRow* row : rows) {
+      slot.tokens += row->sequence_tokens;
+      slot.tokens_longest = std::max<int64_t>(slot.tokens_longest, row->sequence_tokens);
+    }
+    const double pace = slot.StepSeconds();
     for (const RunningRow* row : rows) {
       const StepsForecast steps = forecaster.Forecast(row->kind, row->canvas_tokens,
                                                       row->steps_budget, row->steps_done);
@@ -283,12 +291,15 @@ void Planner::TakeRequests(absl::Span<const WaitingRequest> waiting) {
         continue;
       }
     }
-    pool.backlog_seconds += candidate.device_seconds;
     candidates.push_back(candidate);
   }
   std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
     return a.request->id < b.request->id;
   });
+  // Summed in a fixed order: the sum of doubles must not depend on how the waiting set was listed.
+  for (const Candidate& candidate : candidates) {
+    pools[static_cast<size_t>(candidate.pool)].backlog_seconds += candidate.device_seconds;
+  }
   std::sort(plan.expired.begin(), plan.expired.end());
   std::sort(plan.refused.begin(), plan.refused.end(),
             [](const Refusal& a, const Refusal& b) { return a.id < b.id; });
@@ -308,23 +319,14 @@ void Planner::Degrade(double backlog_seconds) {
   }
 }
 
-// Rule 3. Moore and Hodgson's rule (at most so many late jobs as must be): walk through the requests by deadline;
-// when one would be late, put off the dearest so far. Ours is fair besides: "dearest" is weighed with what its
-// tenant would receive. The pool is taken as one machine as fast as all its workers.
-void Planner::PutOff(int32_t pool_index) {
+std::vector<Job> Planner::JobsByDeadline(int32_t pool_index) {
   const Pool& pool = pools[static_cast<size_t>(pool_index)];
-  struct Job {
-    double slack_seconds;
-    RequestId id;
-    int32_t candidate;  // -1: runs already, cannot be put off
-    double device_seconds;
-  };
   std::vector<Job> jobs;
   for (size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& candidate = candidates[i];
-    if (candidate.pool != pool_index) continue;
+    if (candidate.pool != pool_index || candidate.put_off) continue;
     jobs.push_back({candidate.slack_seconds, candidate.request->id, static_cast<int32_t>(i),
-                    candidate.device_seconds});
+                    candidate.device_seconds / pool.num_workers});
   }
   for (const Slot& slot : slots) {
     if (slot.pool != pool_index) continue;
@@ -333,53 +335,63 @@ void Planner::PutOff(int32_t pool_index) {
                                                       row.steps_budget, row.steps_done);
       const double tokens = row.sequence_tokens;
       jobs.push_back({absl::ToDoubleSeconds(row.deadline - now), row.id, -1,
-                      steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens)});
+                      steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens) /
+                          pool.num_workers});
     }
   }
-  std::sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) {
-    return std::tie(a.slack_seconds, a.id) < std::tie(b.slack_seconds, b.id);
-  });
+  std::sort(jobs.begin(), jobs.end());
+  return jobs;
+}
+
+// Rule 3. Moore and Hodgson's rule (at most so many late jobs as must be): walk through the requests by deadline;
+// when one would be late, put off the dearest so far. Ours is fair besides: "dearest" is weighed with what its
+// tenant would receive. The pool is taken as one machine as fast as all its workers.
+void Planner::PutOff(int32_t pool_index) {
   struct Kept {
     double device_seconds = 0.0;
     double weight = 1.0;
     std::priority_queue<std::pair<double, int32_t>> dearest;  // device seconds, candidate
     double Key() const {
-      return dearest.empty() ? -1.0 : dearest.top().first * device_seconds / weight;
+      return dearest.empty() ? -1.0 : dearest.top().first * std::pow(device_seconds / weight, kBeta);
     }
   };
   std::map<TenantIndex, Kept> kept;
   std::set<std::pair<double, TenantIndex>> worst;  // by Key()
-  double busy_seconds = 0.0;                       // of one worker
-  for (const Job& job : jobs) {
-    const double share = job.device_seconds / pool.num_workers;
-    const double before = busy_seconds;
-    busy_seconds += share;
+  double busy_seconds = 0.0;
+  for (const Job& job : JobsByDeadline(pool_index)) {
+    double start = busy_seconds;
+    busy_seconds += job.device_seconds;
     if (job.candidate < 0) continue;
     const Candidate& candidate = candidates[static_cast<size_t>(job.candidate)];
     if (candidate.starving) continue;
-    Kept& of_tenant = kept[candidate.request->tenant];
-    worst.erase({of_tenant.Key(), candidate.request->tenant});
+    const TenantIndex own = candidate.request->tenant;
+    Kept& of_tenant = kept[own];
+    worst.erase({of_tenant.Key(), own});
     of_tenant.weight = candidate.request->tenant_weight;
     of_tenant.device_seconds += job.device_seconds;
-    of_tenant.dearest.emplace(job.device_seconds, job.candidate);
-    worst.emplace(of_tenant.Key(), candidate.request->tenant);
+    of_tenant.dearest.emplace(
+        job.device_seconds / options.class_value[static_cast<size_t>(candidate.lane)],
+        job.candidate);
+    worst.emplace(of_tenant.Key(), own);
     // What is served before it starts it late; its own run is longer than its share of the machine.
-    const double latest = job.slack_seconds - std::max(candidate.run_seconds, share);
-    double start = before;
-    bool itself = false;
-    while (start > latest && !itself && !worst.empty()) {
+    const double latest =
+        candidate.slack_seconds - std::max(candidate.run_seconds, job.device_seconds);
+    while (start > latest && !worst.empty()) {
       const TenantIndex tenant = worst.rbegin()->second;
       worst.erase(std::prev(worst.end()));
       Kept& most = kept[tenant];
-      const auto [seconds, victim] = most.dearest.top();
+      const int32_t victim = most.dearest.top().second;
       most.dearest.pop();
+      Candidate& dropped = candidates[static_cast<size_t>(victim)];
+      const double seconds =
+          dropped.device_seconds / pools[static_cast<size_t>(pool_index)].num_workers;
       most.device_seconds -= seconds;
       if (!most.dearest.empty()) worst.emplace(most.Key(), tenant);
-      candidates[static_cast<size_t>(victim)].put_off = true;
+      dropped.put_off = true;
       ++plan.num_put_off;
-      busy_seconds -= seconds / pool.num_workers;
-      itself = victim == job.candidate;
-      start -= seconds / pool.num_workers;
+      busy_seconds -= seconds;
+      start -= seconds;
+      if (victim == job.candidate) break;
     }
   }
 }
@@ -400,7 +412,7 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
     const Candidate& candidate = candidates[i];
     Queue& queue = queues[{candidate.lane, candidate.request->tenant}];
     queue.weight = candidate.request->tenant_weight;
-    if (candidate.starving || candidate.Urgent()) {
+    if (candidate.starving) {
       front.push_back(static_cast<int32_t>(i));
     } else if (candidate.put_off) {
       tail.push_back(static_cast<int32_t>(i));
@@ -412,10 +424,6 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
     return candidates[static_cast<size_t>(index)];
   };
   const auto by_deadline = [&at](int32_t a, int32_t b) { return EarlierDeadline(at(a), at(b)); };
-  std::sort(front.begin(), front.end(), [&](int32_t a, int32_t b) {
-    if (at(a).starving != at(b).starving) return at(a).starving;
-    return at(a).starving ? at(a).request->id < at(b).request->id : by_deadline(a, b);
-  });
   std::sort(tail.begin(), tail.end(), [&](int32_t a, int32_t b) {
     return std::tie(at(a).device_seconds, at(a).request->id) <
            std::tie(at(b).device_seconds, at(b).request->id);
@@ -441,38 +449,97 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
     lanes[static_cast<size_t>(key.first)].push_back(&queue);
   }
 
-  const auto later = [](const Queue* a, const Queue* b) {
-    return std::tie(a->virtual_time, a->share) > std::tie(b->virtual_time, b->share);
-  };
+  // The least virtual time first; then the lower tenant.
+  using Turn = std::tuple<double, size_t, Queue*>;
+  std::array<std::priority_queue<Turn, std::vector<Turn>, std::greater<>>, kNumClasses> heaps;
   std::array<double, kNumClasses> lane_time = before.lane_time;
-  std::array<std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>, kNumClasses> heaps =
-      {std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>(later),
-       std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>(later),
-       std::priority_queue<Queue*, std::vector<Queue*>, decltype(later)>(later)};
   for (size_t lane = 0; lane < kNumClasses; ++lane) {
     if (!before.lane_active[lane]) lane_time[lane] = std::max(lane_time[lane], before.lane_floor);
     for (Queue* queue : lanes[lane]) {
-      if (!queue->requests.empty()) heaps[lane].push(queue);
+      if (!queue->requests.empty()) {
+        heaps[lane].emplace(queue->virtual_time, queue->share, queue);
+      }
     }
   }
-  std::vector<int32_t> order = std::move(front);
+  // How late each request may start for it and all with a later deadline to be in time, on a machine that serves
+  // them by deadline from then on. While the turn leaves those times alone, turns are taken; then deadlines are.
+  struct Latest {
+    int32_t candidate;
+    double start_seconds;
+  };
+  std::vector<std::vector<Latest>> latest(pools.size());
+  std::vector<size_t> next_latest(pools.size(), 0);
+  std::vector<double> clock(pools.size(), 0.0);
+  for (size_t i = 0; i < pools.size(); ++i) {
+    if (pools[i].num_workers == 0) continue;
+    const std::vector<Job> jobs = JobsByDeadline(static_cast<int32_t>(i));
+    double behind = kInfinity;
+    for (auto job = jobs.rbegin(); job != jobs.rend(); ++job) {
+      double own = kInfinity;
+      if (job->candidate >= 0) {
+        own = job->slack_seconds - std::max(at(job->candidate).run_seconds, job->device_seconds);
+      }
+      behind = std::min(own, behind - job->device_seconds);
+      if (job->candidate >= 0 && !at(job->candidate).starving) {
+        latest[i].push_back({job->candidate, behind});
+      }
+    }
+    std::reverse(latest[i].begin(), latest[i].end());
+  }
+
+  std::vector<bool> served(candidates.size(), false);
+  std::vector<int32_t> order;
   order.reserve(candidates.size());
+  const auto serve = [&](int32_t index) {
+    const Candidate& candidate = at(index);
+    served[static_cast<size_t>(index)] = true;
+    order.push_back(index);
+    clock[static_cast<size_t>(candidate.pool)] +=
+        candidate.device_seconds / pools[static_cast<size_t>(candidate.pool)].num_workers;
+    lane_time[static_cast<size_t>(candidate.lane)] +=
+        candidate.device_seconds / options.class_weight[static_cast<size_t>(candidate.lane)];
+    Queue& queue = queues[{candidate.lane, candidate.request->tenant}];
+    queue.virtual_time += candidate.device_seconds / queue.weight;
+  };
+  for (const int32_t index : front) serve(index);
   while (true) {
     int lane = -1;
     for (int i = 0; i < kNumClasses; ++i) {
       const size_t index = static_cast<size_t>(i);
+      // Forget those that were served before their turn, and move a tenant whose time has moved to its place.
+      while (!heaps[index].empty()) {
+        const auto [time, share, queue] = heaps[index].top();
+        while (queue->next < queue->requests.size() &&
+               served[static_cast<size_t>(queue->requests[queue->next])]) {
+          ++queue->next;
+        }
+        if (queue->next < queue->requests.size() && time == queue->virtual_time) break;
+        heaps[index].pop();
+        if (queue->next < queue->requests.size()) {
+          heaps[index].emplace(queue->virtual_time, share, queue);
+        }
+      }
       if (heaps[index].empty()) continue;
       if (lane < 0 || lane_time[index] < lane_time[static_cast<size_t>(lane)]) lane = i;
     }
     if (lane < 0) break;
-    const size_t index = static_cast<size_t>(lane);
-    Queue* queue = heaps[index].top();
-    heaps[index].pop();
-    const int32_t request = queue->requests[queue->next++];
-    order.push_back(request);
-    queue->virtual_time += at(request).device_seconds / queue->weight;
-    lane_time[index] += at(request).device_seconds / options.class_weight[index];
-    if (queue->next < queue->requests.size()) heaps[index].push(queue);
+    const auto [time, share, queue] = heaps[static_cast<size_t>(lane)].top();
+    int32_t turn = queue->requests[queue->next];
+    const size_t pool = static_cast<size_t>(at(turn).pool);
+    size_t& next = next_latest[pool];
+    while (next < latest[pool].size() &&
+           served[static_cast<size_t>(latest[pool][next].candidate)]) {
+      ++next;
+    }
+    if (next < latest[pool].size()) {
+      const Latest& first = latest[pool][next];
+      const double after = clock[pool] + at(turn).device_seconds / pools[pool].num_workers;
+      if (after > first.start_seconds) {
+        turn = first.candidate;
+        candidates[static_cast<size_t>(turn)].pressed = true;
+      }
+    }
+    serve(turn);
   }
   order.insert(order.end(), tail.begin(), tail.end());
   return order;
@@ -497,9 +564,7 @@ void Planner::Place(const std::vector<int32_t>& order) {
     bool fits_a_batch = false;  // one of the running batches will take it when it has room
     bool held_back = false;
     for (Slot& slot : slots) {
-      if (slot.pool != candidate.pool || slot.closed || slot.rows >= slot.worker->rows_max + 1) {
-        continue;
-      }
+      if (slot.pool != candidate.pool || slot.closed) continue;
       if (slot.worker->tokens_max < tokens) continue;
       const double share = options.tokens_share[static_cast<size_t>(candidate.lane)];
       const int64_t limit = std::min<int64_t>(
@@ -518,7 +583,7 @@ void Planner::Place(const std::vector<int32_t>& order) {
       if (step_seconds > slot.step_seconds_max) continue;
       const double finish = candidate.steps.p50 * step_seconds * (1.0 + options.deadline_margin);
       if (finish > candidate.slack_seconds && slot.rows > 0) continue;
-      if (slot.rows > 0 && candidate.waited_seconds < window_seconds && !candidate.Urgent()) {
+      if (slot.rows > 0 && candidate.waited_seconds < window_seconds && !candidate.pressed) {
         held_back = true;
         continue;
       }
@@ -539,7 +604,7 @@ void Planner::Place(const std::vector<int32_t>& order) {
       continue;
     }
     if (fits_a_batch || candidate.put_off) continue;
-    if (candidate.waited_seconds < drain_after && !candidate.Urgent()) continue;
+    if (candidate.waited_seconds < drain_after && !candidate.pressed) continue;
     // No running batch has its length: the worker that is done first takes nobody else until it is free for it.
     const auto shares_batch = [&](const std::pair<int32_t, int64_t>& other) {
       const int64_t longer = std::max(tokens, other.second);

@@ -112,7 +112,7 @@ struct PlanOptions {
   // interactive may take beyond it slows the rows that are there.
   std::array<double, kNumClasses> tokens_share = {1.0, 1.0, 0.75};
   // Of the positions of a padding worker's batch, those that may be padding when a row joins, in [0, 1).
-  double padding_max = 0.1;
+  double padding_max = 0.2;
   // Refilling a busy worker waits for company up to this times the pressure; an idle worker never waits.
   absl::Duration window_max = absl::Milliseconds(50);
   // Backlog at which the pressure is 1: the window is at its longest, and requests that may be degraded are.
@@ -123,6 +123,8 @@ struct PlanOptions {
   double drain_share = 0.5;
   // Share of the predicted run that is added to it before it is held against a deadline.
   double deadline_margin = 0.1;
+  // How many cheaper requests of class batch one of this class is worth when not all can be in time.
+  std::array<double, kNumClasses> class_value = {1.0, 1.0, 1.0};
   bool shed = true;  // rule 3 above; false leaves everything in the order of rules 1 and 2
 };
 
