@@ -16,10 +16,7 @@
 #include "absl/types/span.h"
 #include "common/base/check.h"
 
-#include <cstdlib>
 namespace cinnabar {
-static double Env(const char*n,double d){const char*v=getenv(n);return v?atof(v):d;}
-static const double kBeta=Env("BETA",1);
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -352,7 +349,8 @@ void Planner::PutOff(int32_t pool_index) {
     double weight = 1.0;
     std::priority_queue<std::pair<double, int32_t>> dearest;  // device seconds, candidate
     double Key() const {
-      return dearest.empty() ? -1.0 : dearest.top().first * std::pow(device_seconds / weight, kBeta);
+      const double share = device_seconds / weight;
+      return dearest.empty() ? -1.0 : dearest.top().first * share * share;
     }
   };
   std::map<TenantIndex, Kept> kept;
@@ -487,6 +485,7 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
     std::reverse(latest[i].begin(), latest[i].end());
   }
 
+  const double turn_spare = absl::ToDoubleSeconds(options.turn_spare);
   std::vector<bool> served(candidates.size(), false);
   std::vector<int32_t> order;
   order.reserve(candidates.size());
@@ -534,7 +533,7 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
     if (next < latest[pool].size()) {
       const Latest& first = latest[pool][next];
       const double after = clock[pool] + at(turn).device_seconds / pools[pool].num_workers;
-      if (after > first.start_seconds) {
+      if (after > first.start_seconds - turn_spare) {
         turn = first.candidate;
         candidates[static_cast<size_t>(turn)].pressed = true;
       }

@@ -119,12 +119,14 @@ struct PlanOptions {
   absl::Duration pressure_backlog = absl::Seconds(4);
   // A request that fits no running batch's lengths gets a worker drained for it after this.
   absl::Duration drain_after = absl::Milliseconds(200);
+  // Turns are taken only while every deadline can be met with this much time to spare; then deadlines decide.
+  absl::Duration turn_spare = absl::Seconds(2);
   // At most this part of the workers drains at a time (at least one).
   double drain_share = 0.5;
   // Share of the predicted run that is added to it before it is held against a deadline.
   double deadline_margin = 0.1;
   // How many cheaper requests of class batch one of this class is worth when not all can be in time.
-  std::array<double, kNumClasses> class_value = {1.0, 1.0, 1.0};
+  std::array<double, kNumClasses> class_value = {2.0, 1.5, 1.0};
   bool shed = true;  // rule 3 above; false leaves everything in the order of rules 1 and 2
 };
 

@@ -194,12 +194,14 @@ class OraclePolicy : public Policy {
     Decision decision;
     std::vector<Slot> slots = SlotsOf(workers);
     std::vector<double> step_max(slots.size(), 1e300);
+    std::vector<double> steps_longest(slots.size(), 0.0);
     std::vector<Job> jobs;
     for (size_t w = 0; w < workers.size(); ++w) {
       const double pace = cluster_.StepSeconds(slots[w].rows, static_cast<double>(slots[w].Positions()));
       for (const RunningRow& row : workers[w].rows) {
         const SimRequest& request = workload_.requests[static_cast<size_t>(row.id)];
         const double left = request.TrueSteps(row.steps_budget) - row.steps_done;
+        steps_longest[w] = std::max(steps_longest[w], left);
         const double bound = (request.deadline_seconds - now) / left;
         if (bound > pace) step_max[w] = std::min(step_max[w], bound);
         jobs.push_back(JobOf(request, left, now, true));
@@ -225,18 +227,23 @@ class OraclePolicy : public Policy {
       const double y = by_cost ? b.device_seconds : b.slack_seconds;
       return std::tie(x, a.id) < std::tie(y, b.id);
     });
+    std::vector<bool> drained(slots.size(), false);
+    int drains_left = std::max<int>(1, static_cast<int>(slots.size()) / 2);
     for (const Job& job : jobs) {
       size_t best = slots.size();
       double best_finish = 1e300;
+      bool has_company = false;  // somebody's batch is of its length, with room or without
       const int64_t tokens = static_cast<int64_t>(job.tokens);
       for (size_t w = 0; w < slots.size(); ++w) {
         const Slot& slot = slots[w];
-        if (!slot.HasRoom(tokens, options_.tokens_share)) continue;
+        if (drained[w] || tokens > slot.tokens_max) continue;
         const double positions = static_cast<double>(slot.PositionsWith(tokens));
         if (slot.rows > 0 && positions - static_cast<double>(slot.tokens + tokens) >
                                  options_.padding_max * positions) {
           continue;
         }
+        has_company = true;
+        if (!slot.HasRoom(tokens, options_.tokens_share)) continue;
         const double step = cluster_.StepSeconds(slot.rows + 1, positions);
         if (options_.protect_running && step > step_max[w]) continue;
         const double finish = job.steps * step;
@@ -246,8 +253,27 @@ class OraclePolicy : public Policy {
           best_finish = finish;
         }
       }
-      if (best == slots.size()) continue;
+      if (best == slots.size()) {
+        // The worker that is free first is kept for it.
+        if (!options_.drain || has_company || job.put_off || drains_left <= 0) continue;
+        size_t soonest = slots.size();
+        double soonest_seconds = 1e300;
+        for (size_t w = 0; w < slots.size(); ++w) {
+          if (drained[w]) continue;
+          const double pace =
+              cluster_.StepSeconds(slots[w].rows, static_cast<double>(slots[w].Positions()));
+          if (steps_longest[w] * pace < soonest_seconds) {
+            soonest = w;
+            soonest_seconds = steps_longest[w] * pace;
+          }
+        }
+        if (soonest == slots.size()) continue;
+        drained[soonest] = true;
+        --drains_left;
+        continue;
+      }
       slots[best].Add(tokens);
+      steps_longest[best] = std::max(steps_longest[best], job.steps);
       const double pace = cluster_.StepSeconds(slots[best].rows, static_cast<double>(slots[best].Positions()));
       const double bound = job.slack_seconds / job.steps;
       if (bound > pace) step_max[best] = std::min(step_max[best], bound);
@@ -321,14 +347,70 @@ std::unique_ptr<Policy> MakeOraclePolicy(const Workload& workload, const Cluster
 
 std::vector<OracleOptions> OracleVariants() {
   std::vector<OracleOptions> variants;
-  for (const auto order : {OracleOptions::Order::kMooreHodgson, OracleOptions::Order::kShortestFirst}) {
-    for (const double padding_max : {0.1, 0.2, 0.35}) {
-      for (const bool protect : {true, false}) {
-        for (const double share : {1.0, 2.0}) variants.push_back({order, padding_max, share, protect});
-      }
+  for (const double padding_max : {0.1, 0.2, 0.35}) {
+    for (const double share : {0.5, 1.0, 2.0}) {
+      variants.push_back({OracleOptions::Order::kMooreHodgson, padding_max, share, true, true});
     }
   }
+  variants.push_back({OracleOptions::Order::kMooreHodgson, 0.2, 1.0, false, true});
+  variants.push_back({OracleOptions::Order::kMooreHodgson, 0.2, 1.0, true, false});
+  variants.push_back({OracleOptions::Order::kShortestFirst, 0.2, 1.0, true, true});
   return variants;
+}
+
+double RelaxedBound(const Workload& workload, const ClusterModel& cluster) {
+  constexpr double kSlotSeconds = 1.0;
+  struct Job {
+    double device_seconds;
+    size_t from;  // slots [from, to)
+    size_t to;
+  };
+  std::vector<Job> jobs;
+  size_t num_slots = 0;
+  for (const SimRequest& request : workload.requests) {
+    const double tokens = request.request.sequence_tokens;
+    if (request.true_steps * cluster.StepSeconds(1.0, tokens) >
+        request.deadline_seconds - request.arrival_seconds) {
+      continue;
+    }
+    const double rows = std::max(1.0, std::min<double>(cluster.rows_max, static_cast<double>(cluster.tokens_max) / tokens));
+    Job job;
+    job.device_seconds = request.true_steps * cluster.StepSeconds(rows, rows * tokens) / rows;
+    job.from = static_cast<size_t>(request.arrival_seconds / kSlotSeconds);
+    job.to = static_cast<size_t>(std::ceil(request.deadline_seconds / kSlotSeconds));
+    num_slots = std::max(num_slots, job.to);
+    jobs.push_back(job);
+  }
+  std::sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) {
+    return std::tie(a.device_seconds, a.from, a.to) < std::tie(b.device_seconds, b.from, b.to);
+  });
+  // spare[s][t]: what is left of the slots [s, t) after the work that lies wholly inside. By Hall's theorem, work
+  // fits when no interval is overfull, and all that can be added to a job is the least spare around its window.
+  const size_t stride = num_slots + 1;
+  std::vector<float> spare(stride * stride);
+  for (size_t s = 0; s < num_slots; ++s) {
+    for (size_t t = s; t <= num_slots; ++t) {
+      spare[s * stride + t] = static_cast<float>(static_cast<double>(t - s) * kSlotSeconds * cluster.num_workers);
+    }
+  }
+  double in_time = 0.0;
+  for (const Job& job : jobs) {
+    float least = static_cast<float>(job.device_seconds);
+    for (size_t s = 0; s <= job.from; ++s) {
+      const float* row = &spare[s * stride];
+      float row_least = least;
+      for (size_t t = job.to; t <= num_slots; ++t) row_least = row[t] < row_least ? row[t] : row_least;
+      least = row_least;
+      if (least <= 0.0F) break;
+    }
+    if (least <= 0.0F) continue;
+    for (size_t s = 0; s <= job.from; ++s) {
+      float* row = &spare[s * stride];
+      for (size_t t = job.to; t <= num_slots; ++t) row[t] -= least;
+    }
+    in_time += least / job.device_seconds;
+  }
+  return in_time;
 }
 
 }  // namespace cinnabar::sim

@@ -30,6 +30,7 @@ struct OracleOptions {
   double padding_max = 0.1;
   double tokens_share = 1.0;
   bool protect_running = true;  // nobody joins who would make a running row late
+  bool drain = true;            // a worker is kept for a length that no batch has
 };
 std::unique_ptr<Policy> MakeOraclePolicy(const Workload& workload, const ClusterModel& cluster,
                                          const OracleOptions& options);
@@ -39,7 +40,7 @@ std::vector<OracleOptions> OracleVariants();
 // No schedule of any kind, even one that knows the arrivals to come, has more requests in time: the workers as one
 // machine that is never idle while there is work, splits every request at will, pads nothing, pays no overhead
 // beyond full batches', and is paid for parts of requests. Solved exactly (the feasible works form a polymatroid,
-// so the cheapest first is optimal), at `slots_per_second` rounded in its favour.
+// so the cheapest first is optimal), with times rounded to whole seconds in its favour. Returns requests.
 double RelaxedBound(const Workload& workload, const ClusterModel& cluster);
 
 }  // namespace cinnabar::sim

@@ -310,6 +310,18 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
     if (fair[tenant] > 0.0) relative.push_back(received[tenant] / fair[tenant]);
   }
   outcome.jain = Jain(relative);
+  std::vector<double> asked(num_tenants, 0.0);
+  std::vector<double> got(num_tenants, 0.0);
+  for (size_t i = 0; i < cell.size(); ++i) {
+    asked[i / kNumClasses] += cell[i];
+    got[i / kNumClasses] += cell_in_time[i];
+  }
+  const std::vector<double> fair_requests = FairShares(asked, static_cast<double>(outcome.in_time));
+  std::vector<double> relative_requests;
+  for (size_t tenant = 0; tenant < num_tenants; ++tenant) {
+    if (asked[tenant] > 0.0) relative_requests.push_back(got[tenant] / fair_requests[tenant]);
+  }
+  outcome.jain_requests = Jain(relative_requests);
   outcome.worst_tenant = *std::min_element(relative.begin(), relative.end());
   outcome.worst_cell = 1e9;
   for (size_t i = 0; i < cell.size(); ++i) {

@@ -74,6 +74,7 @@ struct Outcome {
   // Jain's index. Over what tenants received in time (token-steps), as share of the max-min fair share of the
   // total: equal tenants with equal demand reduce to Jain's index of what they received.
   double jain = 0.0;
+  double jain_requests = 0.0;  // the same of requests in time
   double worst_tenant = 0.0;    // the least share of its fair share
   double worst_cell = 0.0;      // least in-time share of a (tenant, class) over its class's; cells of >= 20 requests
   double worst_size = 0.0;      // least in-time share of a quarter of the requests by true work, over the mean

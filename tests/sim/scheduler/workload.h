@@ -40,7 +40,7 @@ struct ClusterModel {
   double step_position_seconds = 0.000025;
   int32_t rows_max = 32;
   int64_t tokens_max = 32768;
-  int64_t tokens_target = 4096;
+  int64_t tokens_target = 2048;
   bool pads = true;
   double noise = 0.05;           // of a step's time, log-normal
   double outlier_share = 0.002;  // steps that take three times as long
