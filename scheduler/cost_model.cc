@@ -17,14 +17,14 @@ namespace {
 
 constexpr double kRowsScale = 16.0;
 constexpr double kPositionsScale = 4096.0;
-constexpr double kForgetting = 0.998;         // about the last 500 steps count
-constexpr double kCovarianceMax = 1.0;        // the prior's; forgetting must not blow it up
-constexpr double kScaleFollows = 0.02;        // weight of a new residual in the running scale
-constexpr double kScaleMin = 0.02;            // 2% of noise is always believed
-constexpr double kClip = 3.0;                 // residuals beyond this many scales are outliers
+constexpr double kForgetting = 0.995;           // about the last 200 steps count
+constexpr double kCovarianceMax = 1.0;          // the prior's; forgetting must not blow it up
+constexpr double kScaleFollows = 0.02;          // weight of a new residual in the running scale
+constexpr double kScaleMin = 0.02;              // 2% of noise is always believed
+constexpr double kClip = 3.0;                   // residuals beyond this many scales are outliers
 constexpr double kHistogramForgetting = 0.995;  // about the last 200 requests count
-constexpr double kParentWeight = 6.0;         // requests that a coarser histogram is worth
-constexpr double kPriorWeight = 2.0;          // requests that "uses its whole budget" is worth
+constexpr double kParentWeight = 6.0;           // requests that a coarser histogram is worth
+constexpr double kPriorWeight = 2.0;            // requests that "uses its whole budget" is worth
 
 std::array<double, 3> Features(double rows, double positions) {
   return {1.0, rows / kRowsScale, positions / kPositionsScale};
@@ -41,12 +41,15 @@ double Total(const FractionHistogram& histogram) {
   return total;
 }
 
-// `own` as it is, with `parent` (a distribution) worth `weight` observations; the result sums to one.
-FractionHistogram Mix(const FractionHistogram* own, const FractionHistogram& parent, double weight) {
+// `own` as it is, with `parent` (a distribution) worth `weight` observations; the result sums to
+// one.
+FractionHistogram Mix(const FractionHistogram* own, const FractionHistogram& parent,
+                      double weight) {
   FractionHistogram mixed;
   const double total = (own == nullptr ? 0.0 : Total(*own)) + weight;
   for (size_t bin = 0; bin < mixed.counts.size(); ++bin) {
-    mixed.counts[bin] = ((own == nullptr ? 0.0 : own->counts[bin]) + weight * parent.counts[bin]) / total;
+    mixed.counts[bin] =
+        ((own == nullptr ? 0.0 : own->counts[bin]) + weight * parent.counts[bin]) / total;
   }
   return mixed;
 }
@@ -64,12 +67,14 @@ bool ReadHex(absl::string_view text, double& value) {
 }  // namespace
 
 void Observe(const StepSample& sample, StepTimeFit& fit) {
-  if (sample.rows <= 0 || sample.positions <= 0 || !(sample.seconds > 0.0) || !std::isfinite(sample.seconds)) return;
+  if (sample.rows <= 0 || sample.positions <= 0 || !(sample.seconds > 0.0) ||
+      !std::isfinite(sample.seconds))
+    return;
   const std::array<double, 3> x = Features(sample.rows, static_cast<double>(sample.positions));
   double predicted = 0.0;
   for (size_t i = 0; i < 3; ++i) predicted += fit.weights[i] * x[i];
-  // Step times span three orders of magnitude, and their noise is a share of them: the fit minimises relative
-  // error, i.e. every feature and the target are divided by the time seen.
+  // Step times span three orders of magnitude, and their noise is a share of them: the fit
+  // minimises relative error, i.e. every feature and the target are divided by the time seen.
   const double scale = std::max(sample.seconds, 1e-6);
   const double residual = (sample.seconds - predicted) / scale;
   const double clip = kClip * std::max(fit.residual_scale, kScaleMin);
@@ -86,15 +91,16 @@ void Observe(const StepSample& sample, StepTimeFit& fit) {
   double largest = 0.0;
   for (size_t i = 0; i < 3; ++i) {
     for (size_t j = 0; j < 3; ++j) {
-      fit.covariance[3 * i + j] = (fit.covariance[3 * i + j] - py[i] * py[j] / denominator) / kForgetting;
+      fit.covariance[3 * i + j] =
+          (fit.covariance[3 * i + j] - py[i] * py[j] / denominator) / kForgetting;
     }
     largest = std::max(largest, fit.covariance[4 * i]);
   }
   if (largest > kCovarianceMax) {
     for (double& entry : fit.covariance) entry *= kCovarianceMax / largest;
   }
-  // The scale follows the clipped residual, so that one outlier cannot open the gate for the next; a lasting
-  // change still widens it, by at most a factor of 1.04 a step.
+  // The scale follows the clipped residual, so that one outlier cannot open the gate for the next;
+  // a lasting change still widens it, by at most a factor of 1.04 a step.
   fit.residual_scale += kScaleFollows * (std::fabs(believed) * 1.25 - fit.residual_scale);
   ++fit.num_samples;
 }
@@ -118,9 +124,11 @@ void ObserveStep(int32_t model, const StepSample& sample, CostModel& cost) {
 }
 
 void ObserveSteps(const StepsSample& sample, CostModel& cost) {
-  if (sample.steps_budget <= 0 || sample.steps_used <= 0 || sample.steps_used > sample.steps_budget) return;
+  if (sample.steps_budget <= 0 || sample.steps_used <= 0 || sample.steps_used > sample.steps_budget)
+    return;
   const double fraction = static_cast<double>(sample.steps_used) / sample.steps_budget;
-  const int bin = std::clamp(static_cast<int>(std::ceil(fraction * kFractionBins)) - 1, 0, kFractionBins - 1);
+  const int bin =
+      std::clamp(static_cast<int>(std::ceil(fraction * kFractionBins)) - 1, 0, kFractionBins - 1);
   const WorkKind model_alone = {.model = sample.kind.model, .sampler = -1, .threshold_percent = -1};
   const std::tuple<WorkKind, int32_t> keys[] = {
       {model_alone, -1}, {sample.kind, -1}, {sample.kind, CanvasBucket(sample.canvas_tokens)}};
@@ -140,7 +148,8 @@ const StepTimeFit& StepTimeOf(const CostModel& cost, int32_t model) {
   return found == cost.step_time.end() ? prior : found->second;
 }
 
-FractionHistogram BlendFractions(const CostModel& cost, const WorkKind& kind, int32_t canvas_tokens) {
+FractionHistogram BlendFractions(const CostModel& cost, const WorkKind& kind,
+                                 int32_t canvas_tokens) {
   const auto find = [&cost](const WorkKind& k, int32_t bucket) -> const FractionHistogram* {
     const auto found = cost.steps.find({k, bucket});
     return found == cost.steps.end() ? nullptr : &found->second;
@@ -153,12 +162,13 @@ FractionHistogram BlendFractions(const CostModel& cost, const WorkKind& kind, in
   return Mix(find(kind, CanvasBucket(canvas_tokens)), of_kind, kParentWeight);
 }
 
-StepsForecast ForecastSteps(const FractionHistogram& fractions, int32_t steps_budget, int32_t steps_done) {
+StepsForecast ForecastSteps(const FractionHistogram& fractions, int32_t steps_budget,
+                            int32_t steps_done) {
   if (steps_budget <= steps_done) return {};
   const double budget = steps_budget;
   const double remaining_max = steps_budget - steps_done;
-  // The mass of a bin that lies beyond what is done, taken as spread evenly over the bin, except in the last one:
-  // there it means "all of the budget", which fixed-step samplers use exactly.
+  // The mass of a bin that lies beyond what is done, taken as spread evenly over the bin, except in
+  // the last one: there it means "all of the budget", which fixed-step samplers use exactly.
   const double done = static_cast<double>(steps_done) / budget;
   std::array<double, kFractionBins> mass;
   double total = 0.0;
@@ -174,8 +184,11 @@ StepsForecast ForecastSteps(const FractionHistogram& fractions, int32_t steps_bu
     mean += mass[index] * (last ? 1.0 : (std::max(low, done) + high) / 2);
   }
   StepsForecast forecast;
-  if (total <= 0.0) return {remaining_max, remaining_max, remaining_max, remaining_max, remaining_max};
-  const auto steps_at = [&](double fraction) { return std::clamp(fraction * budget - steps_done, 1.0, remaining_max); };
+  if (total <= 0.0)
+    return {remaining_max, remaining_max, remaining_max, remaining_max, remaining_max};
+  const auto steps_at = [&](double fraction) {
+    return std::clamp(fraction * budget - steps_done, 1.0, remaining_max);
+  };
   forecast.mean = steps_at(mean / total);
   const std::array<double, 4> quantiles = {0.25, 0.5, 0.75, 0.9};
   double* const targets[] = {&forecast.p25, &forecast.p50, &forecast.p75, &forecast.p90};
@@ -208,7 +221,8 @@ std::string SerializeCostModel(const CostModel& cost) {
   }
   for (const auto& [key, histogram] : cost.steps) {
     const auto& [kind, bucket] = key;
-    absl::StrAppend(&text, "steps ", kind.model, " ", kind.sampler, " ", kind.threshold_percent, " ", bucket);
+    absl::StrAppend(&text, "steps ", kind.model, " ", kind.sampler, " ", kind.threshold_percent,
+                    " ", bucket);
     for (const double count : histogram.counts) absl::StrAppend(&text, " ", Hex(count));
     text += '\n';
   }
@@ -232,7 +246,8 @@ absl::StatusOr<CostModel> ParseCostModel(absl::string_view text) {
     if (fields[0] == "step_time" && fields.size() == 16) {
       int32_t model = 0;
       StepTimeFit fit;
-      bool good = absl::SimpleAtoi(fields[1], &model) && absl::SimpleAtoi(fields[2], &fit.num_samples) &&
+      bool good = absl::SimpleAtoi(fields[1], &model) &&
+                  absl::SimpleAtoi(fields[2], &fit.num_samples) &&
                   ReadHex(fields[3], fit.residual_scale);
       for (size_t i = 0; i < 3; ++i) good = good && ReadHex(fields[4 + i], fit.weights[i]);
       for (size_t i = 0; i < 9; ++i) good = good && ReadHex(fields[7 + i], fit.covariance[i]);
@@ -242,8 +257,10 @@ absl::StatusOr<CostModel> ParseCostModel(absl::string_view text) {
       WorkKind kind;
       int32_t bucket = 0;
       FractionHistogram histogram;
-      bool good = absl::SimpleAtoi(fields[1], &kind.model) && absl::SimpleAtoi(fields[2], &kind.sampler) &&
-                  absl::SimpleAtoi(fields[3], &kind.threshold_percent) && absl::SimpleAtoi(fields[4], &bucket);
+      bool good = absl::SimpleAtoi(fields[1], &kind.model) &&
+                  absl::SimpleAtoi(fields[2], &kind.sampler) &&
+                  absl::SimpleAtoi(fields[3], &kind.threshold_percent) &&
+                  absl::SimpleAtoi(fields[4], &bucket);
       for (size_t i = 0; i < histogram.counts.size(); ++i) {
         good = good && ReadHex(fields[5 + i], histogram.counts[i]) && histogram.counts[i] >= 0.0;
       }

@@ -21,7 +21,8 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Forecasts by kind, worked out once a plan: a request that has not begun needs a multiplication only.
+// Forecasts by kind, worked out once a plan: a request that has not begun needs a multiplication
+// only.
 class Forecaster {
  public:
   explicit Forecaster(const CostModel& cost) : cost_(cost) {}
@@ -38,9 +39,7 @@ class Forecaster {
     }
     if (steps_done > 0) return ForecastSteps(entry->second.fractions, steps_budget, steps_done);
     const double budget = steps_budget;
-    const auto scale = [budget](double of_unit) {
-      return std::max(1.0, of_unit / kUnit * budget);
-    };
+    const auto scale = [budget](double of_unit) { return std::max(1.0, of_unit / kUnit * budget); };
     const StepsForecast& unit = entry->second.unit;
     return {scale(unit.mean), scale(unit.p25), scale(unit.p50), scale(unit.p75), scale(unit.p90)};
   }
@@ -57,10 +56,10 @@ class Forecaster {
 // The workers of one model, as one machine.
 struct Pool {
   const StepTimeFit* step_time = nullptr;
-  int32_t num_workers = 0;      // that accept
-  int64_t tokens_max = 0;       // of the largest worker, accepting or not
-  double tokens_target = 0.0;   // mean over the accepting
-  double rows_max = 0.0;        // mean over the accepting
+  int32_t num_workers = 0;       // that accept
+  int64_t tokens_max = 0;        // of the largest worker, accepting or not
+  double tokens_target = 0.0;    // mean over the accepting
+  double rows_max = 0.0;         // mean over the accepting
   double backlog_seconds = 0.0;  // device time of all its requests
 
   // Rows of this length in a full step, and what such a step takes.
@@ -78,9 +77,9 @@ struct Pool {
 
 struct Candidate {
   const WaitingRequest* request = nullptr;
-  int32_t pool = -1;           // index; -1: no accepting worker
-  int32_t steps_budget = 0;    // as it would be granted
-  int32_t lane = 0;            // class after ageing
+  int32_t pool = -1;         // index; -1: no accepting worker
+  int32_t steps_budget = 0;  // as it would be granted
+  int32_t lane = 0;          // class after ageing
   double waited_seconds = 0.0;
   double slack_seconds = 0.0;  // until the deadline
   StepsForecast steps;
@@ -101,11 +100,12 @@ struct Slot {
   const StepTimeFit* step_time = nullptr;
   int32_t pool = -1;
   int32_t rows = 0;
-  int64_t tokens = 0;          // sum over the rows
+  int64_t tokens = 0;  // sum over the rows
   int64_t tokens_longest = 0;
   double steps_longest = 0.0;  // median remaining steps of the row that stays longest
-  double step_seconds_max = kInfinity;  // the slowest step at which every row that can be in time is
-  bool closed = false;         // suspect on board, or being drained for somebody
+  double step_seconds_max =
+      kInfinity;                // the slowest step at which every row that can be in time is
+  bool closed = false;          // suspect on board, or being drained for somebody
   std::vector<int32_t> placed;  // candidates, in the order of service
 
   int64_t PositionsWith(int64_t more_tokens) const {
@@ -139,6 +139,16 @@ struct Slot {
   }
 };
 
+// The waiting requests of a tenant in a lane.
+struct Queue {
+  size_t share = 0;  // index in the tenants' shares
+  double weight = 1.0;
+  double virtual_time = 0.0;
+  std::vector<int32_t> requests;  // earliest deadline first
+  size_t next = 0;
+};
+using Queues = std::map<std::pair<int32_t, TenantIndex>, Queue>;
+
 // A request, waiting or running, on the machine that stands for the whole pool.
 struct Job {
   double slack_seconds = 0.0;
@@ -157,8 +167,8 @@ struct Planner {
   const absl::Time now;
   Forecaster forecaster;
   std::vector<Pool> pools;
-  std::vector<int32_t> pool_models;  // ascending; pools[i] serves pool_models[i]
-  std::vector<Slot> slots;           // of accepting workers, ascending by worker id
+  std::vector<int32_t> pool_models;   // ascending; pools[i] serves pool_models[i]
+  std::vector<Slot> slots;            // of accepting workers, ascending by worker id
   std::vector<Candidate> candidates;  // ascending by id
   Plan plan;
 
@@ -167,9 +177,8 @@ struct Planner {
 
   int32_t PoolOf(int32_t model) const {
     const auto at = std::lower_bound(pool_models.begin(), pool_models.end(), model);
-    return at != pool_models.end() && *at == model
-               ? static_cast<int32_t>(at - pool_models.begin())
-               : -1;
+    return at != pool_models.end() && *at == model ? static_cast<int32_t>(at - pool_models.begin())
+                                                   : -1;
   }
 
   void TakeWorkers(absl::Span<const WorkerState> workers);
@@ -178,6 +187,7 @@ struct Planner {
   void Degrade(double backlog_seconds);
   std::vector<Job> JobsByDeadline(int32_t pool);
   void PutOff(int32_t pool);
+  void StartShares(const ShareState& before, const Queues& queues);
   std::vector<int32_t> Order(const ShareState& before, std::vector<TenantShare>& tenants);
   void Place(const std::vector<int32_t>& order);
   void Write(const ShareState& before, std::vector<TenantShare> tenants);
@@ -223,16 +233,15 @@ void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
     }
     const double pace = slot.StepSeconds();
     for (const RunningRow* row : rows) {
-      const StepsForecast steps = forecaster.Forecast(row->kind, row->canvas_tokens,
-                                                      row->steps_budget, row->steps_done);
+      const StepsForecast steps =
+          forecaster.Forecast(row->kind, row->canvas_tokens, row->steps_budget, row->steps_done);
       slot.steps_longest = std::max(slot.steps_longest, steps.p50);
       const double slack = absl::ToDoubleSeconds(row->deadline - now);
       const double bound = slack / (std::max(steps.p50, 1.0) * (1.0 + options.deadline_margin));
       if (bound > pace) slot.step_seconds_max = std::min(slot.step_seconds_max, bound);
       slot.closed = slot.closed || row->suspect;
       const double tokens = row->sequence_tokens;
-      pool.backlog_seconds +=
-          steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens);
+      pool.backlog_seconds += steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens);
     }
   }
 }
@@ -241,8 +250,8 @@ void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
 bool Planner::Price(Candidate& candidate) {
   const WaitingRequest& request = *candidate.request;
   const Pool& pool = pools[static_cast<size_t>(candidate.pool)];
-  candidate.steps = forecaster.Forecast(request.kind, request.canvas_tokens,
-                                        candidate.steps_budget, request.steps_done);
+  candidate.steps = forecaster.Forecast(request.kind, request.canvas_tokens, candidate.steps_budget,
+                                        request.steps_done);
   const double tokens = request.sequence_tokens;
   const double full_step = pool.FullStepSeconds(tokens);
   candidate.device_seconds = candidate.steps.mean * full_step / pool.RowsAtTarget(tokens);
@@ -276,8 +285,8 @@ void Planner::TakeRequests(absl::Span<const WaitingRequest> waiting) {
     const absl::Duration waited = std::max(now - request.arrival, absl::ZeroDuration());
     candidate.waited_seconds = absl::ToDoubleSeconds(waited);
     candidate.starving = waited > options.starvation_wait;
-    const double lifted =
-        std::min<double>(kNumClasses, std::floor(absl::FDivDuration(waited, options.ageing_period)));
+    const double lifted = std::min<double>(
+        kNumClasses, std::floor(absl::FDivDuration(waited, options.ageing_period)));
     candidate.lane =
         std::max(0, static_cast<int32_t>(request.priority) - static_cast<int32_t>(lifted));
     if (!Price(candidate)) {
@@ -290,9 +299,8 @@ void Planner::TakeRequests(absl::Span<const WaitingRequest> waiting) {
     }
     candidates.push_back(candidate);
   }
-  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
-    return a.request->id < b.request->id;
-  });
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.request->id < b.request->id; });
   // Summed in a fixed order: the sum of doubles must not depend on how the waiting set was listed.
   for (const Candidate& candidate : candidates) {
     pools[static_cast<size_t>(candidate.pool)].backlog_seconds += candidate.device_seconds;
@@ -310,8 +318,7 @@ void Planner::Degrade(double backlog_seconds) {
     const WaitingRequest& request = *candidate.request;
     if (request.steps_min <= 0 || request.steps_done > 0) continue;
     const int32_t wanted = static_cast<int32_t>(std::ceil(request.steps_budget * share));
-    candidate.steps_budget =
-        std::min(candidate.steps_budget, std::max(request.steps_min, wanted));
+    candidate.steps_budget = std::min(candidate.steps_budget, std::max(request.steps_min, wanted));
     Price(candidate);
   }
 }
@@ -328,8 +335,8 @@ std::vector<Job> Planner::JobsByDeadline(int32_t pool_index) {
   for (const Slot& slot : slots) {
     if (slot.pool != pool_index) continue;
     for (const RunningRow& row : slot.worker->rows) {
-      const StepsForecast steps = forecaster.Forecast(row.kind, row.canvas_tokens,
-                                                      row.steps_budget, row.steps_done);
+      const StepsForecast steps =
+          forecaster.Forecast(row.kind, row.canvas_tokens, row.steps_budget, row.steps_done);
       const double tokens = row.sequence_tokens;
       jobs.push_back({absl::ToDoubleSeconds(row.deadline - now), row.id, -1,
                       steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens) /
@@ -340,9 +347,10 @@ std::vector<Job> Planner::JobsByDeadline(int32_t pool_index) {
   return jobs;
 }
 
-// Rule 3. Moore and Hodgson's rule (at most so many late jobs as must be): walk through the requests by deadline;
-// when one would be late, put off the dearest so far. Ours is fair besides: "dearest" is weighed with what its
-// tenant would receive. The pool is taken as one machine as fast as all its workers.
+// Rule 3. Moore and Hodgson's rule (at most so many late jobs as must be): walk through the
+// requests by deadline; when one would be late, put off the dearest so far. Ours is fair besides:
+// "dearest" is weighed with what its tenant would receive. The pool is taken as one machine as fast
+// as all its workers.
 void Planner::PutOff(int32_t pool_index) {
   struct Kept {
     double device_seconds = 0.0;
@@ -394,18 +402,47 @@ void Planner::PutOff(int32_t pool_index) {
   }
 }
 
+// Who comes back starts level with those that stayed: an absence is no credit. Where nobody stayed,
+// all start level.
+void Planner::StartShares(const ShareState& before, const Queues& queues) {
+  plan.shares = before;
+  std::array<double, kNumClasses> stayed;
+  stayed.fill(kInfinity);
+  std::array<double, kNumClasses> furthest = before.floor;
+  for (const TenantShare& share : before.tenants) {
+    const size_t lane = static_cast<size_t>(share.lane);
+    furthest[lane] = std::max(furthest[lane], share.virtual_time);
+    if (share.active && queues.count({share.lane, share.tenant}) > 0) {
+      stayed[lane] = std::min(stayed[lane], share.virtual_time);
+    }
+  }
+  plan.shares.lane_active.fill(false);
+  for (const auto& [key, queue] : queues) {
+    plan.shares.lane_active[static_cast<size_t>(key.first)] = true;
+  }
+  double lane_stayed = kInfinity;
+  double lane_furthest = 0.0;
+  for (size_t lane = 0; lane < kNumClasses; ++lane) {
+    plan.shares.floor[lane] =
+        stayed[lane] < kInfinity ? std::max(before.floor[lane], stayed[lane]) : furthest[lane];
+    lane_furthest = std::max(lane_furthest, before.lane_time[lane]);
+    if (before.lane_active[lane] && plan.shares.lane_active[lane]) {
+      lane_stayed = std::min(lane_stayed, before.lane_time[lane]);
+    }
+  }
+  const double level = lane_stayed < kInfinity ? lane_stayed : lane_furthest;
+  for (size_t lane = 0; lane < kNumClasses; ++lane) {
+    if (plan.shares.lane_active[lane] && !before.lane_active[lane]) {
+      plan.shares.lane_time[lane] = std::max(plan.shares.lane_time[lane], level);
+    }
+  }
+}
+
 // The order of service, and the shares of every tenant that waits, ascending by (lane, tenant).
 std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<TenantShare>& tenants) {
-  struct Queue {
-    size_t share = 0;  // index in `tenants`
-    double weight = 1.0;
-    double virtual_time = 0.0;
-    std::vector<int32_t> requests;  // earliest deadline first
-    size_t next = 0;
-  };
   std::vector<int32_t> front;
   std::vector<int32_t> tail;
-  std::map<std::pair<int32_t, TenantIndex>, Queue> queues;
+  Queues queues;
   for (size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& candidate = candidates[i];
     Queue& queue = queues[{candidate.lane, candidate.request->tenant}];
@@ -427,7 +464,7 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
            std::tie(at(b).device_seconds, at(b).request->id);
   });
 
-  // A tenant that comes back starts level with those that stayed: an absence is no credit.
+  StartShares(before, queues);
   std::array<std::vector<Queue*>, kNumClasses> lanes;
   for (auto& [key, queue] : queues) {
     const auto known = std::lower_bound(
@@ -435,10 +472,9 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
         [](const TenantShare& share, const std::pair<int32_t, TenantIndex>& wanted) {
           return std::pair(share.lane, share.tenant) < wanted;
         });
-    const double floor = before.floor[static_cast<size_t>(key.first)];
-    double start = floor;
+    double start = plan.shares.floor[static_cast<size_t>(key.first)];
     if (known != before.tenants.end() && std::pair(known->lane, known->tenant) == key) {
-      start = known->active ? known->virtual_time : std::max(known->virtual_time, floor);
+      start = known->active ? known->virtual_time : std::max(known->virtual_time, start);
     }
     queue.share = tenants.size();
     queue.virtual_time = start;
@@ -450,17 +486,17 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
   // The least virtual time first; then the lower tenant.
   using Turn = std::tuple<double, size_t, Queue*>;
   std::array<std::priority_queue<Turn, std::vector<Turn>, std::greater<>>, kNumClasses> heaps;
-  std::array<double, kNumClasses> lane_time = before.lane_time;
+  std::array<double, kNumClasses> lane_time = plan.shares.lane_time;
   for (size_t lane = 0; lane < kNumClasses; ++lane) {
-    if (!before.lane_active[lane]) lane_time[lane] = std::max(lane_time[lane], before.lane_floor);
     for (Queue* queue : lanes[lane]) {
       if (!queue->requests.empty()) {
         heaps[lane].emplace(queue->virtual_time, queue->share, queue);
       }
     }
   }
-  // How late each request may start for it and all with a later deadline to be in time, on a machine that serves
-  // them by deadline from then on. While the turn leaves those times alone, turns are taken; then deadlines are.
+  // How late each request may start for it and all with a later deadline to be in time, on a
+  // machine that serves them by deadline from then on. While the turn leaves those times alone,
+  // turns are taken; then deadlines are.
   struct Latest {
     int32_t candidate;
     double start_seconds;
@@ -505,7 +541,8 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
     int lane = -1;
     for (int i = 0; i < kNumClasses; ++i) {
       const size_t index = static_cast<size_t>(i);
-      // Forget those that were served before their turn, and move a tenant whose time has moved to its place.
+      // Forget those that were served before their turn, and move a tenant whose time has moved to
+      // its place.
       while (!heaps[index].empty()) {
         const auto [time, share, queue] = heaps[index].top();
         while (queue->next < queue->requests.size() &&
@@ -598,13 +635,14 @@ void Planner::Place(const std::vector<int32_t>& order) {
       continue;
     }
     if (held_back) {
-      plan.next = std::min(plan.next, request.arrival + absl::Seconds(window_seconds) +
-                                          absl::Milliseconds(1));
+      plan.next = std::min(plan.next,
+                           request.arrival + absl::Seconds(window_seconds) + absl::Milliseconds(1));
       continue;
     }
     if (fits_a_batch || candidate.put_off) continue;
     if (candidate.waited_seconds < drain_after && !candidate.pressed) continue;
-    // No running batch has its length: the worker that is done first takes nobody else until it is free for it.
+    // No running batch has its length: the worker that is done first takes nobody else until it is
+    // free for it.
     const auto shares_batch = [&](const std::pair<int32_t, int64_t>& other) {
       const int64_t longer = std::max(tokens, other.second);
       const int64_t shorter = std::min(tokens, other.second);
@@ -612,8 +650,7 @@ void Planner::Place(const std::vector<int32_t>& order) {
              static_cast<double>(longer - shorter) <=
                  options.padding_max * 2.0 * static_cast<double>(longer);
     };
-    if (!request.suspect &&
-        std::any_of(drained_for.begin(), drained_for.end(), shares_batch)) {
+    if (!request.suspect && std::any_of(drained_for.begin(), drained_for.end(), shares_batch)) {
       continue;
     }
     if (drains_left[static_cast<size_t>(candidate.pool)] <= 0) continue;
@@ -630,41 +667,17 @@ void Planner::Place(const std::vector<int32_t>& order) {
 }
 
 void Planner::Write(const ShareState& before, std::vector<TenantShare> tenants) {
-  plan.shares = before;
-  for (size_t lane = 0; lane < kNumClasses; ++lane) {
-    if (!before.lane_active[lane]) {
-      plan.shares.lane_time[lane] = std::max(plan.shares.lane_time[lane], before.lane_floor);
-    }
-    plan.shares.lane_active[lane] = false;
-  }
-  double lane_floor = kInfinity;
-  std::array<double, kNumClasses> floor;
-  floor.fill(kInfinity);
-  for (const TenantShare& share : tenants) {
-    const size_t lane = static_cast<size_t>(share.lane);
-    plan.shares.lane_active[lane] = true;
-    floor[lane] = std::min(floor[lane], share.virtual_time);
-    lane_floor = std::min(lane_floor, plan.shares.lane_time[lane]);
-  }
-  for (size_t lane = 0; lane < kNumClasses; ++lane) {
-    if (floor[lane] < kInfinity) {
-      plan.shares.floor[lane] = std::max(plan.shares.floor[lane], floor[lane]);
-    }
-  }
-  if (lane_floor < kInfinity) {
-    plan.shares.lane_floor = std::max(plan.shares.lane_floor, lane_floor);
-  }
-
   for (Slot& slot : slots) {
     for (const int32_t index : slot.placed) {
       const Candidate& candidate = candidates[static_cast<size_t>(index)];
       const WaitingRequest& request = *candidate.request;
       const Bucket bucket = {request.kind.model, LengthBucket(request.sequence_tokens),
                              StepsBucket(candidate.steps.mean)};
-      // Packs of a worker follow the best-placed member of each; a suspect has its own anyway (it is alone).
+      // Packs of a worker follow the best-placed member of each; a suspect has its own anyway (it
+      // is alone).
       Pack* pack = nullptr;
-      for (auto it = plan.packs.rbegin();
-           it != plan.packs.rend() && it->worker == slot.worker->id; ++it) {
+      for (auto it = plan.packs.rbegin(); it != plan.packs.rend() && it->worker == slot.worker->id;
+           ++it) {
         if (it->bucket == bucket) pack = &*it;
       }
       if (pack == nullptr) {

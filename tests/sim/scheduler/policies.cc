@@ -30,7 +30,8 @@ struct Slot {
   }
   bool HasRoom(int64_t more, double share = 1.0) const {
     if (rows == 0) return more <= tokens_max;
-    const int64_t limit = std::min(tokens_max, static_cast<int64_t>(share * static_cast<double>(tokens_target)));
+    const int64_t limit =
+        std::min(tokens_max, static_cast<int64_t>(share * static_cast<double>(tokens_target)));
     return rows < rows_max && PositionsWith(more) <= limit;
   }
   void Add(int64_t more) {
@@ -131,7 +132,8 @@ class BucketedFcfsPolicy : public Policy {
     }
     const auto head = [&buckets](int32_t bucket) -> const WaitingRequest* {
       const auto found = buckets.find(bucket);
-      if (found == buckets.end() || found->second.second >= found->second.first.size()) return nullptr;
+      if (found == buckets.end() || found->second.second >= found->second.first.size())
+        return nullptr;
       return found->second.first[found->second.second];
     };
     for (size_t w = 0; w < slots.size(); ++w) {
@@ -197,7 +199,8 @@ class OraclePolicy : public Policy {
     std::vector<double> steps_longest(slots.size(), 0.0);
     std::vector<Job> jobs;
     for (size_t w = 0; w < workers.size(); ++w) {
-      const double pace = cluster_.StepSeconds(slots[w].rows, static_cast<double>(slots[w].Positions()));
+      const double pace =
+          cluster_.StepSeconds(slots[w].rows, static_cast<double>(slots[w].Positions()));
       for (const RunningRow& row : workers[w].rows) {
         const SimRequest& request = workload_.requests[static_cast<size_t>(row.id)];
         const double left = request.TrueSteps(row.steps_budget) - row.steps_done;
@@ -274,11 +277,13 @@ class OraclePolicy : public Policy {
       }
       slots[best].Add(tokens);
       steps_longest[best] = std::max(steps_longest[best], job.steps);
-      const double pace = cluster_.StepSeconds(slots[best].rows, static_cast<double>(slots[best].Positions()));
+      const double pace =
+          cluster_.StepSeconds(slots[best].rows, static_cast<double>(slots[best].Positions()));
       const double bound = job.slack_seconds / job.steps;
       if (bound > pace) step_max[best] = std::min(step_max[best], bound);
       decision.starts.push_back(
-          {job.id, slots[best].worker, workload_.requests[static_cast<size_t>(job.id)].request.steps_budget});
+          {job.id, slots[best].worker,
+           workload_.requests[static_cast<size_t>(job.id)].request.steps_budget});
     }
     return decision;
   }
@@ -298,10 +303,11 @@ class OraclePolicy : public Policy {
   Job JobOf(const SimRequest& request, double steps, double now, bool running) const {
     const double tokens = request.request.sequence_tokens;
     const double rows = std::max(
-        1.0, std::min<double>(cluster_.rows_max, std::floor(static_cast<double>(cluster_.tokens_target) / tokens)));
+        1.0, std::min<double>(cluster_.rows_max,
+                              std::floor(static_cast<double>(cluster_.tokens_target) / tokens)));
     const double step = cluster_.StepSeconds(rows, rows * tokens);
-    return {request.request.id, tokens, steps, request.deadline_seconds - now, steps * step / rows, steps * step,
-            running, false};
+    return {request.request.id,  tokens,       steps,   request.deadline_seconds - now,
+            steps * step / rows, steps * step, running, false};
   }
 
   void PutOff(std::vector<Job>& jobs) const {
@@ -358,6 +364,17 @@ std::vector<OracleOptions> OracleVariants() {
   return variants;
 }
 
+Outcome BestOracle(const Workload& workload, const ClusterModel& cluster,
+                   const SimulationOptions& options) {
+  Outcome best;
+  for (const OracleOptions& variant : OracleVariants()) {
+    const Outcome outcome =
+        Simulate(workload, cluster, *MakeOraclePolicy(workload, cluster, variant), options);
+    if (best.policy.empty() || outcome.in_time > best.in_time) best = outcome;
+  }
+  return best;
+}
+
 double RelaxedBound(const Workload& workload, const ClusterModel& cluster) {
   constexpr double kSlotSeconds = 1.0;
   struct Job {
@@ -373,7 +390,8 @@ double RelaxedBound(const Workload& workload, const ClusterModel& cluster) {
         request.deadline_seconds - request.arrival_seconds) {
       continue;
     }
-    const double rows = std::max(1.0, std::min<double>(cluster.rows_max, static_cast<double>(cluster.tokens_max) / tokens));
+    const double rows = std::max(
+        1.0, std::min<double>(cluster.rows_max, static_cast<double>(cluster.tokens_max) / tokens));
     Job job;
     job.device_seconds = request.true_steps * cluster.StepSeconds(rows, rows * tokens) / rows;
     job.from = static_cast<size_t>(request.arrival_seconds / kSlotSeconds);
@@ -384,13 +402,15 @@ double RelaxedBound(const Workload& workload, const ClusterModel& cluster) {
   std::sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) {
     return std::tie(a.device_seconds, a.from, a.to) < std::tie(b.device_seconds, b.from, b.to);
   });
-  // spare[s][t]: what is left of the slots [s, t) after the work that lies wholly inside. By Hall's theorem, work
-  // fits when no interval is overfull, and all that can be added to a job is the least spare around its window.
+  // spare[s][t]: what is left of the slots [s, t) after the work that lies wholly inside. By Hall's
+  // theorem, work fits when no interval is overfull, and all that can be added to a job is the
+  // least spare around its window.
   const size_t stride = num_slots + 1;
   std::vector<float> spare(stride * stride);
   for (size_t s = 0; s < num_slots; ++s) {
     for (size_t t = s; t <= num_slots; ++t) {
-      spare[s * stride + t] = static_cast<float>(static_cast<double>(t - s) * kSlotSeconds * cluster.num_workers);
+      spare[s * stride + t] =
+          static_cast<float>(static_cast<double>(t - s) * kSlotSeconds * cluster.num_workers);
     }
   }
   double in_time = 0.0;
@@ -399,7 +419,8 @@ double RelaxedBound(const Workload& workload, const ClusterModel& cluster) {
     for (size_t s = 0; s <= job.from; ++s) {
       const float* row = &spare[s * stride];
       float row_least = least;
-      for (size_t t = job.to; t <= num_slots; ++t) row_least = row[t] < row_least ? row[t] : row_least;
+      for (size_t t = job.to; t <= num_slots; ++t)
+        row_least = row[t] < row_least ? row[t] : row_least;
       least = row_least;
       if (least <= 0.0F) break;
     }

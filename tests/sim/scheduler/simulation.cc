@@ -51,7 +51,8 @@ Percentiles PercentilesOf(std::vector<double> values) {
 std::vector<double> FairShares(const std::vector<double>& demands, double total) {
   std::vector<size_t> order(demands.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return demands[a] < demands[b]; });
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return demands[a] < demands[b]; });
   std::vector<double> shares(demands.size(), 0.0);
   double left = total;
   for (size_t i = 0; i < order.size(); ++i) {
@@ -122,7 +123,8 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
     if (next_arrival >= n && !any_step && waiting.empty()) break;
     if (now > 1e299) {
       // Only waiting requests are left, and nobody would take them: they end at their deadlines.
-      for (const WaitingRequest& request : waiting) now = std::min(now, absl::ToDoubleSeconds(request.deadline - absl::UnixEpoch()));
+      for (const WaitingRequest& request : waiting)
+        now = std::min(now, absl::ToDoubleSeconds(request.deadline - absl::UnixEpoch()));
     }
 
     for (; next_arrival < n && requests[next_arrival].arrival_seconds <= now; ++next_arrival) {
@@ -233,14 +235,16 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
       CINNABAR_CHECK(rows <= cluster.rows_max) << rows << " rows";
       worker.step_rows = static_cast<int32_t>(rows);
       worker.step_positions = cluster.pads ? rows * longest : sum;
-      CINNABAR_CHECK(worker.step_positions <= cluster.tokens_max) << worker.step_positions << " positions";
+      CINNABAR_CHECK(worker.step_positions <= cluster.tokens_max)
+          << worker.step_positions << " positions";
       positions_computed += static_cast<double>(worker.step_positions);
       positions_padding += static_cast<double>(worker.step_positions - sum);
       const uint64_t index = (static_cast<uint64_t>(w) << 40) + worker.num_steps++;
-      worker.step_seconds =
-          cluster.StepSeconds(static_cast<double>(rows), static_cast<double>(worker.step_positions)) *
-          std::exp(cluster.noise * HashNormal(options.seed, kStepNoise, index));
-      if (HashUniform(options.seed, kStepOutlier, index) < cluster.outlier_share) worker.step_seconds *= 3.0;
+      worker.step_seconds = cluster.StepSeconds(static_cast<double>(rows),
+                                                static_cast<double>(worker.step_positions)) *
+                            std::exp(cluster.noise * HashNormal(options.seed, kStepNoise, index));
+      if (HashUniform(options.seed, kStepOutlier, index) < cluster.outlier_share)
+        worker.step_seconds *= 3.0;
       worker.step_end_seconds = now + worker.step_seconds;
       worker.stepping = true;
     }
@@ -270,7 +274,8 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
     const double tokens = request.request.sequence_tokens;
     const double work = tokens * request.true_steps;
     if (started[i] >= 0.0) waits[lane].push_back(started[i] - request.arrival_seconds);
-    waits_any[lane].push_back((started[i] >= 0.0 ? started[i] : ended[i]) - request.arrival_seconds);
+    waits_any[lane].push_back((started[i] >= 0.0 ? started[i] : ended[i]) -
+                              request.arrival_seconds);
     in_class[lane] += 1.0;
     demand[tenant] += work;
     cell[tenant * kNumClasses + lane] += 1.0;
@@ -291,7 +296,8 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
     if (fate[i] == Fate::kRefused) ++outcome.refused;
     if (fate[i] == Fate::kExpiredWaiting) ++outcome.expired_waiting;
     if (fate[i] == Fate::kExpiredRunning) ++outcome.expired_running;
-    CINNABAR_CHECK(fate[i] != Fate::kWaiting && fate[i] != Fate::kRunning) << "request " << i << " never ended";
+    CINNABAR_CHECK(fate[i] != Fate::kWaiting && fate[i] != Fate::kRunning)
+        << "request " << i << " never ended";
   }
   outcome.goodput_per_second = static_cast<double>(outcome.in_time) / workload.span_seconds;
   outcome.goodput_share = static_cast<double>(outcome.in_time) / static_cast<double>(n);
@@ -326,8 +332,9 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
   outcome.worst_cell = 1e9;
   for (size_t i = 0; i < cell.size(); ++i) {
     if (cell[i] < 20.0) continue;
-    outcome.worst_cell = std::min(outcome.worst_cell, cell_in_time[i] / cell[i] /
-                                                          std::max(1e-9, outcome.in_time_share[i % kNumClasses]));
+    outcome.worst_cell =
+        std::min(outcome.worst_cell, cell_in_time[i] / cell[i] /
+                                         std::max(1e-9, outcome.in_time_share[i % kNumClasses]));
   }
   std::sort(by_work.begin(), by_work.end());
   outcome.worst_size = 1e9;
@@ -336,7 +343,8 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
     const size_t from = quarter * n / 4;
     const size_t to = (quarter + 1) * n / 4;
     for (size_t i = from; i < to; ++i) good += by_work[i].second ? 1.0 : 0.0;
-    outcome.worst_size = std::min(outcome.worst_size, good / static_cast<double>(to - from) / outcome.goodput_share);
+    outcome.worst_size =
+        std::min(outcome.worst_size, good / static_cast<double>(to - from) / outcome.goodput_share);
   }
   outcome.decide_seconds /= std::max<double>(1.0, static_cast<double>(outcome.decisions));
   return outcome;

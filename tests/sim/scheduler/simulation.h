@@ -1,5 +1,6 @@
-// The cluster in one thread under a virtual clock: arrivals of a workload, workers that make denoising steps, and a
-// policy that decides who joins which worker. Seeded; the same inputs give the same result.
+// The cluster in one thread under a virtual clock: arrivals of a workload, workers that make
+// denoising steps, and a policy that decides who joins which worker. Seeded; the same inputs give
+// the same result.
 #ifndef CINNABAR_TESTS_SIM_SCHEDULER_SIMULATION_H_
 #define CINNABAR_TESTS_SIM_SCHEDULER_SIMULATION_H_
 
@@ -38,7 +39,14 @@ class Policy {
   virtual void OnFinished(const StepsSample&) {}
 };
 
-enum class Fate : int8_t { kWaiting, kRunning, kInTime, kExpiredWaiting, kExpiredRunning, kRefused };
+enum class Fate : int8_t {
+  kWaiting,
+  kRunning,
+  kInTime,
+  kExpiredWaiting,
+  kExpiredRunning,
+  kRefused
+};
 
 struct Percentiles {
   int64_t count = 0;
@@ -59,7 +67,8 @@ struct Outcome {
   int64_t expired_running = 0;
   int64_t degraded = 0;
   double span_seconds = 0.0;
-  // Requests finished within their deadline, per second of arrivals; and the same in share of all requests.
+  // Requests finished within their deadline, per second of arrivals; and the same in share of all
+  // requests.
   double goodput_per_second = 0.0;
   double goodput_share = 0.0;
   double useful_share = 0.0;  // of the workers' time over the span, spent on work delivered in time
@@ -71,13 +80,16 @@ struct Outcome {
   double padding_waste = 0.0;
   double discarded_waste = 0.0;  // computed for requests that then missed their deadline
   double ComputedWaste() const { return padding_waste + discarded_waste; }
-  // Jain's index. Over what tenants received in time (token-steps), as share of the max-min fair share of the
-  // total: equal tenants with equal demand reduce to Jain's index of what they received.
+  // Jain's index. Over what tenants received in time (token-steps), as share of the max-min fair
+  // share of the total: equal tenants with equal demand reduce to Jain's index of what they
+  // received.
   double jain = 0.0;
   double jain_requests = 0.0;  // the same of requests in time
-  double worst_tenant = 0.0;    // the least share of its fair share
-  double worst_cell = 0.0;      // least in-time share of a (tenant, class) over its class's; cells of >= 20 requests
-  double worst_size = 0.0;      // least in-time share of a quarter of the requests by true work, over the mean
+  double worst_tenant = 0.0;   // the least share of its fair share
+  double worst_cell =
+      0.0;  // least in-time share of a (tenant, class) over its class's; cells of >= 20 requests
+  double worst_size =
+      0.0;  // least in-time share of a quarter of the requests by true work, over the mean
   double decide_seconds = 0.0;  // real time, mean of a decision
   int64_t decisions = 0;
   int64_t waiting_max = 0;

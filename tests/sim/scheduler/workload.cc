@@ -17,8 +17,8 @@
 namespace cinnabar::sim {
 namespace {
 
-// Shares of the sixteen busiest of ServeGen's deepseek-r1 clients (requests over the day; Apache-2.0, arXiv
-// 2505.09999); they make 80% of all requests and are normalised here.
+// Shares of the sixteen busiest of ServeGen's deepseek-r1 clients (requests over the day;
+// Apache-2.0, arXiv 2505.09999); they make 80% of all requests and are normalised here.
 constexpr double kServeGenShares[] = {0.2859, 0.0786, 0.0668, 0.0492, 0.0442, 0.0406,
                                       0.0347, 0.0298, 0.0239, 0.0236, 0.0236, 0.0220,
                                       0.0202, 0.0194, 0.0188, 0.0183};
@@ -54,10 +54,10 @@ absl::Status BadLine(const std::string& path, const std::string& line) {
 }  // namespace
 
 double HashUniform(uint64_t seed, uint64_t what, uint64_t index) {
-  const PhiloxWords words = Philox4x32(
-      {{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32),
-        static_cast<uint32_t>(what), 0}},
-      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const PhiloxWords words =
+      Philox4x32({{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32),
+                   static_cast<uint32_t>(what), 0}},
+                 static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return UniformFromWord(words.word[0]);
 }
 
@@ -67,7 +67,8 @@ double HashNormal(uint64_t seed, uint64_t what, uint64_t index) {
 }
 
 absl::StatusOr<std::vector<TraceRow>> ReadFixture(const std::string& path) {
-  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path), "read the fixture");
+  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path),
+                            "read the fixture");
   std::vector<TraceRow> rows;
   int64_t milliseconds = 0;
   for (const std::string& line : lines) {
@@ -87,7 +88,8 @@ absl::StatusOr<std::vector<TraceRow>> ReadFixture(const std::string& path) {
 }
 
 absl::StatusOr<std::vector<TraceRow>> ReadAzure(const std::string& path) {
-  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path), "read the trace");
+  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path),
+                            "read the trace");
   std::vector<TraceRow> rows;
   absl::Time first;
   for (size_t i = 1; i < lines.size(); ++i) {
@@ -108,7 +110,8 @@ absl::StatusOr<std::vector<TraceRow>> ReadAzure(const std::string& path) {
 }
 
 absl::StatusOr<std::vector<TraceRow>> ReadMooncake(const std::string& path) {
-  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path), "read the trace");
+  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path),
+                            "read the trace");
   std::vector<TraceRow> rows;
   for (const std::string& line : lines) {
     const nlohmann::json json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
@@ -136,7 +139,8 @@ absl::StatusOr<std::vector<TraceRow>> ReadServeGen(const std::string& folder,
   std::vector<Client> clients(kClients);
   for (int index = 0; index < kClients; ++index) {
     const std::string path = absl::StrCat(folder, "/chunk-", index, "-trace.csv");
-    CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path), "read the trace");
+    CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> lines, ReadLines(path),
+                              "read the trace");
     Client& client = clients[static_cast<size_t>(index)];
     std::mt19937_64 random(seed * 1000 + static_cast<uint64_t>(index));
     for (const std::string& line : lines) {
@@ -170,16 +174,17 @@ absl::StatusOr<std::vector<TraceRow>> ReadServeGen(const std::string& folder,
   std::vector<TraceRow> rows;
   for (size_t rank = 0; rank < clients.size(); ++rank) {
     for (const double arrival : clients[rank].arrivals) {
-      rows.push_back({arrival, 0, 0, static_cast<int32_t>(std::min<size_t>(rank, kNumTenants - 1))});
+      rows.push_back(
+          {arrival, 0, 0, static_cast<int32_t>(std::min<size_t>(rank, kNumTenants - 1))});
     }
   }
   std::stable_sort(rows.begin(), rows.end(), [](const TraceRow& a, const TraceRow& b) {
     return a.arrival_seconds < b.arrival_seconds;
   });
   for (size_t i = 0; i < rows.size(); ++i) {
-    const size_t pick = std::min(lengths.size() - 1,
-                                 static_cast<size_t>(HashUniform(seed, 77, i) *
-                                                     static_cast<double>(lengths.size())));
+    const size_t pick = std::min(
+        lengths.size() - 1,
+        static_cast<size_t>(HashUniform(seed, 77, i) * static_cast<double>(lengths.size())));
     rows[i].context_tokens = lengths[pick].context_tokens;
     rows[i].generated_tokens = lengths[pick].generated_tokens;
   }
@@ -221,7 +226,8 @@ Workload MakeWorkload(const std::string& name, const std::vector<TraceRow>& rows
     }
     // max_tokens is the next power of two, the canvas that rounded up to a block of 32.
     const int32_t generated = std::max(1, row.generated_tokens);
-    const int32_t max_tokens = static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(generated)));
+    const int32_t max_tokens =
+        static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(generated)));
     request.canvas_tokens = (max_tokens + 31) / 32 * 32;
     request.sequence_tokens = std::max(1, row.context_tokens) + request.canvas_tokens;
     if (request.sequence_tokens > cluster.tokens_max) continue;  // the gateway would not admit it
@@ -233,22 +239,25 @@ Workload MakeWorkload(const std::string& name, const std::vector<TraceRow>& rows
       if (sampler_draw < candidate.share) break;
       sampler_draw -= candidate.share;
     }
-    request.kind = {.model = 0, .sampler = sampler->index, .threshold_percent = sampler->threshold_percent};
+    request.kind = {
+        .model = 0, .sampler = sampler->index, .threshold_percent = sampler->threshold_percent};
     double fraction = sampler->fraction;
     if (fraction < 1.0) {
-      // A canvas that ends early (end of text) commits its rest at once; the spread is the content's.
+      // A canvas that ends early (end of text) commits its rest at once; the spread is the
+      // content's.
       const double filled = static_cast<double>(generated) / request.canvas_tokens;
       fraction *= (0.35 + 0.65 * filled) * std::exp(0.25 * HashNormal(options.seed, kSteps, i));
     }
     out.true_steps = std::clamp(static_cast<int32_t>(std::ceil(fraction * request.steps_budget)), 1,
                                 request.steps_budget);
-    if (uniform(kDegrade) < options.degrade_share) request.steps_min = (request.steps_budget + 1) / 2;
+    if (uniform(kDegrade) < options.degrade_share)
+      request.steps_min = (request.steps_budget + 1) / 2;
     out.generated_tokens = generated;
     out.arrival_seconds = row.arrival_seconds;
     const double rows_full = std::max(
-        1.0, std::min<double>(cluster.rows_max,
-                              std::floor(static_cast<double>(cluster.tokens_target) /
-                                         request.sequence_tokens)));
+        1.0, std::min<double>(
+                 cluster.rows_max,
+                 std::floor(static_cast<double>(cluster.tokens_target) / request.sequence_tokens)));
     work_seconds += out.true_steps *
                     cluster.StepSeconds(rows_full, rows_full * request.sequence_tokens) / rows_full;
     workload.requests.push_back(out);
@@ -260,11 +269,12 @@ Workload MakeWorkload(const std::string& name, const std::vector<TraceRow>& rows
   for (SimRequest& out : workload.requests) {
     WaitingRequest& request = out.request;
     request.id = id++;
-    out.arrival_seconds = (out.arrival_seconds - rows.front().arrival_seconds) / workload.time_scale;
+    out.arrival_seconds =
+        (out.arrival_seconds - rows.front().arrival_seconds) / workload.time_scale;
     const size_t lane = static_cast<size_t>(request.priority);
-    out.deadline_seconds = out.arrival_seconds + options.deadline_fixed_seconds[lane] +
-                           options.deadline_step_seconds[lane] * options.deadline_step_scale *
-                               request.steps_budget;
+    out.deadline_seconds =
+        out.arrival_seconds + options.deadline_fixed_seconds[lane] +
+        options.deadline_step_seconds[lane] * options.deadline_step_scale * request.steps_budget;
     request.arrival = absl::UnixEpoch() + absl::Seconds(out.arrival_seconds);
     request.deadline = absl::UnixEpoch() + absl::Seconds(out.deadline_seconds);
   }
