@@ -18,7 +18,7 @@ namespace {
 constexpr double kRowsScale = 16.0;
 constexpr double kPositionsScale = 4096.0;
 constexpr double kForgetting = 0.995;           // about the last 200 steps count
-constexpr double kCovarianceMax = 1.0;          // the prior's; forgetting must not blow it up
+constexpr double kPriorInformation = 1.0;       // a step of a second tells as much
 constexpr double kScaleFollows = 0.02;          // weight of a new residual in the running scale
 constexpr double kScaleMin = 0.02;              // 2% of noise is always believed
 constexpr double kClip = 3.0;                   // residuals beyond this many scales are outliers
@@ -28,6 +28,22 @@ constexpr double kPriorWeight = 2.0;            // requests that "uses its whole
 
 std::array<double, 3> Features(double rows, double positions) {
   return {1.0, rows / kRowsScale, positions / kPositionsScale};
+}
+
+// The solution of a 3 x 3 system that is symmetric and positive definite, by Cholesky.
+std::array<double, 3> Solve(const std::array<double, 9>& a, const std::array<double, 3>& b) {
+  const double l00 = std::sqrt(a[0]);
+  const double l10 = a[3] / l00;
+  const double l20 = a[6] / l00;
+  const double l11 = std::sqrt(std::max(a[4] - l10 * l10, 1e-12));
+  const double l21 = (a[7] - l20 * l10) / l11;
+  const double l22 = std::sqrt(std::max(a[8] - l20 * l20 - l21 * l21, 1e-12));
+  const double y0 = b[0] / l00;
+  const double y1 = (b[1] - l10 * y0) / l11;
+  const double y2 = (b[2] - l20 * y0 - l21 * y1) / l22;
+  const double x2 = y2 / l22;
+  const double x1 = (y1 - l21 * x2) / l11;
+  return {(y0 - l10 * x1 - l20 * x2) / l00, x1, x2};
 }
 
 void Add(FractionHistogram& histogram, int bin) {
@@ -81,24 +97,18 @@ void Observe(const StepSample& sample, StepTimeFit& fit) {
   const double believed = std::clamp(residual, -clip, clip);
   std::array<double, 3> y;
   for (size_t i = 0; i < 3; ++i) y[i] = x[i] / scale;
-  std::array<double, 3> py = {};
-  double denominator = kForgetting;
-  for (size_t i = 0; i < 3; ++i) {
-    for (size_t j = 0; j < 3; ++j) py[i] += fit.covariance[3 * i + j] * y[j];
-    denominator += y[i] * py[i];
-  }
-  for (size_t i = 0; i < 3; ++i) fit.weights[i] += py[i] / denominator * believed;
-  double largest = 0.0;
+  const StepTimeFit prior;
+  const double target = predicted / scale + believed;
   for (size_t i = 0; i < 3; ++i) {
     for (size_t j = 0; j < 3; ++j) {
-      fit.covariance[3 * i + j] =
-          (fit.covariance[3 * i + j] - py[i] * py[j] / denominator) / kForgetting;
+      fit.information[3 * i + j] = kForgetting * fit.information[3 * i + j] + y[i] * y[j];
     }
-    largest = std::max(largest, fit.covariance[4 * i]);
+    // What is forgotten is replaced by the prior.
+    fit.information[4 * i] += (1.0 - kForgetting) * kPriorInformation;
+    fit.moment[i] = kForgetting * fit.moment[i] + y[i] * target +
+                    (1.0 - kForgetting) * kPriorInformation * prior.weights[i];
   }
-  if (largest > kCovarianceMax) {
-    for (double& entry : fit.covariance) entry *= kCovarianceMax / largest;
-  }
+  fit.weights = Solve(fit.information, fit.moment);
   // The scale follows the clipped residual, so that one outlier cannot open the gate for the next;
   // a lasting change still widens it, by at most a factor of 1.04 a step.
   fit.residual_scale += kScaleFollows * (std::fabs(believed) * 1.25 - fit.residual_scale);
@@ -216,7 +226,8 @@ std::string SerializeCostModel(const CostModel& cost) {
   for (const auto& [model, fit] : cost.step_time) {
     absl::StrAppend(&text, "step_time ", model, " ", fit.num_samples, " ", Hex(fit.residual_scale));
     for (const double weight : fit.weights) absl::StrAppend(&text, " ", Hex(weight));
-    for (const double entry : fit.covariance) absl::StrAppend(&text, " ", Hex(entry));
+    for (const double entry : fit.information) absl::StrAppend(&text, " ", Hex(entry));
+    for (const double entry : fit.moment) absl::StrAppend(&text, " ", Hex(entry));
     text += '\n';
   }
   for (const auto& [key, histogram] : cost.steps) {
@@ -243,14 +254,15 @@ absl::StatusOr<CostModel> ParseCostModel(absl::string_view text) {
     }
     if (line.empty()) continue;
     const std::vector<absl::string_view> fields = absl::StrSplit(line, ' ');
-    if (fields[0] == "step_time" && fields.size() == 16) {
+    if (fields[0] == "step_time" && fields.size() == 19) {
       int32_t model = 0;
       StepTimeFit fit;
       bool good = absl::SimpleAtoi(fields[1], &model) &&
                   absl::SimpleAtoi(fields[2], &fit.num_samples) &&
                   ReadHex(fields[3], fit.residual_scale);
       for (size_t i = 0; i < 3; ++i) good = good && ReadHex(fields[4 + i], fit.weights[i]);
-      for (size_t i = 0; i < 9; ++i) good = good && ReadHex(fields[7 + i], fit.covariance[i]);
+      for (size_t i = 0; i < 9; ++i) good = good && ReadHex(fields[7 + i], fit.information[i]);
+      for (size_t i = 0; i < 3; ++i) good = good && ReadHex(fields[16 + i], fit.moment[i]);
       if (!good || fit.residual_scale < 0.0) return bad("not a number");
       cost.step_time[model] = fit;
     } else if (fields[0] == "steps" && fields.size() == 5 + kFractionBins) {

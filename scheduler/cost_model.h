@@ -23,15 +23,16 @@ struct StepSample {
   double seconds = 0.0;   // monotonic, of the worker
 };
 
-// seconds = w0 + w1 * rows + w2 * positions, by recursive least squares with forgetting. An outlier
-// (a step that took seconds because the machine was paused) moves the fit by a bounded amount:
-// residuals are clipped at three times the running scale. A direction that the load does not excite
-// keeps its prior and never winds up.
+// seconds = w0 + w1 * rows + w2 * positions, by recursive least squares with forgetting
+// (information form). An outlier (a step that took seconds because the machine was paused) moves
+// the fit by a bounded amount: residuals are clipped at three times the running scale. A direction
+// that the load does not excite returns to the prior and never winds up.
 struct StepTimeFit {
-  // Scaled features (1, rows / 16, positions / 4096), so that the three weights are of one size
+  // Of the scaled features (1, rows / 16, positions / 4096), so that the three are of one size
   // (seconds).
   std::array<double, 3> weights = {0.002, 0.0004, 0.04};
-  std::array<double, 9> covariance = {1, 0, 0, 0, 1, 0, 0, 0, 1};  // row-major, symmetric
+  std::array<double, 9> information = {1, 0, 0, 0, 1, 0, 0, 0, 1};  // row-major, symmetric
+  std::array<double, 3> moment = {0.002, 0.0004, 0.04};             // information * weights
   double residual_scale = 0.5;  // of the relative residual; shrinks as the fit settles
   int64_t num_samples = 0;
 

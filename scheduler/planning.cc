@@ -20,6 +20,7 @@ namespace cinnabar {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kStarvingCreditMax = 60.0;  // device seconds
 
 // Forecasts by kind, worked out once a plan: a request that has not begun needs a multiplication
 // only.
@@ -75,6 +76,14 @@ struct Pool {
   }
 };
 
+// The waiting requests of a tenant in a lane.
+struct Queue {
+  size_t share = 0;  // index in the tenants' shares
+  double weight = 1.0;
+  double virtual_time = 0.0;
+  std::vector<int32_t> requests;  // earliest deadline first
+  size_t next = 0;
+};
 struct Candidate {
   const WaitingRequest* request = nullptr;
   int32_t pool = -1;         // index; -1: no accepting worker
@@ -87,6 +96,7 @@ struct Candidate {
   double run_seconds = 0.0;     // from start to end in a full batch
   bool starving = false;
   bool put_off = false;
+  Queue* queue = nullptr;  // its tenant's
   bool pressed = false;  // served before its turn: its deadline, or that of one behind it, needs it
 };
 
@@ -139,14 +149,6 @@ struct Slot {
   }
 };
 
-// The waiting requests of a tenant in a lane.
-struct Queue {
-  size_t share = 0;  // index in the tenants' shares
-  double weight = 1.0;
-  double virtual_time = 0.0;
-  std::vector<int32_t> requests;  // earliest deadline first
-  size_t next = 0;
-};
 using Queues = std::map<std::pair<int32_t, TenantIndex>, Queue>;
 
 // A request, waiting or running, on the machine that stands for the whole pool.
@@ -167,9 +169,10 @@ struct Planner {
   const absl::Time now;
   Forecaster forecaster;
   std::vector<Pool> pools;
-  std::vector<int32_t> pool_models;   // ascending; pools[i] serves pool_models[i]
-  std::vector<Slot> slots;            // of accepting workers, ascending by worker id
-  std::vector<Candidate> candidates;  // ascending by id
+  std::vector<int32_t> pool_models;    // ascending; pools[i] serves pool_models[i]
+  std::vector<Slot> slots;             // of accepting workers, ascending by worker id
+  std::vector<Candidate> candidates;   // ascending by id
+  std::vector<std::vector<Job>> jobs;  // by pool, then by deadline
   Plan plan;
 
   Planner(const CostModel& cost_model, const PlanOptions& plan_options, absl::Time time)
@@ -185,7 +188,11 @@ struct Planner {
   void TakeRequests(absl::Span<const WaitingRequest> waiting);
   bool Price(Candidate& candidate);
   void Degrade(double backlog_seconds);
-  std::vector<Job> JobsByDeadline(int32_t pool);
+  void SortJobs();
+  // What the starving earn while others are served, in device seconds for each of theirs.
+  double StarvingGain() const {
+    return options.starvation_share / (1.0 - options.starvation_share);
+  }
   void PutOff(int32_t pool);
   void StartShares(const ShareState& before, const Queues& queues);
   std::vector<int32_t> Order(const ShareState& before, std::vector<TenantShare>& tenants);
@@ -284,7 +291,8 @@ void Planner::TakeRequests(absl::Span<const WaitingRequest> waiting) {
     candidate.slack_seconds = absl::ToDoubleSeconds(request.deadline - now);
     const absl::Duration waited = std::max(now - request.arrival, absl::ZeroDuration());
     candidate.waited_seconds = absl::ToDoubleSeconds(waited);
-    candidate.starving = waited > options.starvation_wait;
+    candidate.starving =
+        request.deadline == absl::InfiniteFuture() && waited > options.starvation_wait;
     const double lifted = std::min<double>(
         kNumClasses, std::floor(absl::FDivDuration(waited, options.ageing_period)));
     candidate.lane =
@@ -323,28 +331,27 @@ void Planner::Degrade(double backlog_seconds) {
   }
 }
 
-std::vector<Job> Planner::JobsByDeadline(int32_t pool_index) {
-  const Pool& pool = pools[static_cast<size_t>(pool_index)];
-  std::vector<Job> jobs;
+void Planner::SortJobs() {
+  jobs.resize(pools.size());
   for (size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& candidate = candidates[i];
-    if (candidate.pool != pool_index || candidate.put_off) continue;
-    jobs.push_back({candidate.slack_seconds, candidate.request->id, static_cast<int32_t>(i),
-                    candidate.device_seconds / pool.num_workers});
+    const size_t pool = static_cast<size_t>(candidate.pool);
+    jobs[pool].push_back({candidate.slack_seconds, candidate.request->id, static_cast<int32_t>(i),
+                          candidate.device_seconds / pools[pool].num_workers});
   }
   for (const Slot& slot : slots) {
-    if (slot.pool != pool_index) continue;
+    const Pool& pool = pools[static_cast<size_t>(slot.pool)];
     for (const RunningRow& row : slot.worker->rows) {
       const StepsForecast steps =
           forecaster.Forecast(row.kind, row.canvas_tokens, row.steps_budget, row.steps_done);
       const double tokens = row.sequence_tokens;
-      jobs.push_back({absl::ToDoubleSeconds(row.deadline - now), row.id, -1,
-                      steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens) /
-                          pool.num_workers});
+      jobs[static_cast<size_t>(slot.pool)].push_back(
+          {absl::ToDoubleSeconds(row.deadline - now), row.id, -1,
+           steps.mean * pool.FullStepSeconds(tokens) / pool.RowsAtTarget(tokens) /
+               pool.num_workers});
     }
   }
-  std::sort(jobs.begin(), jobs.end());
-  return jobs;
+  for (std::vector<Job>& of_pool : jobs) std::sort(of_pool.begin(), of_pool.end());
 }
 
 // Rule 3. Moore and Hodgson's rule (at most so many late jobs as must be): walk through the
@@ -363,10 +370,16 @@ void Planner::PutOff(int32_t pool_index) {
   };
   std::map<TenantIndex, Kept> kept;
   std::set<std::pair<double, TenantIndex>> worst;  // by Key()
+  const bool any_starving =
+      std::any_of(candidates.begin(), candidates.end(), [pool_index](const Candidate& candidate) {
+        return candidate.pool == pool_index && candidate.starving;
+      });
+  // The part of the machine that is there for deadlines.
+  const double part = any_starving ? 1.0 - options.starvation_share : 1.0;
   double busy_seconds = 0.0;
-  for (const Job& job : JobsByDeadline(pool_index)) {
+  for (const Job& job : jobs[static_cast<size_t>(pool_index)]) {
     double start = busy_seconds;
-    busy_seconds += job.device_seconds;
+    busy_seconds += job.device_seconds / part;
     if (job.candidate < 0) continue;
     const Candidate& candidate = candidates[static_cast<size_t>(job.candidate)];
     if (candidate.starving) continue;
@@ -390,7 +403,7 @@ void Planner::PutOff(int32_t pool_index) {
       most.dearest.pop();
       Candidate& dropped = candidates[static_cast<size_t>(victim)];
       const double seconds =
-          dropped.device_seconds / pools[static_cast<size_t>(pool_index)].num_workers;
+          dropped.device_seconds / pools[static_cast<size_t>(pool_index)].num_workers / part;
       most.device_seconds -= seconds;
       if (!most.dearest.empty()) worst.emplace(most.Key(), tenant);
       dropped.put_off = true;
@@ -440,15 +453,16 @@ void Planner::StartShares(const ShareState& before, const Queues& queues) {
 
 // The order of service, and the shares of every tenant that waits, ascending by (lane, tenant).
 std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<TenantShare>& tenants) {
-  std::vector<int32_t> front;
+  std::vector<int32_t> starving;  // the oldest first: candidates are in the order of their ids
   std::vector<int32_t> tail;
   Queues queues;
   for (size_t i = 0; i < candidates.size(); ++i) {
-    const Candidate& candidate = candidates[i];
+    Candidate& candidate = candidates[i];
     Queue& queue = queues[{candidate.lane, candidate.request->tenant}];
+    candidate.queue = &queue;
     queue.weight = candidate.request->tenant_weight;
     if (candidate.starving) {
-      front.push_back(static_cast<int32_t>(i));
+      starving.push_back(static_cast<int32_t>(i));
     } else if (candidate.put_off) {
       tail.push_back(static_cast<int32_t>(i));
     } else {
@@ -505,10 +519,9 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
   std::vector<size_t> next_latest(pools.size(), 0);
   std::vector<double> clock(pools.size(), 0.0);
   for (size_t i = 0; i < pools.size(); ++i) {
-    if (pools[i].num_workers == 0) continue;
-    const std::vector<Job> jobs = JobsByDeadline(static_cast<int32_t>(i));
     double behind = kInfinity;
-    for (auto job = jobs.rbegin(); job != jobs.rend(); ++job) {
+    for (auto job = jobs[i].rbegin(); job != jobs[i].rend(); ++job) {
+      if (job->candidate >= 0 && at(job->candidate).put_off) continue;
       double own = kInfinity;
       if (job->candidate >= 0) {
         own = job->slack_seconds - std::max(at(job->candidate).run_seconds, job->device_seconds);
@@ -533,11 +546,17 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
         candidate.device_seconds / pools[static_cast<size_t>(candidate.pool)].num_workers;
     lane_time[static_cast<size_t>(candidate.lane)] +=
         candidate.device_seconds / options.class_weight[static_cast<size_t>(candidate.lane)];
-    Queue& queue = queues[{candidate.lane, candidate.request->tenant}];
+    Queue& queue = *candidate.queue;
     queue.virtual_time += candidate.device_seconds / queue.weight;
   };
-  for (const int32_t index : front) serve(index);
+  double credit = before.starving_credit;
+  size_t next_starving = 0;
   while (true) {
+    if (next_starving < starving.size() && credit >= 0.0) {
+      credit -= at(starving[next_starving]).device_seconds;
+      serve(starving[next_starving++]);
+      continue;
+    }
     int lane = -1;
     for (int i = 0; i < kNumClasses; ++i) {
       const size_t index = static_cast<size_t>(i);
@@ -576,7 +595,9 @@ std::vector<int32_t> Planner::Order(const ShareState& before, std::vector<Tenant
       }
     }
     serve(turn);
+    credit += at(turn).device_seconds * StarvingGain();
   }
+  while (next_starving < starving.size()) serve(starving[next_starving++]);
   order.insert(order.end(), tail.begin(), tail.end());
   return order;
 }
@@ -667,6 +688,10 @@ void Planner::Place(const std::vector<int32_t>& order) {
 }
 
 void Planner::Write(const ShareState& before, std::vector<TenantShare> tenants) {
+  const bool any_starving =
+      std::any_of(candidates.begin(), candidates.end(),
+                  [](const Candidate& candidate) { return candidate.starving; });
+  double& credit = plan.shares.starving_credit;
   for (Slot& slot : slots) {
     for (const int32_t index : slot.placed) {
       const Candidate& candidate = candidates[static_cast<size_t>(index)];
@@ -692,10 +717,16 @@ void Planner::Write(const ShareState& before, std::vector<TenantShare> tenants) 
             return std::pair(a.lane, a.tenant) < wanted;
           });
       share->virtual_time += candidate.device_seconds / request.tenant_weight;
+      credit += candidate.starving ? -candidate.device_seconds
+                                   : candidate.device_seconds * StarvingGain();
       const size_t lane = static_cast<size_t>(candidate.lane);
       plan.shares.lane_time[lane] += candidate.device_seconds / options.class_weight[lane];
     }
   }
+
+  // Credit that nobody needs is not saved up.
+  if (!any_starving) credit = 0.0;
+  credit = std::min(credit, kStarvingCreditMax);
 
   // Those that do not wait now are remembered while they are ahead of the others.
   std::vector<TenantShare> merged;
@@ -746,6 +777,7 @@ Plan PlanPacks(absl::Span<const WaitingRequest> waiting, absl::Span<const Worker
   const double full = absl::ToDoubleSeconds(options.pressure_backlog);
   planner.plan.pressure = full > 0.0 ? std::min(1.0, backlog_seconds / full) : 1.0;
   planner.Degrade(backlog_seconds);
+  planner.SortJobs();
   if (options.shed) {
     for (size_t i = 0; i < planner.pools.size(); ++i) {
       if (planner.pools[i].num_workers > 0) planner.PutOff(static_cast<int32_t>(i));

@@ -3,13 +3,15 @@
 // inputs give the same plan, in whatever order the waiting set and the workers are listed.
 //
 // Who is served first:
-//   1. Requests that have waited longer than `starvation_wait` (oldest first), then those that must
-//   start now to
-//      meet their deadline (earliest deadline first).
+//   1. Requests without a deadline that have waited longer than `starvation_wait`, the oldest
+//   first, get
+//      `starvation_share` of the device time whatever else waits. (One with a deadline cannot
+//      starve: it ends there.)
 //   2. Lanes by class (interactive, standard, batch) by weight; waiting lifts a request by one
 //   class for every
 //      `ageing_period`. In a lane, the tenant with the least virtual time; of a tenant, the
-//      earliest deadline.
+//      earliest deadline. Turns are taken while all deadlines can be met with `turn_spare` to
+//      spare; after that the earliest deadline of all is served, until they can again.
 //   3. When not everything can be done in time, those that keep the most requests from being done
 //   (the dearest of
 //      the tenant that asks for most) are put off behind the others. They run when there is room
@@ -111,6 +113,7 @@ struct ShareState {
   std::array<double, kNumClasses> floor = {};      // where a tenant that comes back starts, by lane
   std::array<double, kNumClasses> lane_time = {};  // device seconds received / class weight
   std::array<bool, kNumClasses> lane_active = {};
+  double starving_credit = 0.0;  // device seconds that are owed to the starving
 
   bool operator==(const ShareState&) const = default;
 };
@@ -119,6 +122,7 @@ struct PlanOptions {
   std::array<double, kNumClasses> class_weight = {8.0, 3.0, 1.0};
   absl::Duration ageing_period = absl::Seconds(60);
   absl::Duration starvation_wait = absl::Seconds(240);
+  double starvation_share = 0.1;  // in [0, 1)
   // How much of tokens_target a class may fill. What batch leaves free, an interactive request
   // finds free; what interactive may take beyond it slows the rows that are there.
   std::array<double, kNumClasses> tokens_share = {1.0, 1.0, 0.75};

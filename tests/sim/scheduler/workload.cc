@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <fstream>
+#include <limits>
 #include <random>
 
 #include "absl/strings/numbers.h"
@@ -275,6 +276,9 @@ Workload MakeWorkload(const std::string& name, const std::vector<TraceRow>& rows
     out.deadline_seconds =
         out.arrival_seconds + options.deadline_fixed_seconds[lane] +
         options.deadline_step_seconds[lane] * options.deadline_step_scale * request.steps_budget;
+    if (options.batch_without_deadline && request.priority == PriorityClass::kBatch) {
+      out.deadline_seconds = std::numeric_limits<double>::infinity();
+    }
     request.arrival = absl::UnixEpoch() + absl::Seconds(out.arrival_seconds);
     request.deadline = absl::UnixEpoch() + absl::Seconds(out.deadline_seconds);
   }

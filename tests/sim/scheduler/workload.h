@@ -56,7 +56,8 @@ struct WorkloadOptions {
   uint64_t seed = 1;
   double load =
       1.0;  // 1: the true work offered over the trace's span is what the workers can compute in it
-  int32_t equal_tenants = 0;   // > 0: so many, drawn alike; 0: sixteen with ServeGen's shares
+  int32_t equal_tenants = 0;  // > 0: so many, drawn alike; 0: sixteen with ServeGen's shares
+  bool batch_without_deadline = false;
   double degrade_share = 0.0;  // requests that may be lowered to half of their steps
   // deadline = a + b * steps budget, by class
   std::array<double, 3> deadline_fixed_seconds = {3.0, 15.0, 120.0};

@@ -238,15 +238,25 @@ TEST(OrderTest, WaitingLiftsARequest) {
   EXPECT_THAT(ServiceOrder(waiting), ElementsAre(1, 2));
 }
 
-TEST(OrderTest, WhoStarvesGoesFirstWhateverElseWaits) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2), Request(3)};
-  waiting[0].deadline = kNow + absl::Seconds(1);
-  waiting[0].priority = PriorityClass::kInteractive;
-  waiting[1].priority = PriorityClass::kBatch;
-  waiting[1].arrival = kNow - absl::Seconds(300);
-  waiting[2].priority = PriorityClass::kBatch;
-  waiting[2].arrival = kNow - absl::Seconds(241);
-  EXPECT_THAT(ServiceOrder(waiting), ElementsAre(2, 3, 1));
+TEST(OrderTest, WhoStarvesGetsItsShareWhateverElseWaits) {
+  std::vector<WaitingRequest> waiting;
+  for (RequestId id = 0; id < 10; ++id) {
+    waiting.push_back(Request(id));
+    waiting.back().priority = PriorityClass::kBatch;
+    waiting.back().arrival = kNow - absl::Seconds(241);
+  }
+  for (RequestId id = 10; id < 100; ++id) {
+    waiting.push_back(Request(id));
+    waiting.back().priority = PriorityClass::kInteractive;
+    waiting.back().deadline = kNow + absl::Seconds(3);
+  }
+  std::vector<RequestId> order = ServiceOrder(waiting);
+  ASSERT_GE(order.size(), 30U);
+  order.resize(30);
+  // A tenth of the device time, the oldest first, one at once.
+  EXPECT_EQ(order[0], 0);
+  EXPECT_NEAR(std::count_if(order.begin(), order.end(), [](RequestId id) { return id < 10; }), 3,
+              1);
 }
 
 TEST(OrderTest, ADeadlineAboutToBeMissedGoesBeforeItsTurn) {
