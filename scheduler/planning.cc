@@ -638,8 +638,11 @@ void Planner::Place(const std::vector<int32_t>& order) {
       const double step_seconds = PredictStepSeconds(
           *slot.step_time, slot.rows + 1, static_cast<double>(slot.PositionsWith(tokens)));
       if (step_seconds > slot.step_seconds_max) continue;
-      const double finish = candidate.steps.p50 * step_seconds * (1.0 + options.deadline_margin);
-      if (finish > candidate.slack_seconds && slot.rows > 0) continue;
+      // Who was put off is doubted more: what it computes in vain, others lack.
+      const double steps = candidate.put_off ? candidate.steps.p75 : candidate.steps.p50;
+      const double margin = slot.rows > 0 || candidate.put_off ? options.deadline_margin : 0.0;
+      const double finish = steps * step_seconds * (1.0 + margin);
+      if (finish > candidate.slack_seconds) continue;
       if (slot.rows > 0 && candidate.waited_seconds < window_seconds && !candidate.pressed) {
         held_back = true;
         continue;

@@ -139,11 +139,11 @@ struct PlanOptions {
   absl::Duration drain_after = absl::Milliseconds(200);
   // Turns are taken only while every deadline can be met with this much time to spare; then
   // deadlines decide.
-  absl::Duration turn_spare = absl::Seconds(2);
+  absl::Duration turn_spare = absl::Seconds(5);
   // At most this part of the workers drains at a time (at least one).
   double drain_share = 0.5;
   // Share of the predicted run that is added to it before it is held against a deadline.
-  double deadline_margin = 0.1;
+  double deadline_margin = 0.2;
   // How many cheaper requests of class batch one of this class is worth when not all can be in
   // time.
   std::array<double, kNumClasses> class_value = {2.0, 1.5, 1.0};
