@@ -1,0 +1,2 @@
+add_executable(planning_bench planning_bench.cc)
+target_link_libraries(planning_bench PRIVATE scheduler_planning benchmark::benchmark_main)
