@@ -1,0 +1,96 @@
+#include "gateway/service/model_directory.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status.h"
+#include "common/wire/model_traits_wire.h"
+
+namespace cinnabar {
+
+ModelDirectory::ModelDirectory(std::vector<ModelSource> sources)
+    : sources_(std::move(sources)), entries_(sources_.size()) {}
+
+absl::StatusOr<std::unique_ptr<ModelDirectory>> ModelDirectory::Load(
+    std::vector<ModelSource> sources) {
+  std::set<std::string> names;
+  for (ModelSource& source : sources) {
+    ServedModel& model = source.served;
+    std::vector<std::string> called = model.aliases;
+    called.push_back(model.name);
+    for (const std::string& name : called) {
+      if (!names.insert(name).second) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("two models are called \"", name, "\"; rename one"));
+      }
+    }
+    CINNABAR_ASSIGN_OR_RETURN(model.tokenizer, Tokenizer::Load(source.path), "model ", model.name);
+    const auto& templates = model.tokenizer.chat_templates();
+    if (const auto found = templates.find("default"); found != templates.end()) {
+      CINNABAR_ASSIGN_OR_RETURN(model.chat_template, ChatTemplate::Parse(found->second), "model ",
+                                model.name, ": chat template");
+    }
+  }
+  return std::unique_ptr<ModelDirectory>(new ModelDirectory(std::move(sources)));
+}
+
+void ModelDirectory::Update(absl::Span<const v1::WorkerStatus> workers) {
+  MutexLock lock(mu_);
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    const ServedModel& configured = sources_[i].served;
+    std::map<std::string, std::pair<int32_t, const v1::WorkerStatus*>> by_fingerprint;
+    for (const v1::WorkerStatus& worker : workers) {
+      if (worker.model() != configured.name) continue;
+      auto& [count, one] = by_fingerprint[worker.model_fingerprint()];
+      count += worker.draining() ? 0 : 1;
+      one = &worker;
+    }
+    const auto most = std::max_element(
+        by_fingerprint.begin(), by_fingerprint.end(),
+        [](const auto& a, const auto& b) { return a.second.first < b.second.first; });
+    Entry& entry = entries_[i];
+    if (most == by_fingerprint.end()) {
+      entry.num_workers = 0;
+      continue;
+    }
+    entry.num_workers = most->second.first;
+    if (entry.model != nullptr && entry.model->fingerprint == most->first) continue;
+    absl::StatusOr<ModelTraits> traits = FromWire(most->second.second->traits());
+    if (!traits.ok()) {  // a newer worker than we understand serves nothing that we could check
+      entry.num_workers = 0;
+      continue;
+    }
+    ServedModel model = configured;
+    model.traits = *std::move(traits);
+    model.fingerprint = most->first;
+    entry.model = std::make_shared<const ServedModel>(std::move(model));
+  }
+}
+
+absl::StatusOr<ModelDirectory::Entry> ModelDirectory::Find(absl::string_view name) const {
+  MutexLock lock(mu_);
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    if (IsCalled(sources_[i].served, name)) return entries_[i];
+  }
+  return absl::NotFoundError(absl::StrCat("no model ", name));
+}
+
+std::vector<ModelDirectory::Entry> ModelDirectory::List() const {
+  MutexLock lock(mu_);
+  std::vector<Entry> served;
+  for (const Entry& entry : entries_) {
+    if (entry.model != nullptr) served.push_back(entry);
+  }
+  return served;
+}
+
+bool ModelDirectory::AllServed() const {
+  MutexLock lock(mu_);
+  return std::all_of(entries_.begin(), entries_.end(),
+                     [](const Entry& entry) { return entry.num_workers > 0; });
+}
+
+}  // namespace cinnabar
