@@ -17,6 +17,7 @@ ALLOWED = {
     "common/wire": ["common/base", "common/request", "proto"],
     "common/redis": ["common/base"],
     "common/queue": ["common/base", "common/redis"],
+    "common/program": ["common/base", "common/config", "common/queue", "common/redis"],
     "common/config": ["common/base", "proto"],
     "common/http": ["common/base"],
     "common/keys": ["common/base", "common/redis", "proto"],
