@@ -231,7 +231,7 @@ ApiError Cancelled() {
   return Refusal(499, "invalid_request_error", "cancelled", "The request was cancelled.");
 }
 
-ApiError InternalError(absl::string_view message) {
+ApiError ServerError(absl::string_view message) {
   return Refusal(500, "server_error", "server_error", message);
 }
 

@@ -70,7 +70,7 @@ ApiError IdempotencyMismatch();                                                 
 ApiError RateLimitExceeded(absl::string_view message, absl::Duration retry_after);  // 429
 ApiError InsufficientQuota(absl::string_view message);                              // 429
 ApiError Cancelled();                                                               // 499
-ApiError InternalError(absl::string_view message);                                  // 500
+ApiError ServerError(absl::string_view message);                                    // 500
 ApiError RequestFailed(absl::string_view request_id);                               // 500
 ApiError NotImplemented(absl::string_view message);                                 // 501
 ApiError ServerOverloaded(absl::string_view message, absl::Duration retry_after);   // 503

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "cinnabar/v1/work.pb.h"
 #include "common/request/sampler_catalog.h"
@@ -37,7 +39,8 @@ struct ServedModel {
   int32_t context_tokens_max = 0;  // prompt + canvas + suffix; 0: traits.positions_max
   Prices prices;
   // Take the place of what a request leaves out (seed and ids are not read). Knobs other than the
-  // temperature go with `defaults.sampler` and are left out when the request names another sampler.
+  // temperature belong to `defaults.sampler` and are left out when the request names another
+  // sampler. num_steps is for default_canvas_tokens and grows and shrinks with the canvas.
   DecodingParams defaults;
 
   // For the models list.
@@ -51,6 +54,11 @@ struct ServedModel {
 bool IsCalled(const ServedModel& model, absl::string_view name);
 // The longest sequence: the smaller of context_tokens_max and what the network takes.
 int32_t ContextTokensMax(const ServedModel& model);
+
+// For start-up: that the tokenizer cannot write the mask token, that the vocabularies fit each
+// other and that a request that asks for nothing is possible. FailedPrecondition names what is
+// wrong.
+absl::Status CheckServedModel(const ServedModel& model);
 
 struct Work {
   v1::WorkItem item;
