@@ -42,9 +42,11 @@ class DepthGuard : public nlohmann::json_sax<json> {
   bool start_array(size_t size) override { return Enter() && next_.start_array(size); }
   bool end_array() override { return Leave() && next_.end_array(); }
   bool parse_error(size_t position, const std::string& /*token*/,
-                   const json::exception& /*error*/) override {
+                   const json::exception& error) override {
     // The library's own message quotes the input, which may be anything.
-    error_ = absl::StrCat("not JSON at byte ", position);
+    constexpr int kNumberOverflow = 406;
+    error_ = error.id == kNumberOverflow ? absl::StrCat("a number is too large at byte ", position)
+                                         : absl::StrCat("not JSON at byte ", position);
     return false;
   }
 

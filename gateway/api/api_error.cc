@@ -56,7 +56,8 @@ std::string ErrorBody(const ApiError& error) {
 std::vector<std::pair<std::string, std::string>> ErrorHeaders(const ApiError& error) {
   std::vector<std::pair<std::string, std::string>> headers;
   if (error.retry_after.has_value()) {
-    const absl::Duration wait = std::max(*error.retry_after, absl::ZeroDuration());
+    const absl::Duration wait =
+        std::clamp(*error.retry_after, absl::ZeroDuration(), absl::Hours(24));
     const int64_t ms = absl::ToInt64Milliseconds(absl::Ceil(wait, absl::Milliseconds(1)));
     const int64_t seconds = absl::ToInt64Seconds(absl::Ceil(wait, absl::Seconds(1)));
     headers.emplace_back("retry-after", absl::StrCat(seconds));

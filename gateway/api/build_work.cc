@@ -31,7 +31,8 @@ std::string PromptParam(const GenerationRequest& request) {
   return request.endpoint == Endpoint::kChat ? "messages" : "prompt";
 }
 
-ApiResult<std::vector<TokenId>> EncodeChat(const ChatPrompt& chat, const ServedModel& model) {
+ApiResult<std::vector<TokenId>> EncodeChat(const ChatPrompt& chat, const ServedModel& model,
+                                           std::optional<absl::Time> now) {
   if (!model.chat_template.has_value()) {
     return UnsupportedParameter("model", absl::StrCat("model: ", model.name,
                                                       " has no chat template; use /v1/completions "
@@ -42,11 +43,15 @@ ApiResult<std::vector<TokenId>> EncodeChat(const ChatPrompt& chat, const ServedM
   input.tools = chat.tools;
   input.extra = chat.template_arguments;
   input.special_tokens = model.tokenizer.special_tokens();
+  input.now = now;
   const absl::StatusOr<RenderedChat> rendered = model.chat_template->Render(input);
   if (!rendered.ok()) {
     const std::string message = absl::StrCat("messages: the model's chat template refuses them: ",
                                              rendered.status().message());
-    if (absl::IsUnimplemented(rendered.status())) return ServerError(message);
+    const absl::StatusCode code = rendered.status().code();
+    const bool is_ours =
+        code == absl::StatusCode::kUnimplemented || code == absl::StatusCode::kFailedPrecondition;
+    if (is_ours) return ServerError(message);
     return InvalidValue("messages", message);
   }
   return model.tokenizer.Encode(rendered->text,
@@ -71,9 +76,10 @@ std::optional<ApiError> CheckIds(absl::Span<const TokenId> ids, const ServedMode
   return std::nullopt;
 }
 
-ApiResult<std::vector<TokenId>> EncodePrompt(const Prompt& prompt, const ServedModel& model) {
+ApiResult<std::vector<TokenId>> EncodePrompt(const Prompt& prompt, const ServedModel& model,
+                                             std::optional<absl::Time> now) {
   if (const auto* ids = std::get_if<PromptIds>(&prompt)) return *ids;
-  if (const auto* chat = std::get_if<ChatPrompt>(&prompt)) return EncodeChat(*chat, model);
+  if (const auto* chat = std::get_if<ChatPrompt>(&prompt)) return EncodeChat(*chat, model, now);
   // The prompt opens the sequence: what the tokenizer puts in front of a text (a begin token)
   // belongs there.
   return model.tokenizer.Encode(std::get<std::string>(prompt), {.add_special_tokens = true});
@@ -258,12 +264,12 @@ absl::Status CheckServedModel(const ServedModel& model) {
 }
 
 ApiResult<Work> BuildWork(const GenerationRequest& request, const ServedModel& model,
-                          int32_t choice_index, uint64_t random) {
+                          int32_t choice_index, uint64_t random, std::optional<absl::Time> now) {
   CINNABAR_CHECK(choice_index >= 0 && choice_index < request.num_choices()) << choice_index;
   const Prompt& prompt = request.prompts[choice_index / request.n];
   const ModelTraits& traits = model.traits;
 
-  ApiResult<std::vector<TokenId>> encoded = EncodePrompt(prompt, model);
+  ApiResult<std::vector<TokenId>> encoded = EncodePrompt(prompt, model, now);
   if (!encoded.ok()) return encoded.error();
   const std::vector<TokenId>& ids = *encoded;
   const std::vector<TokenId> suffix =
@@ -361,6 +367,26 @@ ApiResult<Work> BuildWork(const GenerationRequest& request, const ServedModel& m
   if (request.echo) work.text.echo = EchoText(prompt, model.tokenizer);
   work.text.commits_stay = traits.mask_token >= 0;
   return work;
+}
+
+ApiResult<std::vector<Work>> BuildAllWork(const GenerationRequest& request,
+                                          const ServedModel& model, uint64_t random,
+                                          std::optional<absl::Time> now) {
+  std::vector<Work> all;
+  all.reserve(request.num_choices());
+  for (int32_t choice = 0; choice < request.num_choices(); ++choice) {
+    if (choice % request.n != 0) {
+      // Another answer to the same prompt differs in its seed alone.
+      Work work = all.back();
+      work.item.mutable_params()->set_seed(all.back().item.params().seed() + 1);
+      all.push_back(std::move(work));
+      continue;
+    }
+    ApiResult<Work> work = BuildWork(request, model, choice, random, now);
+    if (!work.ok()) return work.error();
+    all.push_back(*std::move(work));
+  }
+  return all;
 }
 
 }  // namespace cinnabar

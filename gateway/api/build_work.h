@@ -74,10 +74,17 @@ struct Work {
 };
 
 // The work of one choice, 0 <= choice_index < request.num_choices(). The seed is request.seed, else
-// `random`, plus the choice's index. Errors: 400 naming the field, or 500 when the model's chat
-// template uses what ours cannot do. Pure.
+// `random`, plus the choice's index. `now` is what a chat template may print as the date; without
+// it, a template that asks is an error. Errors: 400 naming the field, or 500 when the model's chat
+// template needs what ours cannot do. Pure.
 ApiResult<Work> BuildWork(const GenerationRequest& request, const ServedModel& model,
-                          int32_t choice_index, uint64_t random);
+                          int32_t choice_index, uint64_t random,
+                          std::optional<absl::Time> now = std::nullopt);
+
+// The same for all choices, in order; each prompt is encoded once.
+ApiResult<std::vector<Work>> BuildAllWork(const GenerationRequest& request,
+                                          const ServedModel& model, uint64_t random,
+                                          std::optional<absl::Time> now = std::nullopt);
 
 }  // namespace cinnabar
 

@@ -894,9 +894,9 @@ ApiResult<GenerationRequest> Parser::Parse() {
 
 ApiResult<GenerationRequest> ParseGenerationRequest(Endpoint endpoint, absl::string_view body,
                                                     const RequestLimits& limits) {
-  const absl::StatusOr<Json> json = ParseOrderedJson(body, "body", kBodyDepthMax);
+  const absl::StatusOr<Json> json = ParseOrderedJson(body, "The body", kBodyDepthMax);
   if (!json.ok()) {
-    return InvalidJson(absl::StrCat("The body is not usable JSON; ", json.status().message(), "."));
+    return InvalidJson(absl::StrCat(json.status().message(), "."));
   }
   if (!json->is_object()) {
     return InvalidJson(absl::StrCat("The body must be a JSON object, found ", TypeOf(*json), "."));
