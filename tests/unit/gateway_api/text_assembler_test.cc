@@ -150,6 +150,9 @@ TEST(TextAssemblerTest, TheStopStringThatIsCompleteFirstWins) {
   // "b" is complete before "abc" is, though "abc" begins before it.
   TextAssembler first(Tiny(), Span(0, 4, {"abc", "b"}));
   EXPECT_EQ(first.Add({0, 1, 2, 3}, Bytes("xabc"), 4).value(), "xa");
+  // Also within one token.
+  TextAssembler token(Tiny(), Span(0, 4, {"return", "tur"}));
+  EXPECT_EQ(token.Add({0}, {Id("return")}, 1).value(), "re");
   // Of two that end together the longer.
   TextAssembler longer(Tiny(), Span(0, 4, {"bc", "abc"}));
   EXPECT_EQ(longer.Add({0, 1, 2, 3}, Bytes("xabc"), 4).value(), "x");
@@ -266,10 +269,11 @@ Answer OneShot(const std::vector<TokenId>& tokens, const std::vector<std::string
 TEST(TextAssemblerTest, AnyOrderGivesTheTextOfTheWhole) {
   std::mt19937 random(20261123);
   // Few letters, so that stop strings are met and nearly met; bytes of characters, whole or torn.
-  const std::vector<TokenId> alphabet = {Id("a"),    Id("b"),    Id("a"),    Id("b"), Id("\n"),
-                                         Id("\xC3"), Id("\xA9"), Id("\xF0"), kBos,    kEos};
-  const std::vector<std::string> stops = {"ab", "aab", "b\n",    "abab", "\n\n",
-                                          "é",  "aé",  "\uFFFD", "ba"};
+  const std::vector<TokenId> alphabet = {Id("return"), Id("a"),  Id("b"),    Id("a"),
+                                         Id("b"),      Id("\n"), Id("\xC3"), Id("\xA9"),
+                                         Id("\xF0"),   kBos,     kEos};
+  const std::vector<std::string> stops = {"ab", "aab",    "b\n", "abab", "\n\n",   "é",
+                                          "aé", "\uFFFD", "ba",  "tur",  "return", "nr"};
   int num_stopped = 0, num_full = 0;
   for (int round = 0; round < 4000; ++round) {
     SCOPED_TRACE(absl::StrCat("round ", round));
