@@ -18,6 +18,16 @@ constexpr absl::Duration kTakeBlock = absl::Milliseconds(500);
 constexpr size_t kSamplesMax = 64;
 constexpr int kDeviceFailuresMax = 3;
 
+v1::WorkerStatus::Row Describe(const RowLease& lease, const SequenceState& state, int32_t step) {
+  v1::WorkerStatus::Row row;
+  row.set_request(lease.request);
+  row.set_step(step);
+  row.set_sequence_tokens(state.canvas.length());
+  row.set_canvas_tokens(state.canvas.end - state.canvas.begin);
+  row.set_steps_budget(state.params.num_steps);
+  return row;
+}
+
 }  // namespace
 
 WorkerLoop::WorkerLoop(WorkerOptions options, Denoiser& denoiser, WorkerMetrics& metrics)
@@ -58,7 +68,7 @@ void WorkerLoop::Dropped(const std::string& request) {
 
 bool WorkerLoop::WantsRows() {
   MutexLock lock(mu_);
-  const size_t held = steps_.size() + incoming_.size();
+  const size_t held = running_.size() + incoming_.size();
   return !solo_held_ && held < static_cast<size_t>(options_.engine.limits.sequences_max);
 }
 
@@ -151,15 +161,9 @@ v1::WorkerStatus WorkerLoop::Status() {
   status.set_tokens_target(options_.tokens_target > 0 ? options_.tokens_target : limits.rows_max);
   status.set_positions_max(limits.positions_max);
   status.set_draining(draining_);
-  for (const auto& [request, step] : steps_) {
-    v1::WorkerStatus::Row& row = *status.add_rows();
-    row.set_request(request);
-    row.set_step(step);
-  }
+  for (const auto& [request, row] : running_) *status.add_rows() = row;
   for (const Incoming& row : incoming_) {
-    v1::WorkerStatus::Row& waiting = *status.add_rows();
-    waiting.set_request(row.lease.request);
-    waiting.set_step(row.step);
+    *status.add_rows() = Describe(row.lease, row.plan.state, row.step);
   }
   for (const v1::WorkerStatus::StepSample& sample : samples_) *status.add_samples() = sample;
   status.set_uptime_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
@@ -179,7 +183,7 @@ void WorkerLoop::Heartbeat() {
     int64_t num_rows = 0;
     {
       MutexLock lock(mu_);
-      num_rows = static_cast<int64_t>(steps_.size());
+      num_rows = static_cast<int64_t>(running_.size());
       step_age = std::max(absl::Now() - step_began_, absl::ZeroDuration());
       for (const auto& [batch, rows] : batches_) batches.push_back(batch);
     }
@@ -244,7 +248,7 @@ void WorkerLoop::JoinRows() {
         Release(row.lease, row.solo);
         continue;
       }
-      steps_[row.lease.request] = row.step;
+      running_[row.lease.request] = Describe(row.lease, row.plan.state, row.step);
     }
     Active active = {.lease = row.lease,
                      .facts = row.plan.facts,
@@ -270,7 +274,7 @@ void WorkerLoop::JoinRows() {
       // No memory now: it waits here for the next row that leaves.
       row.plan.state = before;
       MutexLock lock(mu_);
-      steps_.erase(row.lease.request);
+      running_.erase(row.lease.request);
       incoming_.push_front(std::move(row));
       return;
     }
@@ -285,7 +289,7 @@ void WorkerLoop::JoinRows() {
 }
 
 void WorkerLoop::Release(const RowLease& lease, bool solo) {
-  steps_.erase(lease.request);
+  running_.erase(lease.request);
   const auto batch = batches_.find(lease.batch);
   if (batch != batches_.end()) {
     batch->second.erase(lease.request);
@@ -435,7 +439,7 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
       }
       publisher_->Step(std::move(progress));
       MutexLock lock(mu_);
-      steps_[row.lease.request] = row.step;
+      running_[row.lease.request].set_step(row.step);
     }
     const bool complete = !event.finished && state->decoding.step == row.step &&
                           AnswerIsComplete(*state, row.facts, denoiser_.traits());

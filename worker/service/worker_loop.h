@@ -119,6 +119,8 @@ class WorkerLoop {
   std::map<std::string, std::set<std::string>> batches_
       ABSL_GUARDED_BY(mu_);                                    // rows held, by batch
   std::map<std::string, int32_t> steps_ ABSL_GUARDED_BY(mu_);  // of running rows
+  // Of running rows, by request.
+  std::map<std::string, v1::WorkerStatus::Row> running_ ABSL_GUARDED_BY(mu_);
   std::deque<v1::WorkerStatus::StepSample> samples_ ABSL_GUARDED_BY(mu_);
   v1::WorkerStatus totals_ ABSL_GUARDED_BY(mu_);  // the counters of the status
   absl::Time step_began_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
