@@ -13,9 +13,9 @@
 #include "absl/time/clock.h"
 #include "cinnabar/v1/generation.grpc.pb.h"
 #include "common/base/status.h"
-#include "gateway/grpc/grpc_request.h"
 #include "common/http/async_queue.h"
 #include "common/http/request_id.h"
+#include "gateway/grpc/grpc_request.h"
 
 namespace cinnabar {
 namespace {

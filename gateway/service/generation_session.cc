@@ -71,7 +71,8 @@ asio::awaitable<ApiResult<std::string>> CancelRequestById(QueueExecutor& executo
   for (int32_t i = 0;; ++i) {
     const std::string id = absl::StrCat(request_id, ".", i);
     // What is no name of ours is no request of anybody.
-    const bool name = id.size() <= 64 && request_id.find_first_not_of(kNameCharacters) == std::string::npos;
+    const bool name =
+        id.size() <= 64 && request_id.find_first_not_of(kNameCharacters) == std::string::npos;
     absl::StatusOr<RequestState> ended = absl::NotFoundError("no name");
     if (name) {
       ended = co_await executor.Run<RequestState>(
@@ -233,11 +234,11 @@ ApiResult<SessionOutput> GenerationSession::Progress(int32_t index, const QueueE
   Choice& choice = choices_[index];
   SessionOutput output = {.choice = index, .step = event.step};
   v1::StepDelta& delta = output.delta.emplace();
-  if (!delta.ParseFromString(event.data)) return InternalError("a worker sent what cannot be read");
+  if (!delta.ParseFromString(event.data)) return ServerError("a worker sent what cannot be read");
   absl::StatusOr<std::string> text = choice.assembler->Add(
       absl::MakeConstSpan(delta.positions().data(), delta.positions_size()),
       absl::MakeConstSpan(delta.tokens().data(), delta.tokens_size()), delta.final_end());
-  if (!text.ok()) return InternalError("a worker sent steps that contradict each other");
+  if (!text.ok()) return ServerError("a worker sent steps that contradict each other");
   if (event.step > choice.skip_to) output.text = *std::move(text);
   choice.step = event.step;
   choice.forwards += delta.forward() ? 1 : 0;
@@ -262,11 +263,10 @@ ApiResult<SessionOutput> GenerationSession::End(int32_t index, const QueueEvent&
     return EndError(*event.final_state, event.data, request_id_);
   }
   v1::WorkResult result;
-  if (!result.ParseFromString(event.data))
-    return InternalError("a worker sent what cannot be read");
+  if (!result.ParseFromString(event.data)) return ServerError("a worker sent what cannot be read");
   absl::StatusOr<std::string> text = choice.assembler->AddResult(
       absl::MakeConstSpan(result.tokens().data(), result.tokens_size()));
-  if (!text.ok()) return InternalError("a worker sent a result that contradicts its steps");
+  if (!text.ok()) return ServerError("a worker sent a result that contradicts its steps");
   output.text = *std::move(text);
   choice.step = result.steps();
   choice.forwards = result.nfe();

@@ -124,9 +124,9 @@ asio::awaitable<void> HttpRoutes::Models(const std::string& id, const HttpReques
   const std::vector<ModelDirectory::Entry> entries = context_.models.List();
   std::vector<const ServedModel*> models;
   for (const ModelDirectory::Entry& entry : entries) {
-    const bool allowed = caller->models.empty() ||
-                         std::count(caller->models.begin(), caller->models.end(),
-                                    entry.model->name) > 0;
+    const bool allowed =
+        caller->models.empty() ||
+        std::count(caller->models.begin(), caller->models.end(), entry.model->name) > 0;
     if (allowed && (id.empty() || IsCalled(*entry.model, id))) models.push_back(entry.model.get());
   }
   if (!id.empty() && models.empty()) co_return co_await Refuse(ModelNotFound(id), exchange);
@@ -141,9 +141,9 @@ asio::awaitable<void> HttpRoutes::CancelRequest(const std::string& id, const Htt
   const ApiResult<std::string> state =
       co_await CancelRequestById(context_.executor, id, caller->tenant);
   if (!state.ok()) co_return co_await Refuse(state.error(), exchange);
-  (void)co_await exchange.Respond(
-      Json(200, absl::StrCat("{\"id\":\"", id, "\",\"object\":\"request\",\"state\":\"", *state,
-                             "\"}")));
+  (void)co_await exchange.Respond(Json(
+      200,
+      absl::StrCat("{\"id\":\"", id, "\",\"object\":\"request\",\"state\":\"", *state, "\"}")));
 }
 
 asio::awaitable<void> HttpRoutes::Generate(GenerationRequest::Endpoint endpoint,
@@ -191,8 +191,7 @@ asio::awaitable<void> HttpRoutes::Generate(GenerationRequest::Endpoint endpoint,
 }
 
 // Waits for the whole answer. Returns the outcome for the metrics.
-asio::awaitable<std::string> HttpRoutes::Reply(GenerationSession& session,
-                                               HttpExchange& exchange) {
+asio::awaitable<std::string> HttpRoutes::Reply(GenerationSession& session, HttpExchange& exchange) {
   while (!session.finished()) {
     ApiResult<std::optional<SessionOutput>> output =
         co_await session.Next(absl::Now() + kLookForClient);
@@ -207,11 +206,12 @@ asio::awaitable<std::string> HttpRoutes::Reply(GenerationSession& session,
   }
   std::vector<ChoiceResult> choices;
   for (int32_t i = 0; i < session.num_choices(); ++i) {
-    choices.push_back({.index = i, .text = session.Text(i), .finish_reason = session.finish_reason(i)});
+    choices.push_back(
+        {.index = i, .text = session.Text(i), .finish_reason = session.finish_reason(i)});
   }
-  (void)co_await exchange.Respond(
-      Json(200, RenderReply(InfoOf(session), choices, session.TotalUsage()),
-           session.rate_limit_headers()));
+  (void)co_await exchange.Respond(Json(200,
+                                       RenderReply(InfoOf(session), choices, session.TotalUsage()),
+                                       session.rate_limit_headers()));
   co_return "ok";
 }
 
@@ -288,18 +288,18 @@ asio::awaitable<std::string> HttpRoutes::Stream(GenerationSession& session,
       frame.tokens = absl::MakeConstSpan(delta.tokens().data(), delta.tokens_size());
       frame.confidences = delta.confidences();
       frame.final_end = delta.final_end();
-      absl::StrAppend(&out, SseEvent(RenderFrameChunk(info, choice, frame,
-                                                      session.text_options(choice),
-                                                      session.model().tokenizer),
-                                     output.event_id));
+      absl::StrAppend(&out,
+                      SseEvent(RenderFrameChunk(info, choice, frame, session.text_options(choice),
+                                                session.model().tokenizer),
+                               output.event_id));
     }
     if (request.diffusing) {
       // Snapshots: the whole text each time, the last one with the reason.
       const std::string draft = session.Snapshot(choice);
-      absl::StrAppend(&out, last ? SseEvent(RenderFinishChunk(info, choice, output.finish_reason,
-                                                              draft),
-                                            output.event_id)
-                                 : SseEvent(RenderTextChunk(info, choice, draft), output.event_id));
+      absl::StrAppend(&out,
+                      last ? SseEvent(RenderFinishChunk(info, choice, output.finish_reason, draft),
+                                      output.event_id)
+                           : SseEvent(RenderTextChunk(info, choice, draft), output.event_id));
     } else {
       if (!output.text.empty()) {
         absl::StrAppend(&out,

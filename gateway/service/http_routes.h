@@ -7,9 +7,9 @@
 #include <string>
 
 #include "absl/time/time.h"
-#include "gateway/api/parse_request.h"
 #include "common/http/asio.h"
 #include "common/http/http_server.h"
+#include "gateway/api/parse_request.h"
 #include "gateway/service/authenticator.h"
 #include "gateway/service/generation_session.h"
 
