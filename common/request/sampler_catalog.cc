@@ -296,7 +296,7 @@ absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const
       return Invalid("block_length: ", result.block_length, " makes ", num_blocks,
                      " blocks, each of one step or more, but ", kNumStepsMax,
                      " steps are the most; use at least ",
-                     (canvas_length + kNumStepsMax - 1) / kNumStepsMax);
+                     (int64_t{canvas_length} + kNumStepsMax - 1) / kNumStepsMax);
     }
     if (result.num_steps == 0) {
       // A block of B positions in B steps takes one position at a time, and ends early when fewer
