@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <set>
 #include <string>
 #include <vector>
 
@@ -23,7 +24,7 @@ Canvas CanvasOf(const std::string& pattern, const ModelTraits& model) {
   // 'g' is given, '.' undecided.
   std::vector<bool> given;
   for (const char c : pattern) given.push_back(c == 'g');
-  return *MakeCanvas(std::vector<TokenId>(pattern.size(), 1), given, model, 5);
+  return *MakeCanvas(std::vector<TokenId>(pattern.size(), 1), given, model, {.seed = 5});
 }
 
 std::vector<std::pair<int32_t, int32_t>> Blocks(const std::string& pattern,
@@ -39,7 +40,7 @@ std::vector<std::pair<int32_t, int32_t>> Blocks(const std::string& pattern,
 
 TEST(MakeCanvasTest, UndecidedPositionsBecomeTheMaskToken) {
   const Canvas canvas =
-      *MakeCanvas({3, 99, -7, 5, kMask}, {true, false, false, true, false}, MaskModel(), 1);
+      *MakeCanvas({3, 99, -7, 5, kMask}, {true, false, false, true, false}, MaskModel(), {.seed = 1});
   EXPECT_THAT(canvas.tokens, ElementsAre(3, kMask, kMask, 5, kMask));
   using enum PositionState;
   EXPECT_THAT(canvas.states, ElementsAre(kGiven, kMasked, kMasked, kGiven, kMasked));
@@ -62,7 +63,7 @@ TEST(MakeCanvasTest, WithoutAMaskTokenUndecidedPositionsHoldNoise) {
   std::vector<int64_t> counts(model.vocab_size);
   for (uint64_t seed = 0; seed < 400; ++seed) {
     const std::vector<bool> given = {true, false, false, true, false};
-    const Canvas canvas = *MakeCanvas({3, 99, -7, 5, 0}, given, model, seed);
+    const Canvas canvas = *MakeCanvas({3, 99, -7, 5, 0}, given, model, {.seed = seed});
     EXPECT_EQ(canvas.tokens[0], 3);
     EXPECT_EQ(canvas.tokens[3], 5);
     for (const int32_t i : {1, 2, 4}) {
@@ -70,15 +71,45 @@ TEST(MakeCanvasTest, WithoutAMaskTokenUndecidedPositionsHoldNoise) {
       ASSERT_TRUE(canvas.tokens[i] >= 0 && canvas.tokens[i] < model.vocab_size);
       ++counts[canvas.tokens[i]];
     }
-    EXPECT_EQ(canvas.tokens, MakeCanvas({3, 1, 1, 5, 1}, given, model, seed)->tokens);
+    EXPECT_EQ(canvas.tokens, MakeCanvas({3, 1, 1, 5, 1}, given, model, {.seed = seed})->tokens);
   }
   // 1200 uniform draws over 13 ids: 92 each, and 5 deviations of 9.2 to either side.
   for (const int64_t count : counts) EXPECT_TRUE(count > 46 && count < 138) << count;
 }
 
+TEST(MakeCanvasTest, NoiseIsWhatMayBePicked) {
+  const ModelTraits model = UniformModel();
+  const std::vector<bool> given(40, false);
+  const std::vector<TokenId> ids(40, 1);
+  const auto noise = [&](const DecodingParams& params) {
+    return MakeCanvas(ids, given, model, params)->tokens;
+  };
+  std::set<TokenId> seen;
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    for (const TokenId id : noise({.forbidden_ids = {0, 3, 12}, .pickable_ids = 7, .seed = seed})) {
+      seen.insert(id);
+    }
+  }
+  EXPECT_THAT(seen, ElementsAre(1, 2, 4, 5, 6));
+  // Positions that would hold an allowed id anyway keep it.
+  const std::vector<TokenId> plain = noise({.seed = 9});
+  const std::vector<TokenId> without = noise({.forbidden_ids = {3}, .seed = 9});
+  for (size_t i = 0; i < plain.size(); ++i) {
+    if (plain[i] != 3) {
+      EXPECT_EQ(without[i], plain[i]);
+    } else {
+      EXPECT_NE(without[i], 3);
+    }
+  }
+  EXPECT_THAT(plain, testing::Contains(3));
+  EXPECT_EQ(noise({.pickable_ids = 100, .seed = 9}), plain);
+  // Nothing is left to draw: it ends all the same.
+  EXPECT_EQ(noise({.forbidden_ids = {0, 1}, .pickable_ids = 2}).size(), 40U);
+}
+
 TEST(MakeCanvasTest, RefusesWhatCannotBeDecoded) {
   const auto message = [](const std::vector<TokenId>& ids, const std::vector<bool>& given) {
-    const absl::Status status = MakeCanvas(ids, given, MaskModel(), 1).status();
+    const absl::Status status = MakeCanvas(ids, given, MaskModel(), {}).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     return std::string(status.message());
   };
@@ -88,7 +119,7 @@ TEST(MakeCanvasTest, RefusesWhatCannotBeDecoded) {
   EXPECT_THAT(message({-1, 2}, {true, false}), HasSubstr("ids[0] = -1"));
   EXPECT_THAT(message({1, kMask}, {true, true}), HasSubstr("ids[1] is the mask token"));
   EXPECT_THAT(message(std::vector<TokenId>(97), std::vector<bool>(97)), HasSubstr("takes 96"));
-  EXPECT_TRUE(MakeCanvas(std::vector<TokenId>(96), std::vector<bool>(96), MaskModel(), 1).ok());
+  EXPECT_TRUE(MakeCanvas(std::vector<TokenId>(96), std::vector<bool>(96), MaskModel(), {}).ok());
 }
 
 TEST(BlocksTest, FullAttentionCountsFromTheFirstUndecidedPosition) {

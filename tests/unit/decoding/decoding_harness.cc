@@ -169,9 +169,11 @@ const SamplerEntry& EntryOf(absl::string_view name) {
   return **entry;
 }
 
-Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed) {
+Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed, bool text_is_best) {
   const bool scores = model.parameterization != Parameterization::kMaskPrediction;
   const int32_t vocab_size = model.vocab_size;
+  const int32_t text_end = model.tokenizer_size > 0 ? model.tokenizer_size : vocab_size;
+  const TokenId mask_token = model.mask_token;
   return [=](absl::Span<const TokenId> tokens, int32_t position, float sigma) {
     uint64_t hash = Mixed(seed ^ static_cast<uint64_t>(sigma * 4096.0F));
     for (const TokenId token : tokens) hash = Mixed(hash ^ static_cast<uint64_t>(token));
@@ -184,6 +186,9 @@ Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed) {
       logits[id] = static_cast<float>(std::round((sum * spread - (scores ? 2 : 0)) * 256) / 256);
     }
     if (scores) logits[tokens[position]] = 0;
+    for (int32_t id = 0; text_is_best && id < vocab_size; ++id) {
+      if (id >= text_end || id == mask_token) logits[id] = std::min(logits[id], -1.0F);
+    }
     return logits;
   };
 }
@@ -204,7 +209,7 @@ StepContext Sequence::context() const {
 
 Sequence Begin(const Request& request, const ModelTraits& model, const Network& network) {
   absl::StatusOr<Canvas> canvas =
-      MakeCanvas(request.ids, request.given, model, request.params.seed);
+      MakeCanvas(request.ids, request.given, model, request.params);
   CINNABAR_CHECK(canvas.ok()) << canvas.status().ToString();
   const absl::StatusOr<DecodingParams> params =
       ResolveParams(request.params, model, CountUndecided(*canvas, 0, canvas->length()),
@@ -290,7 +295,8 @@ StepOutcome FinishStep(const StepPlan& plan, absl::Span<const VocabularyAnswer> 
     EXPECT_GT(transfer.position, previous);
     EXPECT_LT(transfer.position, context.block.end);
     EXPECT_TRUE(context.canvas.undecided(transfer.position));
-    EXPECT_NE(transfer.token, sequence.model.mask_token);
+    EXPECT_TRUE(transfer.token >= 0 && transfer.token != sequence.model.mask_token)
+        << transfer.token;
     EXPECT_TRUE(transfer.confidence >= 0 && transfer.confidence <= 1) << transfer.confidence;
     previous = transfer.position;
   }
@@ -340,7 +346,7 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
   } else {
     params.temperature = one_of({0.0F, 0.0F, 0.3F, 1.0F, 1.6F});
   }
-  // Filters wide enough to keep an id that may be picked beside those that may not.
+  // As many as to keep an id that may be picked beside those that may not.
   if (Reads(entry, Knob::kTopP) && maybe()) params.top_p = one_of({0.97F, 0.8F});
   if (Reads(entry, Knob::kTopK) && maybe()) params.top_k = 6 + below(10);
   if (Reads(entry, Knob::kThreshold)) params.threshold = one_of({0.0F, 0.2F, 0.5F, 0.9F, 1.0F});
@@ -362,7 +368,7 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
     params.block_length = 1 + below(9);
   }
   if (Reads(entry, Knob::kNumSteps) && below(4) != 0) {
-    const Canvas canvas = *MakeCanvas(request.ids, request.given, model, 0);
+    const Canvas canvas = *MakeCanvas(request.ids, request.given, model, {});
     const int32_t num_blocks = std::max(NumBlocks(canvas, model, params.block_length), 1);
     params.num_steps = num_blocks * (1 + below(2 * length / num_blocks + 2));
   }

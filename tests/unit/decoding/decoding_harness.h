@@ -36,8 +36,11 @@ using Network = std::function<std::vector<float>(absl::Span<const TokenId> token
                                                  float sigma)>;
 
 // Logits that change altogether when any token, the position or sigma does, `spread` wide; multiples
-// of 1/256. For score models log-scores, with 0 for the own token.
-Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed);
+// of 1/256. For score models log-scores, with 0 for the own token. Any id may be the best one, the
+// mask token and those without text too, unless `text_is_best`: then these stay below the others'
+// best, so that a filter always keeps an id that may be picked.
+Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed,
+                    bool text_is_best = false);
 // The same rows whatever it sees.
 Network FixedNetwork(std::vector<std::vector<float>> rows);
 
@@ -95,7 +98,8 @@ struct StepRecord {
 std::vector<StepRecord> RunToEnd(Sequence& sequence, Head& head, int32_t num_steps_max = 100000);
 
 // A random request of up to 26 positions that the sampler and the model take: prompt, suffix, holes,
-// nothing given or one hole; every knob that the sampler reads is set in some of them.
+// nothing given or one hole; every knob that the sampler reads is set in some of them, and so are
+// the penalty, the forbidden ids (2, 4 and 7) and the limit of ids.
 Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint32_t seed);
 
 }  // namespace cinnabar

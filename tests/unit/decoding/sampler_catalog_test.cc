@@ -410,7 +410,7 @@ TEST(ResolveParamsTest, CountsBlocksAsTheCanvasDoes) {
       for (int32_t end = begin + 1; end <= 14; ++end) {
         std::vector<bool> given(15, true);
         given[begin] = given[end - 1] = false;
-        const Canvas canvas = *MakeCanvas(std::vector<TokenId>(15, 1), given, model, 0);
+        const Canvas canvas = *MakeCanvas(std::vector<TokenId>(15, 1), given, model, {});
         for (int32_t block_length = model.causal_block_length == 0 ? 1 : 4; block_length < 6;
              ++block_length) {
           if (model.causal_block_length > 0 && block_length != 4) continue;
