@@ -183,7 +183,8 @@ Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed, bool
       uint64_t word = Mixed(hash + static_cast<uint64_t>(id));
       double sum = -2;  // of four uniform numbers: bell-shaped, in [-2, 2)
       for (int i = 0; i < 4; ++i, word >>= 16) sum += static_cast<double>(word & 0xFFFF) / 65536;
-      logits[id] = static_cast<float>(std::round((sum * spread - (scores ? 2 : 0)) * 256) / 256);
+      const double coarse = std::round((sum * spread - (scores ? 2 : 0)) * 256) / 256;
+      logits[id] = static_cast<float>(coarse + static_cast<double>(id) / 65536);
     }
     if (scores) logits[tokens[position]] = 0;
     for (int32_t id = 0; text_is_best && id < vocab_size; ++id) {

@@ -35,8 +35,8 @@ const SamplerEntry& EntryOf(absl::string_view name);  // CHECKs that there is on
 using Network = std::function<std::vector<float>(absl::Span<const TokenId> tokens, int32_t position,
                                                  float sigma)>;
 
-// Logits that change altogether when any token, the position or sigma does, `spread` wide; multiples
-// of 1/256. For score models log-scores, with 0 for the own token. Any id may be the best one, the
+// Logits that change altogether when any token, the position or sigma does, `spread` wide; exact in
+// float32 and never equal in one row. For score models log-scores, with 0 for the own token. Any id may be the best one, the
 // mask token and those without text too, unless `text_is_best`: then these stay below the others'
 // best, so that a filter always keeps an id that may be picked.
 Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed,
