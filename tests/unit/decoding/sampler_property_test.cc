@@ -62,6 +62,14 @@ std::vector<std::string> Names() {
   return names;
 }
 
+std::vector<std::string> NamesFor(const ModelTraits& model) {
+  std::vector<std::string> names;
+  for (const SamplerEntry& entry : SamplerCatalog()) {
+    if (Fits(entry, model)) names.emplace_back(entry.name);
+  }
+  return names;
+}
+
 INSTANTIATE_TEST_SUITE_P(Samplers, SamplerPropertyTest, testing::ValuesIn(Names()),
                          [](const auto& info) { return info.param; });
 
@@ -246,34 +254,6 @@ TEST_P(SamplerPropertyTest, NeverWritesWhatIsForbidden) {
   EXPECT_THAT(written_when_allowed, testing::IsSupersetOf({2, 4, 7}));
 }
 
-TEST_P(SamplerPropertyTest, ThePenaltyKeepsEosAway) {
-  if (IsSedd({.sampler = GetParam()})) GTEST_SKIP() << "these models have no EOS";
-  int num_eos = 0;
-  int num_eos_favoured = 0;
-  int num_tokens = 0;
-  for (Case c : CasesOf(entry(), 20)) {
-    c.request.params.logits_eos_inf = false;
-    c.request.params.forbidden_ids.clear();
-    const auto count = [&](float penalty) {
-      c.request.params.eos_penalty = penalty;
-      Sequence sequence = c.Start();
-      const Canvas start = sequence.canvas;
-      RunToEnd(sequence, *cpu_);
-      int num = 0;
-      for (int32_t i = 0; i < start.length(); ++i) {
-        if (start.states[i] == PositionState::kGiven) continue;
-        num += sequence.canvas.tokens[i] == 4 || sequence.canvas.tokens[i] == 11 ? 1 : 0;
-      }
-      return num;
-    };
-    num_eos += count(60.0F);
-    num_eos_favoured += count(-60.0F);
-    num_tokens += CountUndecided(c.Start().canvas, 0, c.Start().canvas.length());
-  }
-  EXPECT_EQ(num_eos, 0);
-  EXPECT_EQ(num_eos_favoured, num_tokens);
-}
-
 // The backend's float32 statistics lead to the decisions that exact ones do.
 TEST_P(SamplerPropertyTest, DecidesAsWithExactStatistics) {
   const std::unique_ptr<Head> reference = ReferenceHead();
@@ -444,6 +424,39 @@ TEST_P(SamplerPropertyTest, ReadsTheKnobsItNamesAndNoOther) {
       EXPECT_EQ(num_differ, 0) << turn.name << " is read but not named";
     }
   }
+}
+
+// Not the score samplers: their own token keeps the score 1, EOS or not.
+class EosPenaltyTest : public SamplerPropertyTest {};
+
+INSTANTIATE_TEST_SUITE_P(MaskSamplers, EosPenaltyTest, testing::ValuesIn(NamesFor(MaskModel())),
+                         [](const auto& info) { return info.param; });
+
+TEST_P(EosPenaltyTest, KeepsEosAway) {
+  int num_eos = 0;
+  int num_eos_favoured = 0;
+  int num_tokens = 0;
+  for (Case c : CasesOf(entry(), 20)) {
+    c.request.params.logits_eos_inf = false;
+    c.request.params.forbidden_ids.clear();
+    const auto count = [&](float penalty) {
+      c.request.params.eos_penalty = penalty;
+      Sequence sequence = c.Start();
+      const Canvas start = sequence.canvas;
+      RunToEnd(sequence, *cpu_);
+      int num = 0;
+      for (int32_t i = 0; i < start.length(); ++i) {
+        if (start.states[i] == PositionState::kGiven) continue;
+        num += sequence.canvas.tokens[i] == 4 || sequence.canvas.tokens[i] == 11 ? 1 : 0;
+      }
+      return num;
+    };
+    num_eos += count(60.0F);
+    num_eos_favoured += count(-60.0F);
+    num_tokens += CountUndecided(c.Start().canvas, 0, c.Start().canvas.length());
+  }
+  EXPECT_EQ(num_eos, 0);
+  EXPECT_EQ(num_eos_favoured, num_tokens);
 }
 
 // --- Sequences side by side --------------------------------------------------------------------------------
