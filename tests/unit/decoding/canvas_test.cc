@@ -39,8 +39,8 @@ std::vector<std::pair<int32_t, int32_t>> Blocks(const std::string& pattern,
 }
 
 TEST(MakeCanvasTest, UndecidedPositionsBecomeTheMaskToken) {
-  const Canvas canvas =
-      *MakeCanvas({3, 99, -7, 5, kMask}, {true, false, false, true, false}, MaskModel(), {.seed = 1});
+  const Canvas canvas = *MakeCanvas({3, 99, -7, 5, kMask}, {true, false, false, true, false},
+                                    MaskModel(), {.seed = 1});
   EXPECT_THAT(canvas.tokens, ElementsAre(3, kMask, kMask, 5, kMask));
   using enum PositionState;
   EXPECT_THAT(canvas.states, ElementsAre(kGiven, kMasked, kMasked, kGiven, kMasked));

@@ -2,16 +2,16 @@
 #ifndef CINNABAR_TESTS_UNIT_DECODING_CHI_SQUARE_H_
 #define CINNABAR_TESTS_UNIT_DECODING_CHI_SQUARE_H_
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include <gtest/gtest.h>
-
 namespace cinnabar {
 
-// Chance that a chi-square variate with `freedom` degrees of freedom (> 0) exceeds `value`: the upper
-// incomplete gamma function Q(freedom / 2, value / 2). Relative error about 1e-10.
+// Chance that a chi-square variate with `freedom` degrees of freedom (> 0) exceeds `value`: the
+// upper incomplete gamma function Q(freedom / 2, value / 2). Relative error about 1e-10.
 inline double ChiSquareTail(double value, double freedom) {
   const double a = freedom / 2;
   const double x = value / 2;
@@ -42,8 +42,8 @@ inline double ChiSquareTail(double value, double freedom) {
   return front * h;
 }
 
-// The chance of counts at least this far from `probabilities` (which sum to 1). Cells with less than 8
-// expected share one. 0 when something impossible was counted; 1 when there is but one cell.
+// The chance of counts at least this far from `probabilities` (which sum to 1). Cells with less
+// than 8 expected share one. 0 when something impossible was counted; 1 when there is but one cell.
 inline double GoodnessOfFit(const std::vector<int64_t>& counts,
                             const std::vector<double>& probabilities) {
   double total = 0;

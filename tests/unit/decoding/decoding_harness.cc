@@ -1,10 +1,10 @@
 #include "tests/unit/decoding/decoding_harness.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <utility>
-
-#include <gtest/gtest.h>
 
 #include "common/base/check.h"
 #include "tests/unit/kernels/vocabulary_reference.h"
@@ -26,10 +26,10 @@ class DoubleHead final : public Head {
     static const std::vector<float> kNone;
     std::vector<VocabularyAnswer> answers;
     for (const VocabularyQuery& query : queries) {
-      answers.push_back(AnswerInDouble(query, rows[query.hidden_row],
-                                       query.unconditional_row < 0 ? kNone
-                                                                   : rows[query.unconditional_row])
-                            .answer);
+      answers.push_back(
+          AnswerInDouble(query, rows[query.hidden_row],
+                         query.unconditional_row < 0 ? kNone : rows[query.unconditional_row])
+              .answer);
     }
     return answers;
   }
@@ -209,8 +209,7 @@ StepContext Sequence::context() const {
 }
 
 Sequence Begin(const Request& request, const ModelTraits& model, const Network& network) {
-  absl::StatusOr<Canvas> canvas =
-      MakeCanvas(request.ids, request.given, model, request.params);
+  absl::StatusOr<Canvas> canvas = MakeCanvas(request.ids, request.given, model, request.params);
   CINNABAR_CHECK(canvas.ok()) << canvas.status().ToString();
   const absl::StatusOr<DecodingParams> params =
       ResolveParams(request.params, model, CountUndecided(*canvas, 0, canvas->length()),

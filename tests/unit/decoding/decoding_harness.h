@@ -1,5 +1,5 @@
-// Runs samplers without a model: a fake network (logits are a function of what it sees), a real or a
-// reference vocabulary head, and the loop around Plan(), Decide() and ApplyOutcome().
+// Runs samplers without a model: a fake network (logits are a function of what it sees), a real or
+// a reference vocabulary head, and the loop around Plan(), Decide() and ApplyOutcome().
 #ifndef CINNABAR_TESTS_UNIT_DECODING_DECODING_HARNESS_H_
 #define CINNABAR_TESTS_UNIT_DECODING_DECODING_HARNESS_H_
 
@@ -36,9 +36,9 @@ using Network = std::function<std::vector<float>(absl::Span<const TokenId> token
                                                  float sigma)>;
 
 // Logits that change altogether when any token, the position or sigma does, `spread` wide; exact in
-// float32 and never equal in one row. For score models log-scores, with 0 for the own token. Any id may be the best one, the
-// mask token and those without text too, unless `text_is_best`: then these stay below the others'
-// best, so that a filter always keeps an id that may be picked.
+// float32 and never equal in one row. For score models log-scores, with 0 for the own token. Any id
+// may be the best one, the mask token and those without text too, unless `text_is_best`: then these
+// stay below the others' best, so that a filter always keeps an id that may be picked.
 Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed,
                     bool text_is_best = false);
 // The same rows whatever it sees.
@@ -83,7 +83,8 @@ struct StepQueries {
 };
 // `rows_of_network` false leaves the rows out: hidden_row is then the position.
 StepQueries QueriesOf(const Sequence& sequence, const StepPlan& plan, bool rows_of_network = true);
-std::vector<VocabularyAnswer> AnswerStep(const Sequence& sequence, const StepPlan& plan, Head& head);
+std::vector<VocabularyAnswer> AnswerStep(const Sequence& sequence, const StepPlan& plan,
+                                         Head& head);
 // Decide() and ApplyOutcome(). Fails the test when the outcome breaks the contract of StepOutcome.
 StepOutcome FinishStep(const StepPlan& plan, absl::Span<const VocabularyAnswer> answers,
                        Sequence& sequence);
@@ -97,9 +98,9 @@ struct StepRecord {
 // To the end, or for `num_steps_max` steps.
 std::vector<StepRecord> RunToEnd(Sequence& sequence, Head& head, int32_t num_steps_max = 100000);
 
-// A random request of up to 26 positions that the sampler and the model take: prompt, suffix, holes,
-// nothing given or one hole; every knob that the sampler reads is set in some of them, and so are
-// the penalty, the forbidden ids (2, 4 and 7) and the limit of ids.
+// A random request of up to 26 positions that the sampler and the model take: prompt, suffix,
+// holes, nothing given or one hole; every knob that the sampler reads is set in some of them, and
+// so are the penalty, the forbidden ids (2, 4 and 7) and the limit of ids.
 Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint32_t seed);
 
 }  // namespace cinnabar

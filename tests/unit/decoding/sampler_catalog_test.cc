@@ -1,4 +1,5 @@
-// The catalog that requests are checked against, the registry that implements it, and ResolveParams.
+// The catalog that requests are checked against, the registry that implements it, and
+// ResolveParams.
 #include "common/request/sampler_catalog.h"
 
 #include <gmock/gmock.h>
@@ -28,9 +29,10 @@ using ::testing::StartsWith;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-constexpr Knob kAllKnobs[] = {
-    Knob::kNumSteps,     Knob::kBlockLength, Knob::kTopP, Knob::kTopK,     Knob::kThreshold,  Knob::kFactor,
-    Knob::kEntropyBound, Knob::kAlgTemp,     Knob::kEps,  Knob::kCfgScale, Knob::kEosSwitches};
+constexpr Knob kAllKnobs[] = {Knob::kNumSteps,     Knob::kBlockLength, Knob::kTopP,
+                              Knob::kTopK,         Knob::kThreshold,   Knob::kFactor,
+                              Knob::kEntropyBound, Knob::kAlgTemp,     Knob::kEps,
+                              Knob::kCfgScale,     Knob::kEosSwitches};
 
 std::vector<std::string> CatalogNames() {
   std::vector<std::string> names;
@@ -38,7 +40,8 @@ std::vector<std::string> CatalogNames() {
   return names;
 }
 
-// --- Catalog and registry ----------------------------------------------------------------------------------
+// --- Catalog and registry
+// ----------------------------------------------------------------------------------
 
 TEST(SamplerCatalogTest, NamesAndAliasesAreUniqueAndWellFormed) {
   std::set<std::string> seen;
@@ -83,8 +86,7 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
   };
   const auto llada = with(guided_blocks, {Knob::kNumSteps, Knob::kEosSwitches});
   const auto fast_dllm = with(guided_blocks, {Knob::kEosSwitches});
-  const auto dream =
-      with(guided_blocks, {Knob::kNumSteps, Knob::kTopP, Knob::kTopK, Knob::kEps});
+  const auto dream = with(guided_blocks, {Knob::kNumSteps, Knob::kTopP, Knob::kTopK, Knob::kEps});
   const std::set<Knob> sdar = {Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kTopK};
   const std::map<std::string, std::set<Knob>> want = {
       {"low_confidence", llada},
@@ -115,12 +117,18 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
 
 TEST(FindSamplerTest, ByNameOrAliasHoweverSpelt) {
   const std::map<std::string, std::string> cases = {
-      {"low_confidence", "low_confidence"}, {"low-confidence", "low_confidence"},
-      {"Low-Confidence", "low_confidence"}, {"ENTROPY", "entropy"},
-      {"maskgit-plus", "maskgit_plus"},     {"static", "block_static"},
-      {"dynamic", "block_dynamic"},         {"Sequential", "block_sequential"},
-      {"ddpm", "mdlm_ancestral"},           {"ddpm-cache", "mdlm_cached"},
-      {"euler", "sedd_euler"},              {"analytic", "sedd_analytic"},
+      {"low_confidence", "low_confidence"},
+      {"low-confidence", "low_confidence"},
+      {"Low-Confidence", "low_confidence"},
+      {"ENTROPY", "entropy"},
+      {"maskgit-plus", "maskgit_plus"},
+      {"static", "block_static"},
+      {"dynamic", "block_dynamic"},
+      {"Sequential", "block_sequential"},
+      {"ddpm", "mdlm_ancestral"},
+      {"ddpm-cache", "mdlm_cached"},
+      {"euler", "sedd_euler"},
+      {"analytic", "sedd_analytic"},
   };
   for (const auto& [spelt, name] : cases) {
     const absl::StatusOr<const SamplerEntry*> entry = FindSampler(spelt);
@@ -140,7 +148,8 @@ TEST(FindSamplerTest, AnUnknownNameListsTheNames) {
   }
 }
 
-// --- ResolveParams: errors ---------------------------------------------------------------------------------
+// --- ResolveParams: errors
+// ---------------------------------------------------------------------------------
 
 struct ErrorCase {
   DecodingParams params;
@@ -179,7 +188,9 @@ TEST(ResolveParamsErrorTest, RangesNameTheField) {
            {{.sampler = "factor", .factor = -1.0F}, "factor: -1"},
            {{.sampler = "factor", .factor = kInfinity}, "factor: inf"},
            {{.sampler = "factor", .factor = kNan}, "factor: nan"},
-           {{.sampler = "entropy_bounded", .entropy_bound = -0.1F}, "entropy_bound: -0.1", "0 or more"},
+           {{.sampler = "entropy_bounded", .entropy_bound = -0.1F},
+            "entropy_bound: -0.1",
+            "0 or more"},
            {{.sampler = "entropy_bounded", .entropy_bound = kNan}, "entropy_bound: nan"},
            {{.sampler = "entropy", .alg_temp = -1.0F}, "alg_temp: -1", "use 0 or at least"},
            {{.sampler = "entropy", .alg_temp = 1e-8F}, "alg_temp: 1e-08"},
@@ -215,8 +226,14 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
            {{}, "sampler: ", "choose one", nameless},
            {{.sampler = "nonsense"}, "sampler: ", "low_confidence, random"},
            {{.sampler = "sedd_euler"}, "sampler: sedd_euler ", "use low_confidence"},
-           {{.sampler = "sedd_analytic"}, "sampler: sedd_analytic ", "use low_confidence", nameless},
-           {{.sampler = "random"}, "sampler: random ", "sedd_analytic or sedd_euler", AbsorbModel()},
+           {{.sampler = "sedd_analytic"},
+            "sampler: sedd_analytic ",
+            "use low_confidence",
+            nameless},
+           {{.sampler = "random"},
+            "sampler: random ",
+            "sedd_analytic or sedd_euler",
+            AbsorbModel()},
            {{.sampler = "mdlm_cached"}, "sampler: mdlm_cached ", "sedd_analytic", UniformModel()},
            {{.temperature = 0.5F}, "temperature: ", "leave it out or use 1", AbsorbModel()},
            {{.temperature = 2.0F}, "temperature: ", "leave it out or use 1", UniformModel()},
@@ -292,17 +309,22 @@ TEST(ResolveParamsErrorTest, MoreExceptionsThanTheHeadTakes) {
   // Mask token, nine EOS and eight forbidden ids: two too many.
   const std::vector<TokenId> eight = {10, 11, 12, 13, 14, 15, 16, 18};
   const std::vector<TokenId> six = {10, 11, 12, 13, 14, 15};
-  ExpectError({{.eos_penalty = 1.0F, .forbidden_ids = eight}, "forbidden_ids: ", "2 ids fewer", model});
+  ExpectError(
+      {{.eos_penalty = 1.0F, .forbidden_ids = eight}, "forbidden_ids: ", "2 ids fewer", model});
   EXPECT_TRUE(ResolveParams({.eos_penalty = 1.0F, .forbidden_ids = six}, model, 4, 4).ok());
   EXPECT_TRUE(ResolveParams({.forbidden_ids = eight}, model, 4, 4).ok());
-  ExpectError({{.confidence_eos_eot_inf = true, .forbidden_ids = six}, "forbidden_ids: ",
-               "1 ids fewer", model});
+  ExpectError({{.confidence_eos_eot_inf = true, .forbidden_ids = six},
+               "forbidden_ids: ",
+               "1 ids fewer",
+               model});
   // Where forbidding fewer ids does not help, the switch that makes the exceptions is named.
   model.eos_tokens = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
   ExpectError({{.eos_penalty = 1.0F}, "eos_penalty: ", "17 EOS", model});
   ExpectError({{.logits_eos_inf = true}, "logits_eos_inf: ", "leave it out", model});
-  ExpectError({{.confidence_eos_eot_inf = true, .forbidden_ids = {20}}, "confidence_eos_eot_inf: ",
-               "leave it out", model});
+  ExpectError({{.confidence_eos_eot_inf = true, .forbidden_ids = {20}},
+               "confidence_eos_eot_inf: ",
+               "leave it out",
+               model});
   EXPECT_TRUE(ResolveParams({.forbidden_ids = eight}, model, 4, 4).ok());
 }
 
@@ -320,7 +342,8 @@ TEST(ResolveParamsErrorTest, ACanvasThatCannotBe) {
   ExpectError({{}, "a canvas of 3 positions from -1 with 3 to fill"}, 3, 3, -1);
 }
 
-// --- ResolveParams: defaults -------------------------------------------------------------------------------
+// --- ResolveParams: defaults
+// -------------------------------------------------------------------------------
 
 TEST(ResolveParamsTest, FillsInWhatWasLeftOut) {
   struct Case {
@@ -426,12 +449,14 @@ TEST(ResolveParamsTest, CountsBlocksAsTheCanvasDoes) {
   }
 }
 
-// --- ResolveParams: properties -----------------------------------------------------------------------------
+// --- ResolveParams: properties
+// -----------------------------------------------------------------------------
 
 auto Fields(const DecodingParams& p) {
-  return std::tie(p.sampler, p.num_steps, p.block_length, p.temperature, p.top_p, p.top_k, p.threshold,
-                  p.factor, p.entropy_bound, p.alg_temp, p.eps, p.cfg_scale, p.logits_eos_inf,
-                  p.confidence_eos_eot_inf, p.eos_penalty, p.forbidden_ids, p.pickable_ids, p.seed);
+  return std::tie(p.sampler, p.num_steps, p.block_length, p.temperature, p.top_p, p.top_k,
+                  p.threshold, p.factor, p.entropy_bound, p.alg_temp, p.eps, p.cfg_scale,
+                  p.logits_eos_inf, p.confidence_eos_eot_inf, p.eos_penalty, p.forbidden_ids,
+                  p.pickable_ids, p.seed);
 }
 
 // Each field is left alone most of the time, else drawn from values that are mostly valid.
@@ -485,15 +510,15 @@ TEST(ResolveParamsTest, IsIdempotentAndTouchesOnlyWhatWasLeftOut) {
     }
     ++num_ok;
     SCOPED_TRACE(absl::StrCat(once->sampler, " on ", model.family, ", ", num_masked, " of ",
-                              canvas_length, " from ", canvas_begin, ", block ", params.block_length,
-                              " -> ", once->block_length, ", steps ", params.num_steps, " -> ",
-                              once->num_steps));
+                              canvas_length, " from ", canvas_begin, ", block ",
+                              params.block_length, " -> ", once->block_length, ", steps ",
+                              params.num_steps, " -> ", once->num_steps));
     const absl::StatusOr<DecodingParams> twice = resolve(*once);
     ASSERT_TRUE(twice.ok()) << twice.status();
     ASSERT_EQ(Fields(*twice), Fields(*once));
     DecodingParams expected = params;
-    expected.sampler = std::string(
-        EntryOf(params.sampler.empty() ? model.default_sampler : params.sampler).name);
+    expected.sampler =
+        std::string(EntryOf(params.sampler.empty() ? model.default_sampler : params.sampler).name);
     if (params.num_steps == 0) expected.num_steps = once->num_steps;
     if (params.block_length == 0) expected.block_length = once->block_length;
     ASSERT_EQ(Fields(*once), Fields(expected));

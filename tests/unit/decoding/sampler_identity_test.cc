@@ -1,7 +1,7 @@
-// Identities between samplers, and between a sampler and a formula: where two rules must come to the
-// same, their runs are compared byte by byte. [12.n] is the n-th item of section 12 of the sampler
-// sheet (1 schedules, 2 ideal score, 5 entropy bound; 3, 4 and 6 are about ReMDM, P2 and parameter
-// counts, which these samplers do not have).
+// Identities between samplers, and between a sampler and a formula: where two rules must come to
+// the same, their runs are compared byte by byte. [12.n] is the n-th item of section 12 of the
+// sampler sheet (1 schedules, 2 ideal score, 5 entropy bound; 3, 4 and 6 are about ReMDM, P2 and
+// parameter counts, which these samplers do not have).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -86,7 +86,8 @@ class IdentityTest : public testing::Test {
   std::unique_ptr<Head> head_ = CpuHead();
 };
 
-// --- Schedules ---------------------------------------------------------------------------------------------
+// --- Schedules
+// ---------------------------------------------------------------------------------------------
 
 // [12.1] Q3 (Dream) with S = m = 8 and eps 1e-3 transfers 0,1,1,1,1,1,1,2.
 TEST_F(IdentityTest, DreamWithAStepForEachMaskTransfersNothingFirst) {
@@ -154,7 +155,8 @@ TEST_F(IdentityTest, BlockStaticIsNotLowConfidenceOnPartlyGivenBlocks) {
   EXPECT_EQ(sdar.trace[0].size(), 2U);
 }
 
-// --- One position at a time --------------------------------------------------------------------------------
+// --- One position at a time
+// --------------------------------------------------------------------------------
 
 // A threshold of 1 that no prediction reaches transfers the most confident position in each step:
 // low_confidence with a step for each mask. In blocks, too.
@@ -162,13 +164,11 @@ TEST_F(IdentityTest, ThresholdOneIsSequentialConfidenceOrder) {
   for (int seed = 0; seed < kNumLayouts; ++seed) {
     const Request request = Layout(seed);
     for (const float temperature : {0.0F, 0.8F}) {
-      DecodingParams params = {.sampler = "threshold",
-                               .temperature = temperature,
-                               .threshold = 1.0F,
-                               .seed = 3};
+      DecodingParams params = {
+          .sampler = "threshold", .temperature = temperature, .threshold = 1.0F, .seed = 3};
       const Outcome threshold = Run(request, params);
-      const Outcome llada = Run(
-          request, {.sampler = "low_confidence", .temperature = temperature, .seed = 3});
+      const Outcome llada =
+          Run(request, {.sampler = "low_confidence", .temperature = temperature, .seed = 3});
       EXPECT_EQ(threshold, llada);
       EXPECT_EQ(threshold.nfe, NumMasked(request));
       params.block_length = 5;
@@ -199,8 +199,8 @@ TEST_F(IdentityTest, FactorNearZeroIsSequentialButForTheLastTwo) {
   }
 }
 
-// [12.5] Without certain predictions an entropy bound of 0 transfers one position in each step, that
-// of the lowest entropy.
+// [12.5] Without certain predictions an entropy bound of 0 transfers one position in each step,
+// that of the lowest entropy.
 TEST_F(IdentityTest, EntropyBoundZeroIsOneInEachStep) {
   const std::unique_ptr<Head> reference = ReferenceHead();
   for (int seed = 0; seed < kNumLayouts; ++seed) {
@@ -250,9 +250,10 @@ TEST_F(IdentityTest, BlockSequentialWithOneEachIsLeftToRight) {
     }
     EXPECT_EQ(outcome.trace, left_to_right);
     // Blocks of one position leave no sampler another order.
-    for (const char* sampler : {"low_confidence", "random", "maskgit_plus", "topk_margin", "entropy",
-                                "origin", "threshold", "factor", "entropy_bounded", "block_static",
-                                "block_dynamic", "block_sequential", "mdlm_semi_ar"}) {
+    for (const char* sampler :
+         {"low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin",
+          "threshold", "factor", "entropy_bounded", "block_static", "block_dynamic",
+          "block_sequential", "mdlm_semi_ar"}) {
       const Outcome other = Run(request, {.sampler = sampler, .block_length = 1});
       EXPECT_EQ(other.trace, left_to_right) << sampler;
       if (std::string(sampler) != "mdlm_semi_ar") {  // which does not see what follows
@@ -262,7 +263,8 @@ TEST_F(IdentityTest, BlockSequentialWithOneEachIsLeftToRight) {
   }
 }
 
-// --- All at once -------------------------------------------------------------------------------------------
+// --- All at once
+// -------------------------------------------------------------------------------------------
 
 // One step, a threshold of 0, a factor beyond every rank, an infinite entropy bound [12.5]: the
 // argmax everywhere, from one pass.
@@ -271,24 +273,23 @@ TEST_F(IdentityTest, EverySamplerCanTransferAllAtOnce) {
   for (int seed = 0; seed < kNumLayouts; ++seed) {
     const Request request = Layout(seed);
     for (const float temperature : {0.0F, 1.0F}) {
-      const Outcome all = Run(request, {.sampler = "low_confidence",
-                                        .num_steps = 1,
-                                        .temperature = temperature});
+      const Outcome all =
+          Run(request, {.sampler = "low_confidence", .num_steps = 1, .temperature = temperature});
       EXPECT_EQ(all.nfe, 1);
       EXPECT_EQ(all.trace.size(), 1U);
-      for (DecodingParams params : std::vector<DecodingParams>{
-               {.sampler = "random", .num_steps = 1},
-               {.sampler = "origin", .num_steps = 1},
-               {.sampler = "maskgit_plus", .num_steps = 1},
-               {.sampler = "topk_margin", .num_steps = 1},
-               {.sampler = "entropy", .num_steps = 1, .alg_temp = 0.5F},
-               {.sampler = "threshold", .threshold = 0.0F},
-               {.sampler = "factor", .factor = 1000.0F},
-               {.sampler = "entropy_bounded", .entropy_bound = infinity},
-               {.sampler = "block_static", .num_steps = 1},
-               {.sampler = "block_dynamic", .num_steps = 1},
-               {.sampler = "block_dynamic", .threshold = 0.0F},
-               {.sampler = "block_sequential", .num_steps = 1}}) {
+      for (DecodingParams params :
+           std::vector<DecodingParams>{{.sampler = "random", .num_steps = 1},
+                                       {.sampler = "origin", .num_steps = 1},
+                                       {.sampler = "maskgit_plus", .num_steps = 1},
+                                       {.sampler = "topk_margin", .num_steps = 1},
+                                       {.sampler = "entropy", .num_steps = 1, .alg_temp = 0.5F},
+                                       {.sampler = "threshold", .threshold = 0.0F},
+                                       {.sampler = "factor", .factor = 1000.0F},
+                                       {.sampler = "entropy_bounded", .entropy_bound = infinity},
+                                       {.sampler = "block_static", .num_steps = 1},
+                                       {.sampler = "block_dynamic", .num_steps = 1},
+                                       {.sampler = "block_dynamic", .threshold = 0.0F},
+                                       {.sampler = "block_sequential", .num_steps = 1}}) {
         params.temperature = temperature;
         const Outcome outcome = Run(request, params);
         EXPECT_EQ(outcome, all) << params.sampler << " at " << temperature;
@@ -298,7 +299,8 @@ TEST_F(IdentityTest, EverySamplerCanTransferAllAtOnce) {
   }
 }
 
-// --- Knobs at their ends -----------------------------------------------------------------------------------
+// --- Knobs at their ends
+// -----------------------------------------------------------------------------------
 
 // A probability is never above 1 (the comparison is strict): block_dynamic with a threshold of 1 is
 // block_static. Above 1 is refused.
@@ -324,8 +326,8 @@ TEST_F(IdentityTest, BlockDynamicBeyondReachIsBlockStatic) {
   std::vector<std::vector<float>> rows(4, std::vector<float>(MaskModel().vocab_size, 0.0F));
   for (auto& row : rows) row[3] = 1000.0F;
   const Request request = {.ids = {1, 1, 1, 1}, .given = {false, false, false, false}};
-  const Outcome outcome = Run(request, {.sampler = "block_dynamic", .threshold = 1.0F},
-                              MaskModel(), FixedNetwork(rows));
+  const Outcome outcome = Run(request, {.sampler = "block_dynamic", .threshold = 1.0F}, MaskModel(),
+                              FixedNetwork(rows));
   EXPECT_THAT(outcome.trace,
               ElementsAre(ElementsAre(0), ElementsAre(1), ElementsAre(2), ElementsAre(3)));
 }
@@ -338,16 +340,16 @@ TEST_F(IdentityTest, EqualPositionsGoFromTheLeft) {
   const std::vector<std::vector<float>> rows(8, row);
   const Request request = {.ids = std::vector<TokenId>(8, 1),
                            .given = {false, false, true, false, false, true, false, false}};
-  for (const DecodingParams& params : std::vector<DecodingParams>{
-           {.sampler = "low_confidence", .num_steps = 3},
-           {.sampler = "block_static", .num_steps = 4},
-           {.sampler = "block_dynamic", .num_steps = 4},
-           {.sampler = "maskgit_plus", .num_steps = 3},
-           {.sampler = "topk_margin", .num_steps = 3},
-           {.sampler = "entropy", .num_steps = 3},
-           {.sampler = "threshold"},
-           {.sampler = "entropy_bounded", .entropy_bound = 3.0F},
-           {.sampler = "factor", .factor = 1.5F}}) {
+  for (const DecodingParams& params :
+       std::vector<DecodingParams>{{.sampler = "low_confidence", .num_steps = 3},
+                                   {.sampler = "block_static", .num_steps = 4},
+                                   {.sampler = "block_dynamic", .num_steps = 4},
+                                   {.sampler = "maskgit_plus", .num_steps = 3},
+                                   {.sampler = "topk_margin", .num_steps = 3},
+                                   {.sampler = "entropy", .num_steps = 3},
+                                   {.sampler = "threshold"},
+                                   {.sampler = "entropy_bounded", .entropy_bound = 3.0F},
+                                   {.sampler = "factor", .factor = 1.5F}}) {
     const Outcome outcome = Run(request, params, MaskModel(), FixedNetwork(rows));
     std::vector<int32_t> flat;
     for (const auto& step : outcome.trace) flat.insert(flat.end(), step.begin(), step.end());
@@ -381,10 +383,12 @@ TEST_F(IdentityTest, TemperatureNearZeroAndTopKOneTakeTheArgmax) {
     }
     for (const char* sampler : {"origin", "block_sequential"}) {
       const Outcome greedy = Run(request, {.sampler = sampler}, MaskModel(), network);
-      EXPECT_EQ(Run(request, {.sampler = sampler, .temperature = 1.3F, .top_k = 1}, MaskModel(), network),
-                greedy)
+      EXPECT_EQ(
+          Run(request, {.sampler = sampler, .temperature = 1.3F, .top_k = 1}, MaskModel(), network),
+          greedy)
           << sampler;
-      EXPECT_EQ(Run(request, {.sampler = sampler, .temperature = 1.3F, .top_p = 1e-6F}, MaskModel(), network),
+      EXPECT_EQ(Run(request, {.sampler = sampler, .temperature = 1.3F, .top_p = 1e-6F}, MaskModel(),
+                    network),
                 greedy)
           << sampler;
     }
@@ -401,14 +405,16 @@ TEST_F(IdentityTest, GuidanceByTheSamePredictionsIsNone) {
     const Request request = Layout(seed);
     for (const char* sampler : {"low_confidence", "entropy", "threshold", "entropy_bounded"}) {
       const Outcome plain = Run(request, {.sampler = sampler}, MaskModel(), FixedNetwork(rows));
-      EXPECT_EQ(Run(request, {.sampler = sampler, .cfg_scale = 1.5F}, MaskModel(), FixedNetwork(rows)),
-                plain)
+      EXPECT_EQ(
+          Run(request, {.sampler = sampler, .cfg_scale = 1.5F}, MaskModel(), FixedNetwork(rows)),
+          plain)
           << sampler;
     }
   }
 }
 
-// --- Noise processes ---------------------------------------------------------------------------------------
+// --- Noise processes
+// ---------------------------------------------------------------------------------------
 
 // mdlm_cached is mdlm_ancestral without the passes of steps that unmask nothing.
 TEST_F(IdentityTest, MdlmCachedIsAncestralWithFewerPasses) {
@@ -438,7 +444,8 @@ TEST_F(IdentityTest, MdlmSemiArOfOneBlockIsCached) {
     Request request = Layout(seed);
     request.given.back() = false;
     for (const float temperature : {0.0F, 1.0F}) {
-      DecodingParams params = {.sampler = "mdlm_cached", .num_steps = 9, .temperature = temperature};
+      DecodingParams params = {
+          .sampler = "mdlm_cached", .num_steps = 9, .temperature = temperature};
       const Outcome cached = Run(request, params);
       params.sampler = "mdlm_semi_ar";
       EXPECT_EQ(Run(request, params), cached);
@@ -453,11 +460,12 @@ TEST_F(IdentityTest, MdlmSemiArDoesNotSeeLaterBlocks) {
     longer.given[0] = longer.given[3] = longer.given[10] = longer.given[16] = true;
     Request shorter = {.ids = {6, 6, 6, 6, 6, 6, 6}, .given = longer.given};
     shorter.given.resize(7);
-    DecodingParams params = {.sampler = "mdlm_semi_ar",
-                             .num_steps = 15,  // the canvas is 1 .. 16: three blocks of 6, 5 steps each
-                             .block_length = 6,
-                             .temperature = 1.0F,
-                             .seed = static_cast<uint64_t>(seed)};
+    DecodingParams params = {
+        .sampler = "mdlm_semi_ar",
+        .num_steps = 15,  // the canvas is 1 .. 16: three blocks of 6, 5 steps each
+        .block_length = 6,
+        .temperature = 1.0F,
+        .seed = static_cast<uint64_t>(seed)};
     const std::vector<TokenId> all = Run(longer, params).tokens;
     params.num_steps = 5;
     const std::vector<TokenId> first = Run(shorter, params).tokens;
@@ -471,12 +479,13 @@ TEST_F(IdentityTest, MdlmSemiArDoesNotSeeLaterBlocks) {
   }
 }
 
-// [12.2] The analytic SEDD step with the ideal score p[y] / expm1(sigma) is the posterior of MDLM. The
-// numbers of the sheet: p = (.5, .3, .2), t = .7 -> .6.
+// [12.2] The analytic SEDD step with the ideal score p[y] / expm1(sigma) is the posterior of MDLM.
+// The numbers of the sheet: p = (.5, .3, .2), t = .7 -> .6.
 TEST_F(IdentityTest, TheIdealScoreGivesTheMdlmPosteriorInNumbers) {
   const ModelTraits model = AbsorbModel();
   const double sigma = SigmaAt(model, 0.7);
-  const double scale = std::expm1(sigma - SigmaAt(model, 0.6));  // the weight of a move is scale * score
+  const double scale =
+      std::expm1(sigma - SigmaAt(model, 0.6));  // the weight of a move is scale * score
   const double p[] = {0.5, 0.3, 0.2};
   const double want[] = {0.071429, 0.042857, 0.028571};
   double sum_of_scores = 0;
@@ -547,15 +556,39 @@ TEST_F(IdentityTest, SeddAnalyticWithTheIdealScoreIsMdlm) {
   EXPECT_GT(num_transfers, 200);
 }
 
-// In the limit of many steps the first-order step is the exact one: Euler's weight of a move,
-// dt * rate(t), and the analytic expm1(sigma(t) - sigma(t - dt)).
-TEST_F(IdentityTest, EulerIsTheFirstOrderOfTheAnalyticStep) {
+// With log-linear noise 1 - e^-sigma is linear in time, so that on the absorbing graph Euler's
+// weight of a move, dt * rate(t), is the analytic expm1(sigma(t) - sigma(t - dt)): the same runs.
+TEST_F(IdentityTest, EulerIsAnalyticForLogLinearAbsorption) {
   const ModelTraits model = AbsorbModel();
+  for (const double t : {1.0, 0.7, 0.2}) {
+    for (const double dt : {0.2, 1e-3}) {
+      EXPECT_NEAR(
+          dt * SigmaRateAt(model, t) / std::expm1(SigmaAt(model, t) - SigmaAt(model, t - dt)), 1,
+          1e-9);
+    }
+  }
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    Request request = Layout(seed);
+    for (TokenId& id : request.ids) id %= 12;
+    DecodingParams params = {.sampler = "sedd_euler", .num_steps = 7, .seed = 11};
+    const Outcome euler = Run(request, params, model);
+    params.sampler = "sedd_analytic";
+    EXPECT_EQ(Run(request, params, model), euler);
+  }
+}
+
+// With other noise it is the first order of it.
+TEST_F(IdentityTest, EulerIsTheFirstOrderOfTheAnalyticStep) {
+  ModelTraits model = AbsorbModel();
+  model.sigma_min = 1e-4F;
+  model.sigma_max = 20.0F;
+  const double growth = std::log(2e5);  // sigma' / sigma
   for (const double t : {0.9, 0.5, 0.1}) {
     for (const double dt : {1e-3, 1e-4, 1e-5}) {
       const double analytic = std::expm1(SigmaAt(model, t) - SigmaAt(model, t - dt));
       const double euler = dt * SigmaRateAt(model, t);
-      EXPECT_NEAR(analytic / euler, 1, dt * 2 / (1 - 0.999 * t));
+      // The next terms: dt / 2 of (sigma'' - sigma'^2) / sigma'.
+      EXPECT_NEAR(analytic / euler, 1, dt * growth * (1 + SigmaAt(model, t)));
     }
   }
 }

@@ -1,5 +1,5 @@
-// What holds for every sampler of the catalog, on random requests and a network that changes its mind
-// about everything whenever a token changes.
+// What holds for every sampler of the catalog, on random requests and a network that changes its
+// mind about everything whenever a token changes.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -174,7 +174,8 @@ TEST_P(SamplerPropertyTest, KeepsToItsStepsAndCountsItsForwardPasses) {
 
     int32_t masks = 0;
     for (const auto& [index, block] : blocks) {
-      SCOPED_TRACE(absl::StrCat("block ", index, ": ", block.masks, " masks, ", steps_per_block, " steps"));
+      SCOPED_TRACE(
+          absl::StrCat("block ", index, ": ", block.masks, " masks, ", steps_per_block, " steps"));
       masks += block.masks;
       const int32_t closing = IsMdlm(params) || IsSedd(params) ? 1 : 0;
       if (Reads(entry(), Knob::kNumSteps)) {
@@ -213,7 +214,8 @@ TEST_P(SamplerPropertyTest, KeepsToItsStepsAndCountsItsForwardPasses) {
       } else if (name == "mdlm_ancestral" || IsSedd(params)) {
         EXPECT_EQ(block.num_forwards, block.num_steps) << "a pass in every step";
       } else {
-        EXPECT_EQ(block.num_forwards, block.num_productive) << "a pass in every step that transfers";
+        EXPECT_EQ(block.num_forwards, block.num_productive)
+            << "a pass in every step that transfers";
       }
       if (c.model.mask_token < 0) {
         EXPECT_EQ(block.num_steps, steps_per_block + 1) << "noise is settled by the closing step";
@@ -270,7 +272,8 @@ TEST_P(SamplerPropertyTest, DecidesAsWithExactStatistics) {
 }
 
 TEST_P(SamplerPropertyTest, SameSeedSameBytesAndAnotherSeedOthers) {
-  const bool random_order = GetParam() == "random" || GetParam() == "origin" || IsMdlm({.sampler = GetParam()});
+  const bool random_order =
+      GetParam() == "random" || GetParam() == "origin" || IsMdlm({.sampler = GetParam()});
   int num_random = 0;
   int num_differ = 0;
   for (Case c : CasesOf(entry())) {
@@ -290,12 +293,14 @@ TEST_P(SamplerPropertyTest, SameSeedSameBytesAndAnotherSeedOthers) {
     }
     const int32_t num_masked = CountUndecided(c.Start().canvas, 0, c.Start().canvas.length());
     // The low and the high half of the seed both count.
-    for (const uint64_t other : {c.request.params.seed ^ 1, c.request.params.seed ^ (uint64_t{1} << 63)}) {
+    for (const uint64_t other :
+         {c.request.params.seed ^ 1, c.request.params.seed ^ (uint64_t{1} << 63)}) {
       c.request.params.seed = other;
       Sequence reseeded = c.Start();
       RunToEnd(reseeded, *cpu_);
       const DecodingParams& params = reseeded.params;
-      const bool uses_noise = params.temperature > 0 || params.alg_temp > 0 || random_order || IsSedd(params);
+      const bool uses_noise =
+          params.temperature > 0 || params.alg_temp > 0 || random_order || IsSedd(params);
       if (!uses_noise) {
         EXPECT_EQ(reseeded.canvas.tokens, sequence.canvas.tokens) << "nothing is random here";
       } else if (num_masked >= 8 && (params.temperature >= 1 || IsSedd(params))) {
@@ -338,7 +343,8 @@ TEST_P(SamplerPropertyTest, PlanForgetsWhatThePlanHeldBefore) {
       used.sigma = 7.0F;
       used.visible_begin = 3;
       used.visible_end = 1;
-      used.queries.push_back({.position = 1000, .pick_temperature = 5.0F, .top_k = 3, .rules = {{.id = 1}}});
+      used.queries.push_back(
+          {.position = 1000, .pick_temperature = 5.0F, .top_k = 3, .rules = {{.id = 1}}});
       PlanStep(sequence, used);
       EXPECT_EQ(used.forward, fresh.forward);
       EXPECT_EQ(used.sigma, fresh.sigma);
@@ -373,9 +379,10 @@ TEST_P(SamplerPropertyTest, PlanForgetsWhatThePlanHeldBefore) {
   }
 }
 
-// A knob changes what comes out exactly when the catalog says that it is read. The knob is turned in
-// the resolved params, where nothing checks it any more. block_length is also what splits the canvas
-// for everybody, and cfg_scale is read by the engine: neither is looked at here when it is not read.
+// A knob changes what comes out exactly when the catalog says that it is read. The knob is turned
+// in the resolved params, where nothing checks it any more. block_length is also what splits the
+// canvas for everybody, and cfg_scale is read by the engine: neither is looked at here when it is
+// not read.
 TEST_P(SamplerPropertyTest, ReadsTheKnobsItNamesAndNoOther) {
   struct Turn {
     Knob knob;
@@ -383,7 +390,8 @@ TEST_P(SamplerPropertyTest, ReadsTheKnobsItNamesAndNoOther) {
     void (*turn)(DecodingParams&);
   };
   const Turn turns[] = {
-      {Knob::kNumSteps, "num_steps", [](DecodingParams& p) { p.num_steps = p.num_steps == 0 ? 3 : p.num_steps * 3; }},
+      {Knob::kNumSteps, "num_steps",
+       [](DecodingParams& p) { p.num_steps = p.num_steps == 0 ? 3 : p.num_steps * 3; }},
       {Knob::kBlockLength, "block_length", [](DecodingParams& p) { p.block_length += 2; }},
       {Knob::kTopP, "top_p", [](DecodingParams& p) { p.top_p = 0.7F; }},
       {Knob::kTopK, "top_k", [](DecodingParams& p) { p.top_k = 5; }},
@@ -393,7 +401,8 @@ TEST_P(SamplerPropertyTest, ReadsTheKnobsItNamesAndNoOther) {
       {Knob::kAlgTemp, "alg_temp", [](DecodingParams& p) { p.alg_temp = 3.0F; }},
       {Knob::kEps, "eps", [](DecodingParams& p) { p.eps = 0.7F; }},
       {Knob::kCfgScale, "cfg_scale", [](DecodingParams& p) { p.cfg_scale = 2.5F; }},
-      {Knob::kEosSwitches, "logits_eos_inf", [](DecodingParams& p) { p.logits_eos_inf = !p.logits_eos_inf; }},
+      {Knob::kEosSwitches, "logits_eos_inf",
+       [](DecodingParams& p) { p.logits_eos_inf = !p.logits_eos_inf; }},
       {Knob::kEosSwitches, "confidence_eos_eot_inf",
        [](DecodingParams& p) { p.confidence_eos_eot_inf = !p.confidence_eos_eot_inf; }},
   };
@@ -413,10 +422,10 @@ TEST_P(SamplerPropertyTest, ReadsTheKnobsItNamesAndNoOther) {
       turned.state = BeginDecoding(turned.canvas, turned.params, turned.model);
       RunToEnd(sequence, *cpu_);
       RunToEnd(turned, *cpu_);
-      num_differ += turned.canvas.tokens != sequence.canvas.tokens ||
-                            turned.state.step != sequence.state.step
-                        ? 1
-                        : 0;
+      num_differ +=
+          turned.canvas.tokens != sequence.canvas.tokens || turned.state.step != sequence.state.step
+              ? 1
+              : 0;
     }
     if (reads && !no_confidence) {
       EXPECT_GT(num_differ, 0) << turn.name << " is named but changes nothing";
@@ -459,7 +468,8 @@ TEST_P(EosPenaltyTest, KeepsEosAway) {
   EXPECT_EQ(num_eos_favoured, num_tokens);
 }
 
-// --- Sequences side by side --------------------------------------------------------------------------------
+// --- Sequences side by side
+// --------------------------------------------------------------------------------
 
 std::vector<Case> MixedCases(int num_requests) {
   std::vector<Case> mixed;

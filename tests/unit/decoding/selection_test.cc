@@ -37,18 +37,17 @@ TEST(OrderByScoreTest, BestFirstAndTiesToTheLowerIndex) {
     std::vector<double> scores;
     std::vector<int32_t> order;
   };
-  for (const Case& c : std::vector<Case>{
-           {{}, {}},
-           {{0.5}, {0}},
-           {{0.1, 0.3, 0.2}, {1, 2, 0}},
-           {{0.5, 0.5, 0.5, 0.5}, {0, 1, 2, 3}},
-           {{0.2, 0.9, 0.2, 0.9}, {1, 3, 0, 2}},
-           {{-kInfinity, 0.0, -kInfinity, 1.0}, {3, 1, 0, 2}},
-           {{-kInfinity, -kInfinity}, {0, 1}},
-           {{kInfinity, 1.0, kInfinity}, {0, 2, 1}},
-           {{0.0, -0.0, 0.0}, {0, 1, 2}},  // minus zero is no smaller
-           {{-1e-300, 0.0, 1e-300}, {2, 1, 0}},
-           {{0.3, std::nextafter(0.3, 1.0)}, {1, 0}}}) {
+  for (const Case& c : std::vector<Case>{{{}, {}},
+                                         {{0.5}, {0}},
+                                         {{0.1, 0.3, 0.2}, {1, 2, 0}},
+                                         {{0.5, 0.5, 0.5, 0.5}, {0, 1, 2, 3}},
+                                         {{0.2, 0.9, 0.2, 0.9}, {1, 3, 0, 2}},
+                                         {{-kInfinity, 0.0, -kInfinity, 1.0}, {3, 1, 0, 2}},
+                                         {{-kInfinity, -kInfinity}, {0, 1}},
+                                         {{kInfinity, 1.0, kInfinity}, {0, 2, 1}},
+                                         {{0.0, -0.0, 0.0}, {0, 1, 2}},  // minus zero is no smaller
+                                         {{-1e-300, 0.0, 1e-300}, {2, 1, 0}},
+                                         {{0.3, std::nextafter(0.3, 1.0)}, {1, 0}}}) {
     EXPECT_EQ(Order(c.scores), c.order) << testing::PrintToString(c.scores);
   }
   // More than the run that std::sort sorts by insertion, all equal.
@@ -102,15 +101,19 @@ TEST(FactorCountTest, FollowsThePublishedRule) {
   };
   for (const Case& c : std::vector<Case>{
            {{}, 1.0, 0},
-           {{0.01}, 1.0, 1},              // one position is always transferred
+           {{0.01}, 1.0, 1},                // one position is always transferred
            {{0.9, 0.9, 0.9, 0.9}, 1.0, 4},  // nothing fails
            {{0.9, 0.6, 0.6, 0.6}, 1.0, 1},  // rank 2 fails
            {{0.9, 0.7, 0.7, 0.7}, 1.0, 2},  // rank 3 fails
-           {{0.9, 0.8, 0.8, 0.7}, 1.0, 4},  // rank 4, the last, fails alone: transferred all the same
+           {{0.9, 0.8, 0.8, 0.7},
+            1.0,
+            4},  // rank 4, the last, fails alone: transferred all the same
            {{0.9, 0.8, 0.8, 0.7, 0.7}, 1.0, 3},  // but not when another follows
-           {{0.2, 0.1}, 1.0, 2},            // the same quirk with two
-           {{0.01, 0.0, 0.0}, 1.0, 1},      // rank 1 has no bound
-           {{0.9, 0.625, 0.1, 0.1}, 1.125, 2},   // 1 - 1.125 / 3 = 0.625: reaching the bound is enough
+           {{0.2, 0.1}, 1.0, 2},                 // the same quirk with two
+           {{0.01, 0.0, 0.0}, 1.0, 1},           // rank 1 has no bound
+           {{0.9, 0.625, 0.1, 0.1},
+            1.125,
+            2},  // 1 - 1.125 / 3 = 0.625: reaching the bound is enough
            {{0.9, 0.6249, 0.1, 0.1}, 1.125, 1},
            {{0.2, 0.1, 0.1, 0.1}, 5.0, 4},  // no bound is above 0
            {{1.0, 1.0, 1.0, 0.99, 0.99}, 1e-9, 3},
@@ -131,10 +134,10 @@ TEST(EntropyBoundedCountTest, TheLongestPrefixWithinTheBoundAndOneMore) {
   };
   for (const Case& c : std::vector<Case>{
            {{}, 1.0, 0},
-           {{9.0}, 0.0, 1},             // at least one
+           {{9.0}, 0.0, 1},  // at least one
            {{0.5, 0.5, 0.5}, 0.0, 1},
            {{0.5, 0.5, 0.5}, 0.499, 1},
-           {{0.5, 0.5, 0.5}, 0.5, 2},   // a sum that reaches the bound is within
+           {{0.5, 0.5, 0.5}, 0.5, 2},  // a sum that reaches the bound is within
            {{0.5, 0.5, 0.5}, 0.999, 2},
            {{0.5, 0.5, 0.5}, 1.0, 3},
            {{0.0, 0.0, 0.3, 0.4}, 0.0, 3},  // what has no entropy, and the next
@@ -160,10 +163,11 @@ TEST(EntropyBoundedCountTest, TheLongestPrefixWithinTheBoundAndOneMore) {
   EXPECT_EQ(EntropyBoundedCount({0.9, 0.1, 0.5}, {1, 2, 0}, 0.1), 2);
 }
 
-// --- The same rules as the samplers apply them -------------------------------------------------------------
+// --- The same rules as the samplers apply them
+// -------------------------------------------------------------
 
-// What a sampler transfers in `step` of `num_steps`, when the prediction of each position of a fully
-// masked canvas has these statistics. Tokens are 0, 1, 0, 1, ...
+// What a sampler transfers in `step` of `num_steps`, when the prediction of each position of a
+// fully masked canvas has these statistics. Tokens are 0, 1, 0, 1, ...
 struct Statistics {
   std::vector<double> probability;
   std::vector<double> margin;
@@ -206,13 +210,13 @@ TEST(ThresholdRuleTest, TakesWhatReachesItAndAlwaysTheBest) {
     std::vector<int32_t> chosen;
   };
   for (const Case& c : std::vector<Case>{
-           {{0.3, 0.4, 0.2}, 0.75F, {1}},            // none reaches it: the best one
-           {{0.4, 0.4, 0.4}, 0.75F, {0}},            // the best of equals is the lower position
-           {{0.8, 0.75, 0.7499}, 0.75F, {0, 1}},     // reaching it is enough
+           {{0.3, 0.4, 0.2}, 0.75F, {1}},         // none reaches it: the best one
+           {{0.4, 0.4, 0.4}, 0.75F, {0}},         // the best of equals is the lower position
+           {{0.8, 0.75, 0.7499}, 0.75F, {0, 1}},  // reaching it is enough
            {{0.1, 0.9, 0.8, 0.2}, 0.75F, {1, 2}},
            {{0.1, 0.9, 0.8, 0.2}, 0.0F, {0, 1, 2, 3}},
            {{0.0, 0.0}, 0.0F, {0, 1}},
-           {{0.5, 1.0, 0.99, 1.0}, 1.0F, {1, 3}},    // certain predictions reach a threshold of 1
+           {{0.5, 1.0, 0.99, 1.0}, 1.0F, {1, 3}},  // certain predictions reach a threshold of 1
            {{0.5}, 1.0F, {0}},
        }) {
     EXPECT_THAT(Chosen({.sampler = "threshold", .threshold = c.threshold}, {c.confidence}),
@@ -313,12 +317,12 @@ TEST(BlockRulesTest, SequentialTakesAWindowFromTheFirstMask) {
 
 TEST(EosSwitchesTest, UncountedEndsOfTextAreTransferredLast) {
   // The answers name the tokens; EOS is 4 and 11, EoT is 9.
-  const auto order = [](const char* sampler, float temperature, const std::vector<TokenId>& tokens) {
-    Request request{.ids = std::vector<TokenId>(tokens.size() + 1),
-                    .given = std::vector<bool>(tokens.size() + 1),
-                    .params = {.sampler = sampler,
-                               .temperature = temperature,
-                               .confidence_eos_eot_inf = true}};
+  const auto order = [](const char* sampler, float temperature,
+                        const std::vector<TokenId>& tokens) {
+    Request request{
+        .ids = std::vector<TokenId>(tokens.size() + 1),
+        .given = std::vector<bool>(tokens.size() + 1),
+        .params = {.sampler = sampler, .temperature = temperature, .confidence_eos_eot_inf = true}};
     request.given[0] = true;
     if (request.params.sampler == "threshold") request.params.threshold = 1.0F;
     Sequence sequence = Begin(request, MaskModel(), nullptr);
