@@ -87,9 +87,12 @@ std::string MessageOf(const Json& error) {
 
 absl::string_view EndpointPath(ApiEndpoint endpoint) {
   switch (endpoint) {
-    case ApiEndpoint::kCompletion: return "/completions";
-    case ApiEndpoint::kFim: return "/fim/completions";
-    case ApiEndpoint::kChat: return "/chat/completions";
+    case ApiEndpoint::kCompletion:
+      return "/completions";
+    case ApiEndpoint::kFim:
+      return "/fim/completions";
+    case ApiEndpoint::kChat:
+      return "/chat/completions";
   }
   return "";
 }
@@ -112,9 +115,8 @@ absl::StatusOr<std::vector<std::string>> ReadApiKeys(const std::string& path) {
   for (std::string line; std::getline(file, line);) {
     const std::string key(absl::StripAsciiWhitespace(line));
     if (key.empty() || key[0] == '#') continue;
-    const bool plain = std::all_of(key.begin(), key.end(), [](unsigned char c) {
-      return absl::ascii_isgraph(c);
-    });
+    const bool plain =
+        std::all_of(key.begin(), key.end(), [](unsigned char c) { return absl::ascii_isgraph(c); });
     if (!plain) {
       return absl::InvalidArgumentError(
           absl::StrCat(path, ": an API key has no spaces; put one key on a line"));
@@ -123,6 +125,28 @@ absl::StatusOr<std::vector<std::string>> ReadApiKeys(const std::string& path) {
   }
   if (keys.empty()) return absl::InvalidArgumentError(absl::StrCat(path, " holds no API key"));
   return keys;
+}
+
+absl::Status WithHint(const absl::Status& status, const HttpUrl& url) {
+  if (!absl::IsUnavailable(status) || !url.loopback()) return status;
+  return absl::UnavailableError(absl::StrCat(
+      status.message(), "; is the gateway running? `cinnabar up` starts a cluster here"));
+}
+
+absl::StatusOr<std::string> FindFirstModel(HttpClient& client, const std::string& api_key) {
+  HttpRequest request{.method = "GET", .target = ApiPath(client.url(), "/models")};
+  if (!api_key.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key);
+  const absl::StatusOr<HttpReply> reply = client.Fetch(std::move(request), absl::Seconds(30));
+  if (!reply.ok()) return WithHint(reply.status(), client.url());
+  if (reply->head.status != 200) return ReadFailure(reply->head, reply->body).status;
+  CINNABAR_ASSIGN_OR_RETURN(const Json json, ParseJson(reply->body, "list of models"));
+  const Json& data = Field(json, "data");
+  const std::string id =
+      data.is_array() && !data.empty() ? Text(Field(data[0], "id")) : std::string();
+  if (id.empty()) {
+    return absl::UnavailableError("the gateway lists no model yet; name one with --model");
+  }
+  return id;
 }
 
 ApiFailure ReadFailure(const HttpHead& head, absl::string_view body) {

@@ -1,6 +1,6 @@
-// The gateway's API as its clients read it: bodies, errors, chunks of a stream. What a field means is
-// said in gateway/api; here unknown fields are skipped and missing ones have a default, so that other
-// servers with OpenAI's interface can be asked as well.
+// The gateway's API as its clients read it: bodies, errors, chunks of a stream. What a field means
+// is said in gateway/api; here unknown fields are skipped and missing ones have a default, so that
+// other servers with OpenAI's interface can be asked as well.
 #ifndef CINNABAR_CLI_API_CLIENT_H_
 #define CINNABAR_CLI_API_CLIENT_H_
 
@@ -30,11 +30,17 @@ HttpRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::
 // InvalidArgument when there is none; neither shows what the file holds.
 absl::StatusOr<std::vector<std::string>> ReadApiKeys(const std::string& path);
 
+// `status` with the advice to start a cluster, where nobody answers at a URL of this machine.
+absl::Status WithHint(const absl::Status& status, const HttpUrl& url);
+
+// The first model of the gateway's list.
+absl::StatusOr<std::string> FindFirstModel(HttpClient& client, const std::string& api_key);
+
 // What a refusal says, for people and for exit statuses:
 //   InvalidArgument  the request is wrong (400, 404, 405, 413, 415, 422)
 //   Unauthenticated  401, 403, with how to give a key
-//   ResourceExhausted, Unavailable, DeadlineExceeded   429, 503, 504 and 408, with when to try again
-//   Internal         the rest, with the request's id
+//   ResourceExhausted, Unavailable, DeadlineExceeded   429, 503, 504 and 408, with when to try
+//   again Internal         the rest, with the request's id
 struct ApiFailure {
   absl::Status status;
   std::string code;  // for machines: "rate_limit_exceeded"; empty: the body has none
@@ -69,14 +75,14 @@ struct ApiFrame {
 };
 
 struct ApiChunk {
-  bool done = false;                   // the end mark of the stream
-  std::optional<ApiFailure> failure;   // the stream broke
-  std::string text;                    // new text of the first choice, or all of it (`diffusing`)
-  std::string finish_reason;           // empty: goes on
+  bool done = false;                  // the end mark of the stream
+  std::optional<ApiFailure> failure;  // the stream broke
+  std::string text;                   // new text of the first choice, or all of it (`diffusing`)
+  std::string finish_reason;          // empty: goes on
   std::optional<ApiUsage> usage;
   std::optional<ApiFrame> frame;
 };
-// From an event's data. DataLoss: neither JSON nor the end mark.
+// From an event's data. InvalidArgument: neither JSON nor the end mark.
 absl::StatusOr<ApiChunk> ReadChunk(absl::string_view data);
 
 }  // namespace cinnabar

@@ -229,8 +229,10 @@ absl::StatusOr<std::vector<Arrival>> ReadFile(const std::string& path, uint64_t 
   if (first == kAzureHeader) return ReadAzure(path, lines);
   if (first[0] == '{') return ReadMooncake(path, lines);
   switch (std::count(first.begin(), first.end(), ',')) {
-    case 2: return ReadDeltas(path, lines);
-    case 5: return DrawServeGen(path, lines, seed, 0);
+    case 2:
+      return ReadDeltas(path, lines);
+    case 5:
+      return DrawServeGen(path, lines, seed, 0);
     default:
       return BadLine(path, lines[0],
                      "a trace of Azure, Mooncake or ServeGen, or lines of three numbers");

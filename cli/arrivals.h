@@ -38,9 +38,10 @@ std::unique_ptr<ArrivalSchedule> MakeTraceSchedule(std::vector<Arrival> rows, do
 // Reads a recorded trace; what kind it is shows in its first line:
 //   Azure LLM inference traces   CSV with the header TIMESTAMP,ContextTokens,GeneratedTokens
 //   Mooncake traces              JSON lines with timestamp (ms), input_length, output_length
-//   ServeGen rate tables         CSV without a header, window_start_s,rate_rps,cv,pattern,a,b: arrivals
-//                                are drawn, by `seed`, as the table says; a folder of such files is one
-//                                tenant a file
+//   ServeGen rate tables         CSV without a header, window_start_s,rate_rps,cv,pattern,a,b:
+//   arrivals
+//                                are drawn, by `seed`, as the table says; a folder of such files is
+//                                one tenant a file
 //   three numbers a line         delta_ms,context,generated; '#' begins a comment
 // Arrivals count from the first one. InvalidArgument names the file and the line.
 absl::StatusOr<std::vector<Arrival>> ReadTrace(const std::string& path, uint64_t seed);

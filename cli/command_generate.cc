@@ -158,7 +158,8 @@ absl::StatusOr<Job> MakeJob(const GenerateFlags& flags, const FlagSet& set,
     CINNABAR_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, EncodeChat(flags.chat, *tokenizer));
     AppendGiven(job, ids);
   } else {
-    // The prompt opens the sequence: what the tokenizer puts in front of a text (a begin token) belongs there.
+    // The prompt opens the sequence: what the tokenizer puts in front of a text (a begin token)
+    // belongs there.
     AppendGiven(job, tokenizer->Encode(flags.prompt, {.add_special_tokens = true}));
   }
   job.answer_begin = static_cast<int32_t>(job.ids.size());
@@ -185,8 +186,8 @@ std::string AnswerText(const Job& job, const SequenceState& state, const ModelTr
 absl::StatusOr<RemoteGeneration> MakeRemote(const GenerateFlags& flags, const FlagSet& set) {
   for (const char* name : {"device", "dtype", "isa", "threads", "input", "trace", "forbid"}) {
     if (set.Has(name)) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "--", name, " is for a model on this machine; leave it out with --url"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("--", name, " is for a model on this machine; leave it out with --url"));
     }
   }
   if (set.Has("prompt") == set.Has("chat")) {
@@ -263,7 +264,8 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
   }
   if (flags.model.directory.empty()) {
     return absl::InvalidArgumentError(
-        "--model is missing: name a folder with config.json and *.safetensors, or a running gateway "
+        "--model is missing: name a folder with config.json and *.safetensors, or a running "
+        "gateway "
         "with --url");
   }
   const absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(flags.model.directory);
@@ -349,7 +351,8 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
 int RunGenerate(const std::vector<std::string>& args) {
   GenerateFlags flags;
   FlagSet set(
-      "cinnabar generate (--model DIR | --url URL) (--prompt TEXT [--suffix TEXT] | --chat TEXT | --input FILE) "
+      "cinnabar generate (--model DIR | --url URL) (--prompt TEXT [--suffix TEXT] | --chat TEXT | "
+      "--input FILE) "
       "[flags]",
       "Fills a canvas with a diffusion language model: one on this machine, or one that a gateway "
       "serves.");

@@ -83,11 +83,11 @@ using CallPtr = std::shared_ptr<Call>;
 
 std::string WireForm(const HttpUrl& url, const HttpRequest& request) {
   const bool default_port = url.port == (url.tls ? 443 : 80);
-  const std::string host = absl::StrContains(url.host, ':') ? absl::StrCat("[", url.host, "]")
-                                                            : url.host;
-  std::string wire = absl::StrCat(request.method, " ", request.target, " HTTP/1.1\r\nHost: ", host,
-                                  default_port ? "" : absl::StrCat(":", url.port),
-                                  "\r\nUser-Agent: cinnabar\r\n");
+  const std::string host =
+      absl::StrContains(url.host, ':') ? absl::StrCat("[", url.host, "]") : url.host;
+  std::string wire =
+      absl::StrCat(request.method, " ", request.target, " HTTP/1.1\r\nHost: ", host,
+                   default_port ? "" : absl::StrCat(":", url.port), "\r\nUser-Agent: cinnabar\r\n");
   for (const auto& [name, value] : request.headers) {
     absl::StrAppend(&wire, name, ": ", value, "\r\n");
   }
@@ -207,8 +207,8 @@ void HttpClient::Impl::Connect(const CallPtr& call) {
     connection.plain = std::make_unique<beast::tcp_stream>(io);
   }
   connection.buffer.reserve(kPieceBytes);
-  connection.lowest().expires_at(std::min(
-      call->deadline, Clock::now() + absl::ToChronoNanoseconds(options.connect_timeout)));
+  connection.lowest().expires_at(
+      std::min(call->deadline, Clock::now() + absl::ToChronoNanoseconds(options.connect_timeout)));
   connection.lowest().async_connect(
       endpoints, [this, call](const ErrorCode& error, const tcp::endpoint&) {
         if (error) return Fail(call, error, "connect");
@@ -278,8 +278,7 @@ void HttpClient::Impl::ReadBody(const CallPtr& call) {
   body.more = true;
   call->connection->Visit([&](auto& stream) {
     http::async_read_some(
-        stream, call->connection->buffer, *call->parser,
-        [this, call](ErrorCode error, size_t) {
+        stream, call->connection->buffer, *call->parser, [this, call](ErrorCode error, size_t) {
           if (error == http::error::need_buffer) error = {};
           const size_t size = call->piece.size() - call->parser->get().body().size;
           if (size > 0 && !call->cancelled && call->handlers.on_body) {
@@ -304,23 +303,22 @@ void HttpClient::Impl::Fail(const CallPtr& call, const ErrorCode& error, absl::s
   }
   const std::string where = absl::StrCat(url.host, ":", url.port);
   if (doing == "connect") {
-    return Finish(call, absl::UnavailableError(
-                            timed_out ? absl::StrCat(where, " does not answer")
-                                      : absl::StrCat("cannot connect to ", where, ": ",
-                                                     error.message())));
+    return Finish(call, absl::UnavailableError(timed_out ? absl::StrCat(where, " does not answer")
+                                                         : absl::StrCat("cannot connect to ", where,
+                                                                        ": ", error.message())));
   }
   if (timed_out) {
     return Finish(call, absl::DeadlineExceededError(absl::StrCat(
                             "no full answer within ", absl::FormatDuration(call->timeout))));
   }
   if (doing == "TLS") {
-    return Finish(call, absl::UnavailableError(
-                            absl::StrCat("no TLS with ", where, ": ", error.message())));
+    return Finish(
+        call, absl::UnavailableError(absl::StrCat("no TLS with ", where, ": ", error.message())));
   }
   if (error.category() == http::make_error_code(http::error::bad_version).category() &&
       error != http::error::end_of_stream && error != http::error::partial_message) {
-    return Finish(call, absl::DataLossError(
-                            absl::StrCat(where, " does not speak HTTP: ", error.message())));
+    return Finish(
+        call, absl::DataLossError(absl::StrCat(where, " does not speak HTTP: ", error.message())));
   }
   Finish(call, absl::UnavailableError("the connection broke off"));
 }
@@ -402,8 +400,8 @@ void HttpClient::Cancel(Id id) {
 absl::Duration HttpClient::Now() const { return absl::FromChrono(Clock::now() - impl_->born); }
 
 void HttpClient::At(absl::Duration when, absl::AnyInvocable<void()> then) {
-  auto timer = std::make_shared<asio::steady_timer>(
-      impl_->io, impl_->born + absl::ToChronoNanoseconds(when));
+  auto timer = std::make_shared<asio::steady_timer>(impl_->io,
+                                                    impl_->born + absl::ToChronoNanoseconds(when));
   timer->async_wait([timer, then = std::move(then)](const ErrorCode& error) mutable {
     if (!error) then();
   });

@@ -28,12 +28,12 @@ struct HttpUrl {
   bool loopback() const;  // "localhost", 127.0.0.0/8, ::1
 };
 
-// "http://host:8080/v1", "https://host", "host:8080" (http), "[::1]:8080". InvalidArgument says what
-// is wrong and shows one that is right.
+// "http://host:8080/v1", "https://host", "host:8080" (http), "[::1]:8080". InvalidArgument says
+// what is wrong and shows one that is right.
 absl::StatusOr<HttpUrl> ParseHttpUrl(absl::string_view text);
 
-// "/models" -> "/v1/models" below the URL's path, which may end in "/v1" already, as the base URL of
-// the OpenAI SDKs does.
+// "/models" -> "/v1/models" below the URL's path, which may end in "/v1" already, as the base URL
+// of the OpenAI SDKs does.
 std::string ApiPath(const HttpUrl& url, absl::string_view endpoint);
 
 using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
@@ -53,9 +53,9 @@ struct HttpHead {
 };
 
 struct HttpHandlers {
-  absl::AnyInvocable<void(const HttpHead&)> on_head;       // at most once
-  absl::AnyInvocable<void(absl::string_view)> on_body;     // after on_head; never empty
-  absl::AnyInvocable<void(const absl::Status&)> on_done;   // exactly once, last
+  absl::AnyInvocable<void(const HttpHead&)> on_head;      // at most once
+  absl::AnyInvocable<void(absl::string_view)> on_body;    // after on_head; never empty
+  absl::AnyInvocable<void(const absl::Status&)> on_done;  // exactly once, last
 };
 
 struct HttpClientOptions {
@@ -72,9 +72,9 @@ struct HttpReply {
 // One host. One thread: handlers and timers run inside Run(), and may call everything but Run() and
 // Fetch().
 //
-// on_done's status: OK, the whole reply came (whatever its HTTP status); Unavailable, nobody answers
-// or the connection broke; DeadlineExceeded; Cancelled; DataLoss, not HTTP. A kept connection that
-// the server has closed meanwhile is replaced without a word.
+// on_done's status: OK, the whole reply came (whatever its HTTP status); Unavailable, nobody
+// answers or the connection broke; DeadlineExceeded; Cancelled; DataLoss, not HTTP. A kept
+// connection that the server has closed meanwhile is replaced without a word.
 class HttpClient {
  public:
   // Resolves the host. Unavailable: no such host. FailedPrecondition: `ca_file` does not read.
@@ -87,7 +87,8 @@ class HttpClient {
   // `timeout` bounds the whole exchange.
   using Id = uint64_t;
   Id Start(HttpRequest request, absl::Duration timeout, HttpHandlers handlers);
-  // Closes the connection; on_done(Cancelled) runs later. An exchange that is over: nothing happens.
+  // Closes the connection; on_done(Cancelled) runs later. An exchange that is over: nothing
+  // happens.
   void Cancel(Id id);
 
   // Since the client was made, by a clock that never jumps.

@@ -12,35 +12,10 @@
 #include "cli/sse.h"
 #include "cli/stream_view.h"
 #include "cli/terminal.h"
-#include "common/base/json.h"
 #include "common/base/status.h"
 
 namespace cinnabar {
 namespace {
-
-using Json = nlohmann::json;
-
-absl::Status WithHint(const absl::Status& status, const HttpUrl& url) {
-  if (!absl::IsUnavailable(status) || !url.loopback()) return status;
-  return absl::UnavailableError(absl::StrCat(
-      status.message(), "; is the gateway running? `cinnabar up` starts a cluster here"));
-}
-
-// The first model of the gateway's list.
-absl::StatusOr<std::string> FindModel(HttpClient& client, const std::string& api_key) {
-  HttpRequest request{.method = "GET", .target = ApiPath(client.url(), "/models")};
-  if (!api_key.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key);
-  CINNABAR_ASSIGN_OR_RETURN(const HttpReply reply,
-                            client.Fetch(std::move(request), absl::Seconds(30)));
-  if (reply.head.status != 200) return ReadFailure(reply.head, reply.body).status;
-  CINNABAR_ASSIGN_OR_RETURN(const Json json, ParseJson(reply.body, "list of models"));
-  const auto data = json.is_object() ? json.find("data") : json.end();
-  if (!json.is_object() || data == json.end() || !data->is_array() || data->empty() ||
-      !(*data)[0].is_object() || !(*data)[0].contains("id") || !(*data)[0]["id"].is_string()) {
-    return absl::UnavailableError("the gateway lists no model yet; name one with --model");
-  }
-  return (*data)[0]["id"].get<std::string>();
-}
 
 // One streamed answer, shown as it comes.
 class StreamPrinter {
@@ -113,15 +88,15 @@ class StreamPrinter {
     const TerminalSize size = GetTerminalSize(STDERR_FILENO);
     const double seconds = absl::ToDoubleSeconds(client_.Now() - begin_);
     const int32_t tokens = canvas_.num_decided();
-    std::string status = absl::StrFormat(
-        "step %d   %d of %d tokens   %s tokens/s   %s", canvas_.step(), tokens,
-        canvas_.canvas_tokens(), ShowCount(seconds > 0 ? tokens / seconds : 0.0),
-        ShowSeconds(seconds));
+    std::string status =
+        absl::StrFormat("step %d   %d of %d tokens   %s tokens/s   %s", canvas_.step(), tokens,
+                        canvas_.canvas_tokens(), ShowCount(seconds > 0 ? tokens / seconds : 0.0),
+                        ShowSeconds(seconds));
     if (usage_) {
-      absl::StrAppend(&status, absl::StrFormat("   %.2f tokens per forward   waited %s   $%.6f",
-                                               usage_->tokens_per_forward,
-                                               ShowSeconds(usage_->queue_seconds),
-                                               usage_->price_dollars));
+      absl::StrAppend(
+          &status, absl::StrFormat("   %.2f tokens per forward   waited %s   $%.6f",
+                                   usage_->tokens_per_forward, ShowSeconds(usage_->queue_seconds),
+                                   usage_->price_dollars));
     }
     const bool colour = WantsColour(STDERR_FILENO);
     frame_->Draw(absl::StrCat(
@@ -158,9 +133,7 @@ absl::Status GenerateRemotely(RemoteGeneration generation) {
   CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<HttpClient> client,
                             HttpClient::Make(url, {.ca_file = generation.ca_file}));
   if (!generation.body.contains("model")) {
-    absl::StatusOr<std::string> model = FindModel(*client, api_key);
-    if (!model.ok()) return WithHint(model.status(), url);
-    generation.body["model"] = *std::move(model);
+    CINNABAR_ASSIGN_OR_RETURN(generation.body["model"], FindFirstModel(*client, api_key));
   }
   if (generation.json) {
     absl::StatusOr<HttpReply> reply =
@@ -175,8 +148,8 @@ absl::Status GenerateRemotely(RemoteGeneration generation) {
   generation.body["stream_options"] = {{"include_usage", true}};
   if (generation.watch) generation.body["diffusion"]["frames"] = true;
   StreamPrinter printer(generation, *client);
-  return WithHint(
-      printer.Run(MakeApiRequest(url, generation.endpoint, api_key, generation.body)), url);
+  return WithHint(printer.Run(MakeApiRequest(url, generation.endpoint, api_key, generation.body)),
+                  url);
 }
 
 }  // namespace cinnabar

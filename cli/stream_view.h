@@ -1,5 +1,5 @@
-// The answer of a gateway in a terminal while it is denoised: tokens appear where they were decided,
-// redrawn in place after each step.
+// The answer of a gateway in a terminal while it is denoised: tokens appear where they were
+// decided, redrawn in place after each step.
 #ifndef CINNABAR_CLI_STREAM_VIEW_H_
 #define CINNABAR_CLI_STREAM_VIEW_H_
 
@@ -23,9 +23,9 @@ class StreamedCanvas {
   int32_t num_decided() const { return num_decided_; }
   int32_t canvas_tokens() const { return static_cast<int32_t>(cells_.size()); }
 
-  // The frame: prompt and suffix dim, undecided positions dim blocks, tokens of the last step bright
-  // (yellow where the model was less than 80% sure). Without frames from the server, the final text.
-  // At most `lines_max` lines of `columns` columns, each ended with "\n".
+  // The frame: prompt and suffix dim, undecided positions dim blocks, tokens of the last step
+  // bright (yellow where the model was less than 80% sure). Without frames from the server, the
+  // final text. At most `lines_max` lines of `columns` columns, each ended with "\n".
   std::string Render(const std::string& prompt, const std::string& suffix, int32_t columns,
                      int32_t lines_max, bool colour) const;
 

@@ -221,11 +221,13 @@ void LiveFrame::Draw(const std::string& frame) {
 }
 
 std::string ShowWhole(int64_t count) {
-  std::string digits = absl::StrCat(count < 0 ? -count : count);
-  for (int64_t at = static_cast<int64_t>(digits.size()) - 3; at > 0; at -= 3) {
-    digits.insert(static_cast<size_t>(at), ",");
+  const std::string digits = absl::StrCat(count < 0 ? -count : count);
+  std::string text = count < 0 ? "-" : "";
+  for (size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && (digits.size() - i) % 3 == 0) text += ',';
+    text += digits[i];
   }
-  return absl::StrCat(count < 0 ? "-" : "", digits);
+  return text;
 }
 
 std::string ShowCount(double count) {
