@@ -11,7 +11,7 @@
 #include "absl/strings/str_split.h"
 #include "cli/canvas_view.h"
 #include "cli/commands.h"
-#include "cli/flags.h"
+#include "common/config/flags.h"
 #include "cli/model_session.h"
 #include "cli/remote_generate.h"
 #include "common/base/status.h"

@@ -2,7 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "cli/commands.h"
-#include "cli/flags.h"
+#include "common/config/flags.h"
 #include "cli/model_session.h"
 #include "common/base/status.h"
 #include "worker/decoding/canvas.h"

@@ -3,7 +3,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "cli/commands.h"
-#include "cli/flags.h"
+#include "common/config/flags.h"
 #include "common/base/status.h"
 #include "worker/model/inspect.h"
 

@@ -10,7 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "cli/flags.h"
+#include "common/config/flags.h"
 #include "common/tokenizer/tokenizer.h"
 #include "kernels/backend.h"
 #include "worker/model/denoiser.h"

@@ -1,8 +1,8 @@
 // Command-line flags of one subcommand: declared with a target variable, parsed strictly, explained
 // by --help. Unknown flags, missing values and values that do not parse are errors that name the
 // fix.
-#ifndef CINNABAR_CLI_FLAGS_H_
-#define CINNABAR_CLI_FLAGS_H_
+#ifndef CINNABAR_COMMON_CONFIG_FLAGS_H_
+#define CINNABAR_COMMON_CONFIG_FLAGS_H_
 
 #include <cstdint>
 #include <functional>
@@ -71,4 +71,4 @@ class FlagSet {
 
 }  // namespace cinnabar
 
-#endif  // CINNABAR_CLI_FLAGS_H_
+#endif  // CINNABAR_COMMON_CONFIG_FLAGS_H_

@@ -1,4 +1,4 @@
-#include "cli/flags.h"
+#include "common/config/flags.h"
 
 #include <algorithm>
 #include <numeric>
