@@ -10,6 +10,7 @@
 
 namespace cinnabar {
 
+int RunBench(const std::vector<std::string>& args);
 int RunGenerate(const std::vector<std::string>& args);
 int RunLogits(const std::vector<std::string>& args);
 int RunModel(const std::vector<std::string>& args);
