@@ -14,7 +14,7 @@
 #include "absl/strings/str_format.h"
 #include "cli/arrivals.h"
 #include "cli/commands.h"
-#include "cli/flags.h"
+#include "common/config/flags.h"
 #include "cli/load_generator.h"
 #include "cli/terminal.h"
 #include "common/base/json.h"

@@ -248,7 +248,8 @@ void HttpClient::Impl::Send(const CallPtr& call) {
 void HttpClient::Impl::ReadHead(const CallPtr& call) {
   call->parser.emplace();
   call->parser->header_limit(kHeaderBytesMax);
-  call->parser->body_limit(boost::none);
+  // Not boost::none: Boost 1.74 takes that for a limit of nothing.
+  call->parser->body_limit(std::numeric_limits<uint64_t>::max());
   call->parser->skip(call->head_only);
   call->connection->Visit([&](auto& stream) {
     http::async_read_header(

@@ -27,6 +27,7 @@ namespace {
 
 constexpr size_t kLineBytesMax = 16 << 10;
 constexpr int kWrongCommandLine = 2;  // the exit status of our programs for it
+constexpr absl::Duration kSameSignal = absl::Milliseconds(300);
 constexpr absl::Duration kTurn = absl::Milliseconds(100);
 
 sigset_t WatchedSignals() {
@@ -195,8 +196,10 @@ void Supervisor::ReadSignals() {
   signalfd_siginfo info;
   while (read(signal_fd_, &info, sizeof(info)) == static_cast<ssize_t>(sizeof(info))) {
     if (info.ssi_signo == SIGCHLD) continue;  // Reap looks at every child anyway
+    // `timeout` and some shells send one signal twice, to the process and to its group.
+    if (absl::Now() - last_signal_ > kSameSignal) ++signals_seen_;
+    last_signal_ = absl::Now();
     stopping_ = true;
-    ++signals_seen_;
   }
 }
 

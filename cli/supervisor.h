@@ -78,6 +78,7 @@ class Supervisor {
   int notify_fd_ = -1;
   int signal_fd_ = -1;
   int signals_seen_ = 0;
+  absl::Time last_signal_ = absl::InfinitePast();
   bool stopping_ = false;
 };
 
