@@ -12,6 +12,7 @@ namespace cinnabar {
 
 int RunBench(const std::vector<std::string>& args);
 int RunGenerate(const std::vector<std::string>& args);
+int RunKeys(const std::vector<std::string>& args);
 int RunLogits(const std::vector<std::string>& args);
 int RunModel(const std::vector<std::string>& args);
 int RunSamplers(const std::vector<std::string>& args);

@@ -18,6 +18,7 @@ constexpr Command kCommands[] = {
     {"generate", "denoise a prompt, a fill-in or a chat turn, here or on a running gateway",
      cinnabar::RunGenerate},
     {"bench", "put load on a gateway: latency percentiles, goodput, tokens/s", cinnabar::RunBench},
+    {"keys", "create, list and revoke API keys", cinnabar::RunKeys},
     {"logits", "write the logits of one forward pass, to compare with other implementations",
      cinnabar::RunLogits},
     {"model", "inspect a checkpoint", cinnabar::RunModel},
