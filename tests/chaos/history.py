@@ -30,8 +30,7 @@ class Seen:
 
 # What a client that asked for it hears of its own end: the ledger's state -> the codes.
 ENDS = {"canceller": {"cancelled": {"cancelled", "request_cancelled", ""}, "done": {"done", ""}},
-        "late": {"expired": {"deadline_exceeded", "deadline_infeasible", ""}, "done": {"done", ""},
-                 "cancelled": {""}}}
+        "late": {"expired": {"deadline_exceeded", ""}, "done": {"done", ""}, "cancelled": {"deadline_infeasible", ""}}}
 
 
 def forgotten(seen, rewinds):
