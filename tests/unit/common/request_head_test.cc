@@ -47,9 +47,9 @@ TEST(RequestHeadTest, TakesAHeadApart) {
   EXPECT_EQ(head.path, "/v1/a b");
   EXPECT_EQ(head.query, "x=%31&y");
   EXPECT_EQ(head.minor, 1);
-  EXPECT_THAT(head.headers, ElementsAre(Pair("host", "example.org:80"), Pair("x-thing", "two  words"),
-                                        Pair("content-length", "12"), Pair("expect", "100-Continue"),
-                                        Pair("empty", "")));
+  EXPECT_THAT(head.headers, ElementsAre(Pair("host", "example.org:80"),
+                                        Pair("x-thing", "two  words"), Pair("content-length", "12"),
+                                        Pair("expect", "100-Continue"), Pair("empty", "")));
   EXPECT_EQ(head.content_length, 12U);
   EXPECT_FALSE(head.chunked);
   EXPECT_TRUE(head.keep_alive);
@@ -63,17 +63,14 @@ TEST(RequestHeadTest, ConnectionsStayOrClose) {
   EXPECT_FALSE(Parse(WithHeaders("Connection: x, CLOSE\r\n")).keep_alive);
   // Close wins, in either order and over two headers.
   EXPECT_FALSE(Parse(WithHeaders("Connection: close, keep-alive\r\n")).keep_alive);
-  EXPECT_FALSE(
-      Parse(WithHeaders("Connection: close\r\nConnection: keep-alive\r\n")).keep_alive);
+  EXPECT_FALSE(Parse(WithHeaders("Connection: close\r\nConnection: keep-alive\r\n")).keep_alive);
 }
 
 TEST(RequestHeadTest, AnOldClientExpectsNothing) {
   EXPECT_FALSE(Parse(Head("GET / HTTP/1.0", "Expect: 100-continue\r\n")).expects_continue);
 }
 
-TEST(RequestHeadTest, Http10NeedsNoHost) {
-  EXPECT_EQ(Parse("GET / HTTP/1.0\r\n\r\n").minor, 0);
-}
+TEST(RequestHeadTest, Http10NeedsNoHost) { EXPECT_EQ(Parse("GET / HTTP/1.0\r\n\r\n").minor, 0); }
 
 TEST(RequestHeadTest, AProxysFormGivesItsPath) {
   EXPECT_EQ(Parse(Head("GET http://other.example/v1/models HTTP/1.1")).path, "/v1/models");
@@ -90,10 +87,15 @@ TEST(RequestHeadTest, ExactlyAsManyHeadersAsThereMayBe) {
 
 TEST(RequestHeadTest, GoodOnes) {
   for (const std::string& head : {
-           Head("GET / HTTP/1.1"), Head("M-SEARCH /a/../b//c?d?e HTTP/1.1"),
-           Head("GET /%C3%A9 HTTP/1.1"), WithHeaders("x: \x80\xff\r\n"), WithHeaders("x: a\tb\r\n"),
-           WithHeaders("Transfer-Encoding: Chunked\r\n"), WithHeaders("Content-Length: 0\r\n"),
-           WithHeaders("Content-Length: 007\r\n"), WithHeaders("Content-Encoding: identity\r\n"),
+           Head("GET / HTTP/1.1"),
+           Head("M-SEARCH /a/../b//c?d?e HTTP/1.1"),
+           Head("GET /%C3%A9 HTTP/1.1"),
+           WithHeaders("x: \x80\xff\r\n"),
+           WithHeaders("x: a\tb\r\n"),
+           WithHeaders("Transfer-Encoding: Chunked\r\n"),
+           WithHeaders("Content-Length: 0\r\n"),
+           WithHeaders("Content-Length: 007\r\n"),
+           WithHeaders("Content-Encoding: identity\r\n"),
            WithHeaders("!#$%&'*+-.^_`|~09: odd but a token\r\n"),
            std::string("GET / HTTP/1.1\r\nHost:\r\n\r\n"),
        }) {
