@@ -5,6 +5,7 @@
 #include <grpcpp/health_check_service_interface.h>
 
 #include <atomic>
+#include <boost/asio/strand.hpp>
 #include <fstream>
 #include <sstream>
 #include <utility>
@@ -70,12 +71,16 @@ class StreamCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
                    public std::enable_shared_from_this<StreamCall> {
  public:
   StreamCall(const Shared& shared, grpc::CallbackServerContext& call)
-      : shared_(shared), call_(call), written_(shared.io, 4), session_(shared.context, shared.io) {}
+      : shared_(shared),
+        call_(call),
+        strand_(asio::make_strand(shared.io)),
+        written_(strand_, 4),
+        session_(shared.context, strand_) {}
 
   void Start(v1::GenerateRequest request, std::string resume_after) {
     held_by_grpc_ = shared_from_this();
     asio::co_spawn(
-        shared_.io,
+        strand_,
         [self = shared_from_this(), request = std::move(request),
          resume_after = std::move(resume_after)]() mutable -> asio::awaitable<void> {
           const grpc::Status status =
@@ -203,6 +208,8 @@ class StreamCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
 
   const Shared& shared_;
   grpc::CallbackServerContext& call_;
+  // The call's coroutine and the timers it waits on: `io` may have several threads.
+  asio::any_io_executor strand_;
   AsyncQueue<bool> written_;
   GenerationSession session_;
   std::atomic<bool> gone_ = false;

@@ -127,7 +127,7 @@ std::optional<HttpReply> HttpClient::ReadReply(absl::Duration timeout, bool head
     buffer_.erase(0, length);
     return reply;
   }
-  if (reply.headers["transfer-encoding"] == "chunked") {
+  if (reply.headers.count("transfer-encoding") > 0) {
     for (;;) {
       size_t line = 0;
       while ((line = buffer_.find("\r\n")) == std::string::npos) {

@@ -4,6 +4,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -118,7 +119,7 @@ class HttpServerTest : public testing::Test {
   void ExpectRefusal(absl::string_view bytes, int status, absl::string_view code) {
     const auto client = Connect();
     client->Send(bytes);
-    const std::optional<HttpReply> reply = client->ReadReply();
+    std::optional<HttpReply> reply = client->ReadReply();
     ASSERT_TRUE(reply.has_value()) << testing::PrintToString(bytes);
     EXPECT_EQ(reply->status, status) << testing::PrintToString(bytes);
     EXPECT_THAT(reply->body, StartsWith(absl::StrCat(status, " ", code, " ")));
