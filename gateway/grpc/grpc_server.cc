@@ -10,6 +10,7 @@
 #include <sstream>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "cinnabar/v1/generation.grpc.pb.h"
@@ -29,7 +30,8 @@ grpc::Status ToGrpc(const ApiError& error, grpc::CallbackServerContext& call) {
                              absl::StrCat(absl::ToInt64Milliseconds(*error.retry_after)));
   }
   if (!error.code.empty()) call.AddTrailingMetadata("error-code", error.code);
-  const std::string field = error.param.empty() ? "" : absl::StrCat(error.param, ": ");
+  std::string field = error.param.empty() ? "" : absl::StrCat(error.param, ": ");
+  if (absl::StartsWith(error.message, field)) field.clear();  // it names itself
   return grpc::Status(static_cast<grpc::StatusCode>(GrpcStatusCode(error)),
                       absl::StrCat(field, error.message));
 }
@@ -349,6 +351,9 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(
     return absl::UnavailableError(
         absl::StrCat("cannot listen on ", options.listen, " for gRPC; is the address in use?"));
   }
+  // Known by its own name as well as by the empty one.
+  impl->server->GetHealthCheckService()->SetServingStatus(
+      std::string(v1::Generation::service_full_name()), true);
   return std::unique_ptr<GrpcServer>(new GrpcServer(std::move(impl)));
 }
 

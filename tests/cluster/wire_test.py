@@ -522,7 +522,8 @@ class WireTest(unittest.TestCase):
             self.assertTrue(wire.at_end())
 
     def test_a_stream_is_framed_as_events(self):
-        for path, body in ((COMPLETION, with_fields(max_tokens=24, seed=3)), (CHAT, {**GOOD_CHAT, "max_tokens": 16})):
+        for path, body in ((COMPLETION, with_fields(max_tokens=24, seed=3)),
+                           (FIM, with_fields(max_tokens=16, suffix=")\n"))):
             with self.subTest(path), Wire(self.port) as wire:
                 wire.send(request(path, {**body, "stream": True, "stream_options": {"include_usage": True}}))
                 status, headers = wire.head()
