@@ -104,7 +104,9 @@ TEST(ModelDirectoryTest, TheWeightsOfMostWorkersAreServed) {
 TEST(ModelDirectoryTest, WhatIsNotUnderstoodIsNotServed) {
   const auto models = Directory();
   v1::WorkerStatus strange = Worker("b", "1");
-  strange.mutable_traits()->set_vocab_size(-5);
+  // A kind of network that only a newer gateway knows.
+  strange.mutable_traits()->set_parameterization(
+      static_cast<v1::ModelTraits::Parameterization>(99));
   models->Update({strange});
   const auto entry = models->Find("b");
   ASSERT_TRUE(entry.ok());
