@@ -25,6 +25,7 @@
 #include "cli/terminal.h"
 #include "common/base/status.h"
 #include "common/config/flags.h"
+#include "common/keys/pepper.h"
 #include "common/program/program.h"
 #include "common/redis/client.h"
 
@@ -48,6 +49,7 @@ struct Flags {
   std::string data;
   std::string redis;
   std::string fsync = "always";
+  bool keys = false;
   std::string log_level = "info";
   std::vector<std::string> gateway_flags, scheduler_flags, worker_flags;
 
@@ -63,6 +65,8 @@ struct Flags {
     set.Add("grpc-listen", &grpc_listen, "HOST:PORT", "gRPC; empty: none");
     set.Add("metrics-port", &metrics_port, "PORT",
             "of the scheduler's metrics; the workers take the next ones");
+    set.Add("keys", &keys,
+            "ask for API keys, as an address beyond this machine must; their pepper is in --data");
     set.Section("Data");
     set.Add("data", &data, "DIR", "what outlives a restart [~/.local/state/cinnabar]");
     set.Add("redis", &redis, "HOST:PORT",
@@ -218,8 +222,10 @@ void Append(std::vector<std::string>& to, const std::vector<std::string>& more) 
   to.insert(to.end(), more.begin(), more.end());
 }
 
+std::string PepperPath(const std::string& folder) { return folder + "/pepper"; }
+
 std::vector<ChildSpec> ClusterChildren(const Flags& flags, const std::vector<ServedModel>& models,
-                                       const std::string& redis) {
+                                       const std::string& folder, const std::string& redis) {
   const std::string bin = ProgramFolder().string();
   int32_t next_port = flags.metrics_port;
   const auto program = [&](const std::string& binary, const std::string& name, StopOrder order) {
@@ -255,6 +261,7 @@ std::vector<ChildSpec> ClusterChildren(const Flags& flags, const std::vector<Ser
   for (const ServedModel& model : models) {
     Append(gateway.args, {"--model", absl::StrCat(model.name, "=", model.path)});
   }
+  if (flags.keys) Append(gateway.args, {"--keys-pepper", PepperPath(folder)});
   Append(gateway.args, flags.gateway_flags);
   children.push_back(std::move(gateway));
   return children;
@@ -301,11 +308,11 @@ bool GatewayAnswers(const std::string& listen) {
 void PrintSummary(const Flags& flags, const std::vector<ServedModel>& models,
                   const std::string& folder, const std::string& redis, absl::Duration took) {
   const std::string url = "http://" + flags.listen;
-  std::printf("\nCinnabar is up after %.1f s, and serves %s to this machine.\n\n",
-              absl::ToDoubleSeconds(took),
-              absl::StrJoin(models, ", ", [](std::string* out, const ServedModel& model) {
-                *out += model.name;
-              }).c_str());
+  const std::string names = absl::StrJoin(
+      models, ", ",
+      [](std::string* out, const ServedModel& model) { absl::StrAppend(out, model.name); });
+  std::printf("\nCinnabar is up after %.1f s, and serves %s %s.\n\n", absl::ToDoubleSeconds(took),
+              names.c_str(), flags.keys ? "to who has a key" : "to this machine");
   std::printf("  HTTP     %s/v1 (OpenAI-compatible)\n", url.c_str());
   if (!flags.grpc_listen.empty()) std::printf("  gRPC     %s\n", flags.grpc_listen.c_str());
   std::printf("  metrics  %s/metrics", url.c_str());
@@ -318,15 +325,20 @@ void PrintSummary(const Flags& flags, const std::vector<ServedModel>& models,
   std::printf("\n  queue    %s", redis.c_str());
   if (flags.redis.empty())
     std::printf(", kept in %s (fsync %s)", folder.c_str(), flags.fsync.c_str());
+  std::printf("\n\nTry, in another terminal:\n");
+  if (flags.keys) {
+    std::printf(
+        "  export CINNABAR_API_KEY=$(cinnabar keys create --pepper %s --tenant me --redis %s)\n",
+        PepperPath(folder).c_str(), redis.c_str());
+  }
   std::printf(
-      "\n\nTry, in another terminal:\n"
-      "  curl -s %s/v1/completions -d '{\"model\": \"%s\", \"prompt\": \"def add(a, b):\\n    "
-      "return a\", "
-      "\"max_tokens\": 8}'\n"
+      "  curl -s %s/v1/completions %s-d '{\"model\": \"%s\", \"prompt\": \"def add(a, b):\\n    "
+      "return a\", \"max_tokens\": 8}'\n"
       "  cinnabar generate --url %s --prompt 'def add(a, b):' --gen-length 24 --watch\n"
       "  cinnabar top --redis %s\n\n"
       "Ctrl-C stops it. What is queued by then is served after the next start.\n\n",
-      url.c_str(), models[0].name.c_str(), url.c_str(), redis.c_str());
+      url.c_str(), flags.keys ? "-H \"Authorization: Bearer $CINNABAR_API_KEY\" " : "",
+      models[0].name.c_str(), url.c_str(), redis.c_str());
   std::fflush(stdout);
 }
 
@@ -336,6 +348,7 @@ absl::Status Up(const Flags& flags) {
   CINNABAR_ASSIGN_OR_RETURN(const std::vector<ServedModel> models, ReadModels(flags));
   CINNABAR_ASSIGN_OR_RETURN(const std::string folder, DataFolder(flags));
   CINNABAR_RETURN_IF_ERROR(LockFolder(folder));
+  if (flags.keys) CINNABAR_RETURN_IF_ERROR(LoadOrCreatePepper(PepperPath(folder)).status());
 
   const bool colour = WantsColour(STDOUT_FILENO);
   LinePrinter printer(colour);
@@ -358,7 +371,7 @@ absl::Status Up(const Flags& flags) {
     printer.Print("up", absl::StrCat("waits for Redis at ", redis));
     CINNABAR_RETURN_IF_ERROR(supervisor->RunUntil([&] { return RedisAnswers(redis); }));
     if (supervisor->stopping()) return absl::OkStatus();
-    for (ChildSpec& spec : ClusterChildren(flags, models, redis)) {
+    for (ChildSpec& spec : ClusterChildren(flags, models, folder, redis)) {
       CINNABAR_RETURN_IF_ERROR(supervisor->Start(std::move(spec)));
     }
     CINNABAR_RETURN_IF_ERROR(supervisor->RunUntil(

@@ -53,6 +53,7 @@ class Up:
             [CINNABAR, "up", "--data", data, "--model", MODEL, "--listen", f"127.0.0.1:{self.port}", "--grpc-listen",
              f"127.0.0.1:{free_port()}", "--metrics-port", "0", "--threads", "1", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
+        self.key = None
         self.lines = []
         self.changed = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -77,7 +78,8 @@ class Up:
         link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             link.request("POST", "/v1/completions", json.dumps(
-                {"model": "cinnabar-tiny", "prompt": "def add(a, b):\n    return a", "max_tokens": 8, "seed": 3}))
+                {"model": "cinnabar-tiny", "prompt": "def add(a, b):\n    return a", "max_tokens": 8, "seed": 3}),
+                {"authorization": f"Bearer {self.key}"} if self.key else {})
             reply = link.getresponse()
             body = json.loads(reply.read())
             if reply.status != 200:
@@ -137,6 +139,24 @@ class UpTest(unittest.TestCase):
         self.assertEqual(len(children_of(again.child.pid)["cinnabar-worker"]), 2)
         self.assertEqual(again.complete(), text)
         self.assertEqual(again.stop(), 0)
+
+    def test_with_keys_only_their_owners_are_served(self):
+        up = self.up("--device", "null", "--keys")
+        up.wait_for("Cinnabar is up")
+        with self.assertRaisesRegex(AssertionError, "invalid_api_key"):
+            up.complete()
+        made = subprocess.run([CINNABAR, "keys", "create", "--pepper", f"{self.data}/pepper", "--tenant", "me", "--redis",
+                               f"{self.data}/redis.sock"], capture_output=True, text=True, timeout=30, check=True)
+        up.key = made.stdout.strip()
+        end = time.monotonic() + 10
+        while True:
+            try:
+                up.complete()
+                break
+            except AssertionError:
+                self.assertLess(time.monotonic(), end)
+                time.sleep(0.1)
+        self.assertEqual(up.stop(), 0)
 
     def test_two_clusters_never_share_a_folder(self):
         first = self.up("--device", "null")
