@@ -34,8 +34,10 @@ ENDS = {"canceller": {"cancelled": {"cancelled", "request_cancelled", ""}, "done
 
 
 def forgotten(seen, rewinds):
-    """Redis may have lost all of it: it lived within what a rewind took back, and no gateway held it any more."""
-    return any(since <= seen.began and seen.ended <= until for since, until in rewinds)
+    """Redis may have lost all of it: it began within what a rewind took back, and no gateway held it any more: it ended by
+    then, or its client went away while Redis was down."""
+    return any(since <= seen.began <= until and (seen.ended <= until or seen.kind in ("leaver", "canceller"))
+               for since, until in rewinds)
 
 
 def check(history, ledger, live, references, frames=None, rewinds=()):
@@ -80,7 +82,7 @@ def check(history, ledger, live, references, frames=None, rewinds=()):
         if not seen.accepted:
             continue
         if not states and not forgotten(seen, rewinds):
-            wrong.append(f"{name}: accepted, and no ledger entry")
+            wrong.append(f"{name}: accepted, and no ledger entry ({seen.kind}, {seen.began:.1f} s to {seen.ended:.1f} s)")
         if seen.kind == "answer":
             if finals != {"done"}:
                 wrong.append(f"{name}: accepted, and lost: {', '.join(finals) or 'no end'}")
