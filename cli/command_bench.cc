@@ -14,11 +14,11 @@
 #include "absl/strings/str_format.h"
 #include "cli/arrivals.h"
 #include "cli/commands.h"
-#include "cli/flags.h"
 #include "cli/load_generator.h"
 #include "cli/terminal.h"
 #include "common/base/json.h"
 #include "common/base/status.h"
+#include "common/config/flags.h"
 
 namespace cinnabar {
 namespace {
@@ -29,7 +29,7 @@ std::atomic<bool> interrupted{false};
 
 struct BenchFlags {
   std::string url;
-  std::string api_key_file;
+  std::string key_file;
   std::string ca_file;
   std::string trace;
   float rate = 0.0F;
@@ -61,8 +61,8 @@ struct BenchFlags {
 
 void BenchFlags::Register(FlagSet& flags) {
   flags.Add("url", &url, "URL", "the gateway: http://127.0.0.1:8080");
-  flags.Add("api-key-file", &api_key_file, "FILE",
-            "API keys, one a line: one tenant each, in turn");
+  flags.Add("key-file", &key_file, "FILE",
+            "API keys, one a line: one tenant each, in turn [CINNABAR_API_KEY]");
   flags.Add("ca-file", &ca_file, "FILE", "certificates to trust, for https");
   flags.Section("How much (one of --rate, --trace, --concurrency)");
   flags.Add("rate", &rate, "R", "requests a second, at random moments (Poisson)");
@@ -150,9 +150,7 @@ absl::StatusOr<LoadOptions> MakeOptions(const BenchFlags& flags, const FlagSet& 
   LoadOptions options;
   CINNABAR_ASSIGN_OR_RETURN(options.url, ParseHttpUrl(flags.url), "--url");
   options.ca_file = flags.ca_file;
-  if (!flags.api_key_file.empty()) {
-    CINNABAR_ASSIGN_OR_RETURN(options.api_keys, ReadApiKeys(flags.api_key_file));
-  }
+  CINNABAR_ASSIGN_OR_RETURN(options.api_keys, FindApiKeys(flags.key_file));
   if (flags.endpoint == "fim") {
     options.endpoint = ApiEndpoint::kFim;
   } else if (flags.endpoint == "chat") {

@@ -124,12 +124,8 @@ class StreamPrinter {
 
 absl::Status GenerateRemotely(RemoteGeneration generation) {
   CINNABAR_ASSIGN_OR_RETURN(const HttpUrl url, ParseHttpUrl(generation.url), "--url");
-  std::string api_key;
-  if (!generation.api_key_file.empty()) {
-    CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> keys,
-                              ReadApiKeys(generation.api_key_file));
-    api_key = keys[0];
-  }
+  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> keys, FindApiKeys(generation.key_file));
+  const std::string api_key = keys.empty() ? "" : keys[0];
   CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<HttpClient> client,
                             HttpClient::Make(url, {.ca_file = generation.ca_file}));
   if (!generation.body.contains("model")) {

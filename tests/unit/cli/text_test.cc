@@ -92,7 +92,7 @@ TEST(ApiClientTest, RefusalsBecomeStatusesThatSayWhatToDo) {
   EXPECT_EQ(wrong.status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(wrong.status.message(), "max_tokens: too many");
   EXPECT_EQ(wrong.code, "invalid_value");
-  EXPECT_THAT(std::string(fail(401, "{}").status.message()), HasSubstr("--api-key-file"));
+  EXPECT_THAT(std::string(fail(401, "{}").status.message()), HasSubstr("--key-file"));
   EXPECT_THAT(std::string(fail(429, "{}", {{"retry-after", "3"}}).status.message()),
               HasSubstr("try again in 3 s"));
   EXPECT_THAT(std::string(fail(500, "<html>", {{"x-request-id", "r-1"}}).status.message()),
