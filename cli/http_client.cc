@@ -15,6 +15,7 @@
 #include <boost/beast/http.hpp>
 #include <boost/beast/ssl.hpp>
 #include <chrono>
+#include <limits>
 #include <optional>
 #include <unordered_map>
 
@@ -248,7 +249,8 @@ void HttpClient::Impl::Send(const CallPtr& call) {
 void HttpClient::Impl::ReadHead(const CallPtr& call) {
   call->parser.emplace();
   call->parser->header_limit(kHeaderBytesMax);
-  call->parser->body_limit(boost::none);
+  // Not boost::none: every length is over that in Beast 1.74.
+  call->parser->body_limit(std::numeric_limits<uint64_t>::max());
   call->parser->skip(call->head_only);
   call->connection->Visit([&](auto& stream) {
     http::async_read_header(
