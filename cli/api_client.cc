@@ -98,9 +98,9 @@ absl::string_view EndpointPath(ApiEndpoint endpoint) {
   return "";
 }
 
-HttpRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
-                           const Json& body) {
-  HttpRequest request;
+ClientRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
+                             const Json& body) {
+  ClientRequest request;
   request.method = "POST";
   request.target = ApiPath(url, EndpointPath(endpoint));
   request.headers = {{"Content-Type", "application/json"}, {"Accept", "*/*"}};
@@ -141,7 +141,7 @@ absl::Status WithHint(const absl::Status& status, const HttpUrl& url) {
 }
 
 absl::StatusOr<std::string> FindFirstModel(HttpClient& client, const std::string& api_key) {
-  HttpRequest request{.method = "GET", .target = ApiPath(client.url(), "/models")};
+  ClientRequest request{.method = "GET", .target = ApiPath(client.url(), "/models")};
   if (!api_key.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key);
   const absl::StatusOr<HttpReply> reply = client.Fetch(std::move(request), absl::Seconds(30));
   if (!reply.ok()) return WithHint(reply.status(), client.url());

@@ -23,8 +23,8 @@ enum class ApiEndpoint { kCompletion, kFim, kChat };
 absl::string_view EndpointPath(ApiEndpoint endpoint);
 
 // A POST of `body` to `endpoint`. `api_key` may be empty.
-HttpRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
-                           const nlohmann::json& body);
+ClientRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
+                             const nlohmann::json& body);
 
 // The keys of `file`, one a line; empty lines and lines that begin with '#' do not count. Without a
 // file: that of the environment's CINNABAR_API_KEY, or none. NotFound, InvalidArgument when the

@@ -43,7 +43,7 @@ struct BenchFlags {
   std::string model;
   std::string endpoint = "completions";
   std::string prompt;
-  int32_t prompt_tokens = 128;
+  int32_t prompt_tokens = 64;
   int32_t canvas_tokens = 64;
   int32_t steps = 0;
   std::string sampler;
@@ -218,7 +218,9 @@ std::string Seconds(absl::Duration duration) {
   return ShowSeconds(absl::ToDoubleSeconds(duration));
 }
 
+// Empty without samples.
 std::string LatencyLine(const char* name, const LatencyHistogram& histogram) {
+  if (histogram.count() == 0) return "";
   return absl::StrFormat("%-15sp50 %s   p90 %s   p95 %s   p99 %s   max %s\n", name,
                          Seconds(histogram.Percentile(50)), Seconds(histogram.Percentile(90)),
                          Seconds(histogram.Percentile(95)), Seconds(histogram.Percentile(99)),
@@ -262,10 +264,9 @@ std::string Render(const LoadOptions& options, const LoadReport& report) {
                         ShowWhole(report.completion_tokens),
                         ShowCount(static_cast<double>(report.completion_tokens) / span));
   if (report.forwards > 0) {
-    absl::StrAppendFormat(
-        &text, "   %.2f tokens per forward   %s forwards",
-        static_cast<double>(report.completion_tokens) / static_cast<double>(report.forwards),
-        ShowWhole(report.forwards));
+    absl::StrAppendFormat(&text, "   %.2f tokens per forward   %s forwards",
+                          report.tokens_committed / static_cast<double>(report.forwards),
+                          ShowWhole(report.forwards));
   }
   absl::StrAppendFormat(&text, "   %s prompt tokens\n", ShowWhole(report.prompt_tokens));
   if (report.price_dollars > 0) {
@@ -275,14 +276,14 @@ std::string Render(const LoadOptions& options, const LoadReport& report) {
   }
   text += LatencyLine("latency", report.latency);
   for (size_t i = 0; i < kLoadClasses.size(); ++i) {
-    if (report.latency_of_class[i].count() == 0) continue;
     text += LatencyLine(absl::StrCat("  ", kLoadClasses[i]).c_str(), report.latency_of_class[i]);
   }
-  if (options.stream) text += LatencyLine("first partial", report.first_partial);
+  if (options.stream) text += LatencyLine("first text", report.first_partial);
   if (report.queue.max() > absl::ZeroDuration()) text += LatencyLine("queue wait", report.queue);
   const char* heading = "errors";
-  for (const auto& [name, count] : report.errors) {
-    absl::StrAppendFormat(&text, "%-15s%s  %s\n", heading, ShowWhole(count), Printable(name));
+  for (const auto& [name, error] : report.errors) {
+    absl::StrAppendFormat(&text, "%-15s%s  %s%s%s\n", heading, ShowWhole(error.count),
+                          Printable(name), error.message.empty() ? "" : ": ", error.message);
     heading = "";
   }
   absl::StrAppendFormat(

@@ -105,7 +105,7 @@ class Generate(Server):
         plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
         self.assertIn("P:░░three", plain)   # the fake decides the last first
         self.assertIn("P:one two three", plain)
-        self.assertIn("2.00 tokens per forward", plain)
+        self.assertIn("2.00 tokens/forward", plain)
         self.assertIn("\x1b[?25l", out)
         self.assertTrue(out.rstrip().endswith("\x1b[?25h"), repr(out[-50:]))
         # Without a terminal it is the text alone.

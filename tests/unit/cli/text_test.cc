@@ -147,7 +147,7 @@ TEST(StreamedCanvasTest, TokensAppearWhereTheyWereDecided) {
   const std::string coloured = canvas.Render("", "", 80, 10, true);
   EXPECT_THAT(coloured, HasSubstr(absl::StrCat(ansi::kFresh, "a")));
   EXPECT_THAT(coloured, testing::Not(HasSubstr(absl::StrCat(ansi::kFresh, "c"))));
-  canvas.Add({.step = 3, .canvas_tokens = 4, .positions = {1, 3}, .texts = {"\n", "<|end|>"}});
+  canvas.Add({.step = 3, .canvas_tokens = 4, .positions = {1, 3}, .texts = {"\n", "<eos>"}});
   EXPECT_EQ(canvas.Render("", "", 80, 10, false), "a\nc·\n");
   EXPECT_EQ(canvas.Render("", "", 80, 1, false), "c·\n");
 }
