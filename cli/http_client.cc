@@ -249,7 +249,7 @@ void HttpClient::Impl::Send(const CallPtr& call) {
 void HttpClient::Impl::ReadHead(const CallPtr& call) {
   call->parser.emplace();
   call->parser->header_limit(kHeaderBytesMax);
-  // Not boost::none: every length is over that in Beast 1.74.
+  // Not boost::none: Boost 1.74 takes that for a limit of nothing.
   call->parser->body_limit(std::numeric_limits<uint64_t>::max());
   call->parser->skip(call->head_only);
   call->connection->Visit([&](auto& stream) {

@@ -21,6 +21,7 @@ constexpr Command kCommands[] = {
     {"logits", "write the logits of one forward pass, to compare with other implementations",
      cinnabar::RunLogits},
     {"model", "inspect a checkpoint", cinnabar::RunModel},
+    {"up", "run a whole cluster on this machine", cinnabar::RunUp},
     {"samplers", "list the samplers and the knobs that each one reads", cinnabar::RunSamplers},
 };
 
