@@ -1,6 +1,7 @@
 #include "cli/api_client.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
 
 #include "absl/strings/ascii.h"
@@ -97,9 +98,9 @@ absl::string_view EndpointPath(ApiEndpoint endpoint) {
   return "";
 }
 
-HttpRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
-                           const Json& body) {
-  HttpRequest request;
+ClientRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
+                             const Json& body) {
+  ClientRequest request;
   request.method = "POST";
   request.target = ApiPath(url, EndpointPath(endpoint));
   request.headers = {{"Content-Type", "application/json"}, {"Accept", "*/*"}};
@@ -108,22 +109,28 @@ HttpRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::
   return request;
 }
 
-absl::StatusOr<std::vector<std::string>> ReadApiKeys(const std::string& path) {
-  std::ifstream file(path);
-  if (!file) return absl::NotFoundError(absl::StrCat("cannot read the API key file ", path));
+absl::StatusOr<std::vector<std::string>> FindApiKeys(const std::string& file) {
   std::vector<std::string> keys;
-  for (std::string line; std::getline(file, line);) {
-    const std::string key(absl::StripAsciiWhitespace(line));
-    if (key.empty() || key[0] == '#') continue;
-    const bool plain =
-        std::all_of(key.begin(), key.end(), [](unsigned char c) { return absl::ascii_isgraph(c); });
-    if (!plain) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(path, ": an API key has no spaces; put one key on a line"));
+  if (file.empty()) {
+    const char* key = std::getenv("CINNABAR_API_KEY");
+    if (key != nullptr && *key != '\0') keys.emplace_back(key);
+  } else {
+    std::ifstream lines(file);
+    if (!lines) return absl::NotFoundError(absl::StrCat("cannot read the API key file ", file));
+    for (std::string line; std::getline(lines, line);) {
+      const absl::string_view key = absl::StripAsciiWhitespace(line);
+      if (!key.empty() && key[0] != '#') keys.emplace_back(key);
     }
-    keys.push_back(key);
+    if (keys.empty()) return absl::InvalidArgumentError(absl::StrCat(file, " holds no API key"));
   }
-  if (keys.empty()) return absl::InvalidArgumentError(absl::StrCat(path, " holds no API key"));
+  for (const std::string& key : keys) {
+    // Anything else would end the header that carries it.
+    if (!std::all_of(key.begin(), key.end(),
+                     [](unsigned char c) { return absl::ascii_isgraph(c); })) {
+      return absl::InvalidArgumentError(absl::StrCat(file.empty() ? "CINNABAR_API_KEY" : file,
+                                                     ": an API key has no spaces; one key a line"));
+    }
+  }
   return keys;
 }
 
@@ -134,7 +141,7 @@ absl::Status WithHint(const absl::Status& status, const HttpUrl& url) {
 }
 
 absl::StatusOr<std::string> FindFirstModel(HttpClient& client, const std::string& api_key) {
-  HttpRequest request{.method = "GET", .target = ApiPath(client.url(), "/models")};
+  ClientRequest request{.method = "GET", .target = ApiPath(client.url(), "/models")};
   if (!api_key.empty()) request.headers.emplace_back("Authorization", "Bearer " + api_key);
   const absl::StatusOr<HttpReply> reply = client.Fetch(std::move(request), absl::Seconds(30));
   if (!reply.ok()) return WithHint(reply.status(), client.url());
@@ -161,7 +168,7 @@ ApiFailure ReadFailure(const HttpHead& head, absl::string_view body) {
   if (message.empty()) message = absl::StrCat("the server answers ", head.status);
   const absl::StatusCode code = CodeOf(head.status);
   if (head.status == 401) {
-    absl::StrAppend(&message, " (put the API key into a file and name it with --api-key-file)");
+    absl::StrAppend(&message, " (give an API key: --key-file FILE, or CINNABAR_API_KEY)");
   }
   const absl::string_view retry_after = head.Find("retry-after");
   if (!retry_after.empty()) {

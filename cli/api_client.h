@@ -23,12 +23,13 @@ enum class ApiEndpoint { kCompletion, kFim, kChat };
 absl::string_view EndpointPath(ApiEndpoint endpoint);
 
 // A POST of `body` to `endpoint`. `api_key` may be empty.
-HttpRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
-                           const nlohmann::json& body);
+ClientRequest MakeApiRequest(const HttpUrl& url, ApiEndpoint endpoint, const std::string& api_key,
+                             const nlohmann::json& body);
 
-// Keys, one a line; empty lines and lines that begin with '#' do not count. NotFound,
-// InvalidArgument when there is none; neither shows what the file holds.
-absl::StatusOr<std::vector<std::string>> ReadApiKeys(const std::string& path);
+// The keys of `file`, one a line; empty lines and lines that begin with '#' do not count. Without a
+// file: that of the environment's CINNABAR_API_KEY, or none. NotFound, InvalidArgument when the
+// file holds none; neither shows what it holds.
+absl::StatusOr<std::vector<std::string>> FindApiKeys(const std::string& file);
 
 // `status` with the advice to start a cluster, where nobody answers at a URL of this machine.
 absl::Status WithHint(const absl::Status& status, const HttpUrl& url);

@@ -14,11 +14,11 @@
 #include "absl/strings/str_format.h"
 #include "cli/arrivals.h"
 #include "cli/commands.h"
-#include "common/config/flags.h"
 #include "cli/load_generator.h"
 #include "cli/terminal.h"
 #include "common/base/json.h"
 #include "common/base/status.h"
+#include "common/config/flags.h"
 
 namespace cinnabar {
 namespace {
@@ -29,7 +29,7 @@ std::atomic<bool> interrupted{false};
 
 struct BenchFlags {
   std::string url;
-  std::string api_key_file;
+  std::string key_file;
   std::string ca_file;
   std::string trace;
   float rate = 0.0F;
@@ -43,7 +43,7 @@ struct BenchFlags {
   std::string model;
   std::string endpoint = "completions";
   std::string prompt;
-  int32_t prompt_tokens = 128;
+  int32_t prompt_tokens = 64;
   int32_t canvas_tokens = 64;
   int32_t steps = 0;
   std::string sampler;
@@ -61,8 +61,8 @@ struct BenchFlags {
 
 void BenchFlags::Register(FlagSet& flags) {
   flags.Add("url", &url, "URL", "the gateway: http://127.0.0.1:8080");
-  flags.Add("api-key-file", &api_key_file, "FILE",
-            "API keys, one a line: one tenant each, in turn");
+  flags.Add("key-file", &key_file, "FILE",
+            "API keys, one a line: one tenant each, in turn [CINNABAR_API_KEY]");
   flags.Add("ca-file", &ca_file, "FILE", "certificates to trust, for https");
   flags.Section("How much (one of --rate, --trace, --concurrency)");
   flags.Add("rate", &rate, "R", "requests a second, at random moments (Poisson)");
@@ -150,9 +150,7 @@ absl::StatusOr<LoadOptions> MakeOptions(const BenchFlags& flags, const FlagSet& 
   LoadOptions options;
   CINNABAR_ASSIGN_OR_RETURN(options.url, ParseHttpUrl(flags.url), "--url");
   options.ca_file = flags.ca_file;
-  if (!flags.api_key_file.empty()) {
-    CINNABAR_ASSIGN_OR_RETURN(options.api_keys, ReadApiKeys(flags.api_key_file));
-  }
+  CINNABAR_ASSIGN_OR_RETURN(options.api_keys, FindApiKeys(flags.key_file));
   if (flags.endpoint == "fim") {
     options.endpoint = ApiEndpoint::kFim;
   } else if (flags.endpoint == "chat") {
@@ -220,7 +218,9 @@ std::string Seconds(absl::Duration duration) {
   return ShowSeconds(absl::ToDoubleSeconds(duration));
 }
 
+// Empty without samples.
 std::string LatencyLine(const char* name, const LatencyHistogram& histogram) {
+  if (histogram.count() == 0) return "";
   return absl::StrFormat("%-15sp50 %s   p90 %s   p95 %s   p99 %s   max %s\n", name,
                          Seconds(histogram.Percentile(50)), Seconds(histogram.Percentile(90)),
                          Seconds(histogram.Percentile(95)), Seconds(histogram.Percentile(99)),
@@ -264,10 +264,9 @@ std::string Render(const LoadOptions& options, const LoadReport& report) {
                         ShowWhole(report.completion_tokens),
                         ShowCount(static_cast<double>(report.completion_tokens) / span));
   if (report.forwards > 0) {
-    absl::StrAppendFormat(
-        &text, "   %.2f tokens per forward   %s forwards",
-        static_cast<double>(report.completion_tokens) / static_cast<double>(report.forwards),
-        ShowWhole(report.forwards));
+    absl::StrAppendFormat(&text, "   %.2f tokens per forward   %s forwards",
+                          report.tokens_committed / static_cast<double>(report.forwards),
+                          ShowWhole(report.forwards));
   }
   absl::StrAppendFormat(&text, "   %s prompt tokens\n", ShowWhole(report.prompt_tokens));
   if (report.price_dollars > 0) {
@@ -277,14 +276,14 @@ std::string Render(const LoadOptions& options, const LoadReport& report) {
   }
   text += LatencyLine("latency", report.latency);
   for (size_t i = 0; i < kLoadClasses.size(); ++i) {
-    if (report.latency_of_class[i].count() == 0) continue;
     text += LatencyLine(absl::StrCat("  ", kLoadClasses[i]).c_str(), report.latency_of_class[i]);
   }
-  if (options.stream) text += LatencyLine("first partial", report.first_partial);
+  if (options.stream) text += LatencyLine("first text", report.first_partial);
   if (report.queue.max() > absl::ZeroDuration()) text += LatencyLine("queue wait", report.queue);
   const char* heading = "errors";
-  for (const auto& [name, count] : report.errors) {
-    absl::StrAppendFormat(&text, "%-15s%s  %s\n", heading, ShowWhole(count), Printable(name));
+  for (const auto& [name, error] : report.errors) {
+    absl::StrAppendFormat(&text, "%-15s%s  %s%s%s\n", heading, ShowWhole(error.count),
+                          Printable(name), error.message.empty() ? "" : ": ", error.message);
     heading = "";
   }
   absl::StrAppendFormat(

@@ -11,10 +11,10 @@
 #include "absl/strings/str_split.h"
 #include "cli/canvas_view.h"
 #include "cli/commands.h"
-#include "common/config/flags.h"
 #include "cli/model_session.h"
 #include "cli/remote_generate.h"
 #include "common/base/status.h"
+#include "common/config/flags.h"
 #include "common/tokenizer/chat_template.h"
 #include "worker/engine/engine.h"
 
@@ -48,7 +48,7 @@ void GenerateFlags::Register(FlagSet& flags) {
   flags.Add("url", &remote.url, "URL",
             "ask this gateway, http://127.0.0.1:8080; --model is then a name that it serves "
             "[its first]");
-  flags.Add("api-key-file", &remote.api_key_file, "FILE", "the API key, in a file");
+  flags.Add("key-file", &remote.key_file, "FILE", "the API key, in a file [CINNABAR_API_KEY]");
   flags.Add("ca-file", &remote.ca_file, "FILE", "certificates to trust, for https");
   flags.Section("What to fill (one of --prompt, --chat, --input)");
   flags.Add("prompt", &prompt, "TEXT", "text before the canvas");
@@ -251,7 +251,7 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
     CINNABAR_ASSIGN_OR_RETURN(RemoteGeneration remote, MakeRemote(flags, set));
     return GenerateRemotely(std::move(remote));
   }
-  for (const char* name : {"api-key-file", "ca-file", "stop", "deadline"}) {
+  for (const char* name : {"key-file", "ca-file", "stop", "deadline"}) {
     if (set.Has(name)) {
       return absl::InvalidArgumentError(
           absl::StrCat("--", name, " goes with --url, which asks a running gateway"));

@@ -2,9 +2,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "cli/commands.h"
-#include "common/config/flags.h"
 #include "cli/model_session.h"
 #include "common/base/status.h"
+#include "common/config/flags.h"
 #include "worker/decoding/canvas.h"
 #include "worker/model/safetensors.h"
 

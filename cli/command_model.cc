@@ -3,8 +3,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "cli/commands.h"
-#include "common/config/flags.h"
 #include "common/base/status.h"
+#include "common/config/flags.h"
 #include "worker/model/inspect.h"
 
 namespace cinnabar {
@@ -21,16 +21,19 @@ absl::Status Inspect(const FlagSet& set, bool json) {
     std::printf("%s", FormatReport(report).c_str());
   }
   if (report.problems.empty()) return absl::OkStatus();
-  return absl::FailedPreconditionError(absl::StrCat("this model does not load: ", report.problems.front()));
+  return absl::FailedPreconditionError(
+      absl::StrCat("this model does not load: ", report.problems.front()));
 }
 
 }  // namespace
 
 int RunModel(const std::vector<std::string>& args) {
   bool json = false;
-  FlagSet set("cinnabar model inspect DIR [--json]",
-              "Says what a checkpoint is: family, sizes, dtype, mask token, block length, memory needed, and what is "
-              "not\nsupported and why. Reads headers only; exits with 1 when the model does not load.");
+  FlagSet set(
+      "cinnabar model inspect DIR [--json]",
+      "Says what a checkpoint is: family, sizes, dtype, mask token, block length, memory needed, "
+      "and what is "
+      "not\nsupported and why. Reads headers only; exits with 1 when the model does not load.");
   set.Add("json", &json, "the same as one JSON object");
   absl::Status status = set.Parse(args);
   if (set.help_asked()) {

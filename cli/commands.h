@@ -15,7 +15,9 @@ int RunGenerate(const std::vector<std::string>& args);
 int RunKeys(const std::vector<std::string>& args);
 int RunLogits(const std::vector<std::string>& args);
 int RunModel(const std::vector<std::string>& args);
+int RunQueue(const std::vector<std::string>& args);
 int RunSamplers(const std::vector<std::string>& args);
+int RunTop(const std::vector<std::string>& args);
 int RunUp(const std::vector<std::string>& args);
 
 // Prints "cinnabar COMMAND: MESSAGE" and returns the exit status for it.

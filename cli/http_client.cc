@@ -15,6 +15,7 @@
 #include <boost/beast/http.hpp>
 #include <boost/beast/ssl.hpp>
 #include <chrono>
+#include <limits>
 #include <optional>
 #include <unordered_map>
 
@@ -81,7 +82,7 @@ struct Call {
 };
 using CallPtr = std::shared_ptr<Call>;
 
-std::string WireForm(const HttpUrl& url, const HttpRequest& request) {
+std::string WireForm(const HttpUrl& url, const ClientRequest& request) {
   const bool default_port = url.port == (url.tls ? 443 : 80);
   const std::string host =
       absl::StrContains(url.host, ':') ? absl::StrCat("[", url.host, "]") : url.host;
@@ -377,7 +378,7 @@ HttpClient::~HttpClient() = default;
 const HttpUrl& HttpClient::url() const { return impl_->url; }
 int64_t HttpClient::connections_made() const { return impl_->connections_made; }
 
-HttpClient::Id HttpClient::Start(HttpRequest request, absl::Duration timeout,
+HttpClient::Id HttpClient::Start(ClientRequest request, absl::Duration timeout,
                                  HttpHandlers handlers) {
   auto call = std::make_shared<Call>();
   call->id = impl_->next_id++;
@@ -415,7 +416,7 @@ void HttpClient::Run() {
 
 void HttpClient::Stop() { impl_->io.stop(); }
 
-absl::StatusOr<HttpReply> HttpClient::Fetch(HttpRequest request, absl::Duration timeout,
+absl::StatusOr<HttpReply> HttpClient::Fetch(ClientRequest request, absl::Duration timeout,
                                             size_t body_bytes_max) {
   HttpReply reply;
   absl::Status status;

@@ -38,7 +38,7 @@ std::string ApiPath(const HttpUrl& url, absl::string_view endpoint);
 
 using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
 
-struct HttpRequest {
+struct ClientRequest {
   std::string method = "GET";
   std::string target = "/";
   HttpHeaders headers;  // besides host, content-length, user-agent
@@ -86,7 +86,7 @@ class HttpClient {
 
   // `timeout` bounds the whole exchange.
   using Id = uint64_t;
-  Id Start(HttpRequest request, absl::Duration timeout, HttpHandlers handlers);
+  Id Start(ClientRequest request, absl::Duration timeout, HttpHandlers handlers);
   // Closes the connection; on_done(Cancelled) runs later. An exchange that is over: nothing
   // happens.
   void Cancel(Id id);
@@ -101,7 +101,7 @@ class HttpClient {
   void Stop();
 
   // One exchange, start to end. `body_bytes_max`: a longer body is ResourceExhausted.
-  absl::StatusOr<HttpReply> Fetch(HttpRequest request, absl::Duration timeout,
+  absl::StatusOr<HttpReply> Fetch(ClientRequest request, absl::Duration timeout,
                                   size_t body_bytes_max = 64 << 20);
 
   int64_t connections_made() const;

@@ -69,7 +69,8 @@ struct Request {
   SseDecoder decoder;
   std::optional<absl::Duration> first_partial;
   std::optional<ApiUsage> usage;
-  std::string failure;  // the stream's own
+  std::string failure;  // the stream's own, by name
+  std::string message;  // what the server says of its failure
   bool done = false;    // the stream's end mark
 };
 
@@ -153,8 +154,8 @@ class LoadRun {
           arrival.tenant >= 0 ? static_cast<uint64_t>(arrival.tenant) : request->index;
       key = options_.api_keys[tenant % options_.api_keys.size()];
     }
-    HttpRequest http = MakeApiRequest(options_.url, options_.endpoint, key,
-                                      MakeLoadBody(options_, arrival, request->index));
+    ClientRequest http = MakeApiRequest(options_.url, options_.endpoint, key,
+                                        MakeLoadBody(options_, arrival, request->index));
     request->sent = Elapsed();
     request->id = client_.Start(std::move(http), options_.timeout, std::move(handlers));
     if (request->counted) report_.lateness.Record(request->sent - request->due);
@@ -184,7 +185,10 @@ class LoadRun {
       request.failure = "stream unreadable";
       return;
     }
-    if (chunk->failure) request.failure = absl::StrCat("stream ", chunk->failure->code);
+    if (chunk->failure) {
+      request.failure = absl::StrCat("stream ", chunk->failure->code);
+      request.message = std::string(chunk->failure->status.message());
+    }
     if (chunk->done) request.done = true;
     if (chunk->usage) request.usage = chunk->usage;
     if (!request.first_partial && (!chunk->text.empty() || chunk->frame)) {
@@ -198,8 +202,9 @@ class LoadRun {
     if (absl::IsDeadlineExceeded(status)) return "timeout";
     if (!status.ok()) return request.head.status == 0 ? "connect" : "broken";
     if (request.head.status != 200) {
-      const std::string code = ReadFailure(request.head, request.body).code;
-      return absl::StrCat(request.head.status, code.empty() ? "" : " ", code);
+      const ApiFailure refusal = ReadFailure(request.head, request.body);
+      request.message = std::string(refusal.status.message());
+      return absl::StrCat(request.head.status, refusal.code.empty() ? "" : " ", refusal.code);
     }
     if (options_.stream) {
       if (!request.failure.empty()) return request.failure;
@@ -244,7 +249,8 @@ class LoadRun {
 
   void Count(const Request& request, const std::string& error, absl::Duration latency) {
     if (!error.empty()) {
-      ++report_.errors[error];
+      LoadReport::Error& entry = report_.errors[error];
+      if (++entry.count == 1) entry.message = request.message;
       return;
     }
     ++report_.num_ok;
@@ -261,6 +267,7 @@ class LoadRun {
     report_.completion_tokens += usage.completion_tokens;
     report_.steps += usage.steps;
     report_.forwards += usage.forwards;
+    report_.tokens_committed += usage.tokens_per_forward * static_cast<double>(usage.forwards);
     report_.device_seconds += usage.device_seconds;
     report_.price_dollars += usage.price_dollars;
   }
@@ -286,7 +293,7 @@ class LoadRun {
     arrivals_over_ = true;
     for (const Arrival& arrival : held_) {
       ++num_failed_;
-      if (arrival.at >= options_.warmup) ++report_.errors["unfinished"];
+      if (arrival.at >= options_.warmup) ++report_.errors["unfinished"].count;
     }
     held_.clear();
     std::vector<HttpClient::Id> ids;
@@ -404,7 +411,7 @@ nlohmann::json MakeLoadBody(const LoadOptions& options, const Arrival& arrival, 
 
 int64_t LoadReport::num_failed() const {
   int64_t count = 0;
-  for (const auto& [name, times] : errors) count += times;
+  for (const auto& [name, error] : errors) count += error.count;
   return count;
 }
 
@@ -416,12 +423,19 @@ nlohmann::json LoadReport::ToJson() const {
       classes[std::string(kLoadClasses[i])] = LatencyJson(latency_of_class[i]);
     }
   }
+  Json counts = Json::object();
+  Json messages = Json::object();
+  for (const auto& [name, error] : errors) {
+    counts[name] = error.count;
+    if (!error.message.empty()) messages[name] = error.message;
+  }
   return {
       {"seconds", seconds},
       {"requests", num_due},
       {"ok", num_ok},
       {"failed", num_failed()},
-      {"errors", errors},
+      {"errors", std::move(counts)},
+      {"error_messages", std::move(messages)},
       {"requests_per_second", static_cast<double>(num_ok) / span},
       {"in_deadline", num_in_deadline},
       {"goodput_per_second", static_cast<double>(num_in_deadline) / span},
@@ -437,8 +451,7 @@ nlohmann::json LoadReport::ToJson() const {
       {"tokens_per_second", static_cast<double>(completion_tokens) / span},
       {"steps", steps},
       {"forwards", forwards},
-      {"tokens_per_forward",
-       forwards > 0 ? static_cast<double>(completion_tokens) / static_cast<double>(forwards) : 0.0},
+      {"tokens_per_forward", forwards > 0 ? tokens_committed / static_cast<double>(forwards) : 0.0},
       {"device_seconds", device_seconds},
       {"price_dollars", price_dollars},
       {"in_flight_peak", in_flight_peak},

@@ -37,7 +37,7 @@ struct LoadOptions {
   nlohmann::json body = nlohmann::json::object();
   std::string prompt;  // empty: words, about one token each, others for each request
   // With a trace these are the most that a request may have; else each has them.
-  int32_t prompt_tokens = 128;
+  int32_t prompt_tokens = 64;
   int32_t canvas_tokens = 64;
   int32_t steps = 0;  // 0: one for two tokens of the canvas
   bool stream = false;
@@ -60,11 +60,15 @@ struct LoadReport {
   int64_t num_due = 0;
   int64_t num_ok = 0;
   int64_t num_in_deadline = 0;  // ok, within the deadline from when they were due
-  // "429 rate_limit_exceeded", "connect", "timeout", "broken", "stream request_failed",
-  // "unfinished"
-  std::map<std::string, int64_t> errors;
+  // By name: "429 rate_limit_exceeded", "connect", "timeout", "broken", "stream request_failed",
+  // "unfinished".
+  struct Error {
+    int64_t count = 0;
+    std::string message;  // of the first one, printable; may be empty
+  };
+  std::map<std::string, Error> errors;
   LatencyHistogram latency;        // of those that were ok, from when they were due
-  LatencyHistogram first_partial;  // streams: until the first text or frame
+  LatencyHistogram first_partial;  // streams: until the first text or frame; not all have one
   LatencyHistogram queue;          // what the gateway says they waited
   LatencyHistogram lateness;       // of the client itself: from due to sent
   std::array<LatencyHistogram, 3> latency_of_class;  // as kLoadClasses; with "mix"
@@ -72,6 +76,7 @@ struct LoadReport {
   int64_t completion_tokens = 0;
   int64_t steps = 0;
   int64_t forwards = 0;
+  double tokens_committed = 0.0;  // with those after the end of the text
   double device_seconds = 0.0;
   double price_dollars = 0.0;
   int32_t in_flight_peak = 0;

@@ -25,7 +25,7 @@ class StreamPrinter {
     if (generation.watch && isatty(STDERR_FILENO) != 0) frame_.emplace(stderr);
   }
 
-  absl::Status Run(HttpRequest request) {
+  absl::Status Run(ClientRequest request) {
     HttpHandlers handlers;
     handlers.on_head = [this](const HttpHead& head) { head_ = head; };
     handlers.on_body = [this](absl::string_view piece) { TakeBytes(piece); };
@@ -88,15 +88,15 @@ class StreamPrinter {
     const TerminalSize size = GetTerminalSize(STDERR_FILENO);
     const double seconds = absl::ToDoubleSeconds(client_.Now() - begin_);
     const int32_t tokens = canvas_.num_decided();
-    std::string status =
-        absl::StrFormat("step %d   %d of %d tokens   %s tokens/s   %s", canvas_.step(), tokens,
-                        canvas_.canvas_tokens(), ShowCount(seconds > 0 ? tokens / seconds : 0.0),
-                        ShowSeconds(seconds));
+    std::string status = absl::StrFormat(
+        "step %d  %d/%d tokens  %s tokens/s  %s", canvas_.step(), tokens, canvas_.canvas_tokens(),
+        ShowCount(seconds > 0 ? tokens / seconds : 0.0), ShowSeconds(seconds));
     if (usage_) {
       absl::StrAppend(
-          &status, absl::StrFormat("   %.2f tokens per forward   waited %s   $%.6f",
-                                   usage_->tokens_per_forward, ShowSeconds(usage_->queue_seconds),
-                                   usage_->price_dollars));
+          &status, absl::StrFormat("  %.2f tokens/forward  waited %s", usage_->tokens_per_forward,
+                                   ShowSeconds(usage_->queue_seconds)));
+      if (usage_->price_dollars > 0)
+        absl::StrAppendFormat(&status, "  $%.6f", usage_->price_dollars);
     }
     const bool colour = WantsColour(STDERR_FILENO);
     frame_->Draw(absl::StrCat(
@@ -124,12 +124,8 @@ class StreamPrinter {
 
 absl::Status GenerateRemotely(RemoteGeneration generation) {
   CINNABAR_ASSIGN_OR_RETURN(const HttpUrl url, ParseHttpUrl(generation.url), "--url");
-  std::string api_key;
-  if (!generation.api_key_file.empty()) {
-    CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> keys,
-                              ReadApiKeys(generation.api_key_file));
-    api_key = keys[0];
-  }
+  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> keys, FindApiKeys(generation.key_file));
+  const std::string api_key = keys.empty() ? "" : keys[0];
   CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<HttpClient> client,
                             HttpClient::Make(url, {.ca_file = generation.ca_file}));
   if (!generation.body.contains("model")) {

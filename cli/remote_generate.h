@@ -12,8 +12,8 @@ namespace cinnabar {
 
 struct RemoteGeneration {
   std::string url;
-  std::string api_key_file;  // empty: no key
-  std::string ca_file;       // empty: the system's certificates
+  std::string key_file;  // empty: CINNABAR_API_KEY, or no key
+  std::string ca_file;   // empty: the system's certificates
   ApiEndpoint endpoint = ApiEndpoint::kCompletion;
   nlohmann::json body;  // without "model": the first that the gateway lists
   std::string prompt;   // shown around the canvas

@@ -1,5 +1,8 @@
 #include "cli/stream_view.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "absl/strings/match.h"
 #include "cli/terminal.h"
 
@@ -10,7 +13,10 @@ constexpr double kSureFrom = 0.8;
 
 // The names that checkpoints give to tokens which are not text.
 bool LooksSpecial(const std::string& text) {
-  return absl::StartsWith(text, "<|") && absl::EndsWith(text, "|>");
+  static constexpr absl::string_view kNames[] = {"<s>",   "</s>",  "<bos>",  "<eos>",
+                                                 "<pad>", "<unk>", "<mask>", "[MASK]"};
+  return (absl::StartsWith(text, "<|") && absl::EndsWith(text, "|>")) ||
+         std::count(std::begin(kNames), std::end(kNames), text) > 0;
 }
 
 }  // namespace

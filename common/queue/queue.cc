@@ -829,6 +829,14 @@ absl::Status Queue::Drain(absl::string_view boot) {
   return Call("drain", {std::string(boot)}).status();
 }
 
+absl::StatusOr<std::string> Queue::Tenant(absl::string_view request) {
+  const std::string key = Key(absl::StrCat("r:", request));
+  CINNABAR_ASSIGN_OR_RETURN(RedisReply reply, redis_.Retry({"HGET", key, "tn"}), "find the tenant");
+  if (reply.is_nil()) return absl::NotFoundError(absl::StrCat("no request ", request));
+  if (!reply.is_text()) return Malformed("tenant");
+  return std::move(reply.text);
+}
+
 absl::StatusOr<QueueStats> Queue::Stats() {
   CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("stats", {}));
   std::map<std::string, int64_t> values;

@@ -136,6 +136,8 @@ class Queue {
   absl::Status Leave(absl::string_view boot);
 
   // Operator.
+  // Whose request it is. NotFound.
+  absl::StatusOr<std::string> Tenant(absl::string_view request);
   absl::Status Drain(absl::string_view boot);
   absl::StatusOr<QueueStats> Stats();
   // Entries after `position` ("0" is the start), oldest first.

@@ -24,8 +24,9 @@ from fake_gateway import FakeGateway  # noqa: E402
 BINARY = pathlib.Path(sys.argv[1]).resolve()
 
 
-def run(*args, code=0, timeout=120):
-    done = subprocess.run([BINARY, *map(str, args)], capture_output=True, text=True, timeout=timeout)
+def run(*args, code=0, timeout=120, env=None):
+    done = subprocess.run([BINARY, *map(str, args)], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **(env or {})})
     assert done.returncode == code, (args, done.returncode, done.stdout, done.stderr)
     return done
 
@@ -82,13 +83,20 @@ class Generate(Server):
         self.assertEqual(out["usage"]["completion_tokens"], 4)
         self.assertNotIn("stream", server.requests[0][2])
 
-    def test_keys_come_from_a_file(self):
+    def test_keys_come_from_a_file_or_the_environment(self):
         server = self.start()
         with tempfile.NamedTemporaryFile("w") as file:
             file.write("# mine\n\n  secret-1 \n")
             file.flush()
-            run("generate", "--url", server.url, "--prompt", "x", "--api-key-file", file.name)
+            run("generate", "--url", server.url, "--prompt", "x", "--key-file", file.name)
         self.assertEqual(server.requests[0][1]["authorization"], "Bearer secret-1")
+        ask = ("generate", "--url", server.url, "--prompt", "x")
+        run(*ask, env={"CINNABAR_API_KEY": "secret-2"})
+        self.assertEqual(server.requests[1][1]["authorization"], "Bearer secret-2")
+        bad = run(*ask, env={"CINNABAR_API_KEY": "a\r\nX-Other: b"}, code=2)
+        self.assertIn("CINNABAR_API_KEY", bad.stderr)
+        self.assertNotIn("X-Other", bad.stderr)
+        self.assertEqual(len(server.requests), 2)
 
     def test_watch_shows_tokens_where_they_were_decided(self):
         server = self.start(lambda body: {"words": ["one ", "two ", "three"], "step_delay": 0.02})
@@ -97,7 +105,7 @@ class Generate(Server):
         plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
         self.assertIn("P:░░three", plain)   # the fake decides the last first
         self.assertIn("P:one two three", plain)
-        self.assertIn("2.00 tokens per forward", plain)
+        self.assertIn("2.00 tokens/forward", plain)
         self.assertIn("\x1b[?25l", out)
         self.assertTrue(out.rstrip().endswith("\x1b[?25h"), repr(out[-50:]))
         # Without a terminal it is the text alone.
@@ -106,7 +114,7 @@ class Generate(Server):
     def test_errors_say_what_to_do(self):
         error = {"message": "take at least 1", "param": "max_tokens", "code": "invalid_value"}
         cases = [({"status": 400, "error": error}, 2, "max_tokens: take at least 1"),
-                 ({"status": 401, "error": {"message": "no key"}}, 1, "--api-key-file"),
+                 ({"status": 401, "error": {"message": "no key"}}, 1, "--key-file"),
                  ({"status": 429, "error": {"message": "slow down"}, "headers": {"Retry-After": "4"}}, 1,
                   "try again in 4 s"),
                  ({"status": 500, "error": {"message": "oops"}}, 1, "req-1"),
@@ -128,7 +136,7 @@ class Generate(Server):
                             (["--prompt", "x", "--stop", "y"], "--url")]:
             with self.subTest(args=args):
                 self.assertIn(words, run("generate", *args, code=2).stderr)
-        self.assertIn("cannot read", run("generate", "--url", "localhost:1", "--prompt", "x", "--api-key-file",
+        self.assertIn("cannot read", run("generate", "--url", "localhost:1", "--prompt", "x", "--key-file",
                                          "/nowhere", code=1).stderr)
 
     def test_ctrl_c_closes_the_connection_and_shows_the_cursor(self):
@@ -268,7 +276,7 @@ class BenchLoad(Server):
             trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.0,5,10\n"
                              "2023-11-16 18:17:05.0,2000,70\n")
             keys.write_text("k1\nk2\n")
-            report = self.load(server, "--trace", trace, "--time-scale", 10, "--prompt-tokens", 50, "--api-key-file",
+            report = self.load(server, "--trace", trace, "--time-scale", 10, "--prompt-tokens", 50, "--key-file",
                                keys, "--priority", "mix")
         self.assertEqual(report["ok"], 2)
         first, second = (request[2] for request in server.requests)

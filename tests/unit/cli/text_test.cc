@@ -92,7 +92,7 @@ TEST(ApiClientTest, RefusalsBecomeStatusesThatSayWhatToDo) {
   EXPECT_EQ(wrong.status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(wrong.status.message(), "max_tokens: too many");
   EXPECT_EQ(wrong.code, "invalid_value");
-  EXPECT_THAT(std::string(fail(401, "{}").status.message()), HasSubstr("--api-key-file"));
+  EXPECT_THAT(std::string(fail(401, "{}").status.message()), HasSubstr("--key-file"));
   EXPECT_THAT(std::string(fail(429, "{}", {{"retry-after", "3"}}).status.message()),
               HasSubstr("try again in 3 s"));
   EXPECT_THAT(std::string(fail(500, "<html>", {{"x-request-id", "r-1"}}).status.message()),
@@ -147,7 +147,7 @@ TEST(StreamedCanvasTest, TokensAppearWhereTheyWereDecided) {
   const std::string coloured = canvas.Render("", "", 80, 10, true);
   EXPECT_THAT(coloured, HasSubstr(absl::StrCat(ansi::kFresh, "a")));
   EXPECT_THAT(coloured, testing::Not(HasSubstr(absl::StrCat(ansi::kFresh, "c"))));
-  canvas.Add({.step = 3, .canvas_tokens = 4, .positions = {1, 3}, .texts = {"\n", "<|end|>"}});
+  canvas.Add({.step = 3, .canvas_tokens = 4, .positions = {1, 3}, .texts = {"\n", "<eos>"}});
   EXPECT_EQ(canvas.Render("", "", 80, 10, false), "a\nc·\n");
   EXPECT_EQ(canvas.Render("", "", 80, 1, false), "c·\n");
 }
