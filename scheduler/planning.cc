@@ -85,7 +85,7 @@ struct Queue {
   size_t next = 0;
 };
 struct Candidate {
-  const WaitingRequest* request = nullptr;
+  const PlanRequest* request = nullptr;
   int32_t pool = -1;         // index; -1: no accepting worker
   int32_t steps_budget = 0;  // as it would be granted
   int32_t lane = 0;          // class after ageing
@@ -185,7 +185,7 @@ struct Planner {
   }
 
   void TakeWorkers(absl::Span<const WorkerState> workers);
-  void TakeRequests(absl::Span<const WaitingRequest> waiting);
+  void TakeRequests(absl::Span<const PlanRequest> waiting);
   bool Price(Candidate& candidate);
   void Degrade(double backlog_seconds);
   void SortJobs();
@@ -255,7 +255,7 @@ void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
 
 // Fills in what the candidate costs at its granted steps. False: it cannot be in time even alone.
 bool Planner::Price(Candidate& candidate) {
-  const WaitingRequest& request = *candidate.request;
+  const PlanRequest& request = *candidate.request;
   const Pool& pool = pools[static_cast<size_t>(candidate.pool)];
   candidate.steps = forecaster.Forecast(request.kind, request.canvas_tokens, candidate.steps_budget,
                                         request.steps_done);
@@ -266,9 +266,9 @@ bool Planner::Price(Candidate& candidate) {
   return candidate.steps.p25 * pool.AloneStepSeconds(tokens) <= candidate.slack_seconds;
 }
 
-void Planner::TakeRequests(absl::Span<const WaitingRequest> waiting) {
+void Planner::TakeRequests(absl::Span<const PlanRequest> waiting) {
   candidates.reserve(waiting.size());
-  for (const WaitingRequest& request : waiting) {
+  for (const PlanRequest& request : waiting) {
     CINNABAR_CHECK(request.sequence_tokens > 0 && request.steps_done >= 0 &&
                    request.steps_budget > request.steps_done && request.tenant_weight > 0.0)
         << "request " << request.id;
@@ -323,7 +323,7 @@ void Planner::Degrade(double backlog_seconds) {
   const double share = absl::ToDoubleSeconds(options.pressure_backlog) / backlog_seconds;
   if (share >= 1.0) return;
   for (Candidate& candidate : candidates) {
-    const WaitingRequest& request = *candidate.request;
+    const PlanRequest& request = *candidate.request;
     if (request.steps_min <= 0 || request.steps_done > 0) continue;
     const int32_t wanted = static_cast<int32_t>(std::ceil(request.steps_budget * share));
     candidate.steps_budget = std::min(candidate.steps_budget, std::max(request.steps_min, wanted));
@@ -614,7 +614,7 @@ void Planner::Place(const std::vector<int32_t>& order) {
 
   for (const int32_t index : order) {
     Candidate& candidate = candidates[static_cast<size_t>(index)];
-    const WaitingRequest& request = *candidate.request;
+    const PlanRequest& request = *candidate.request;
     const int64_t tokens = request.sequence_tokens;
     Slot* best = nullptr;
     double best_finish = kInfinity;
@@ -698,12 +698,12 @@ void Planner::Write(const ShareState& before, std::vector<TenantShare> tenants) 
   for (Slot& slot : slots) {
     for (const int32_t index : slot.placed) {
       const Candidate& candidate = candidates[static_cast<size_t>(index)];
-      const WaitingRequest& request = *candidate.request;
+      const PlanRequest& request = *candidate.request;
       const Bucket bucket = {request.kind.model, LengthBucket(request.sequence_tokens),
                              StepsBucket(candidate.steps.mean)};
       // Packs of a worker follow the best-placed member of each; a suspect has its own anyway (it
       // is alone).
-      Pack* pack = nullptr;
+      PlannedPack* pack = nullptr;
       for (auto it = plan.packs.rbegin(); it != plan.packs.rend() && it->worker == slot.worker->id;
            ++it) {
         if (it->bucket == bucket) pack = &*it;
@@ -764,7 +764,7 @@ int32_t StepsBucket(double remaining_steps) {
   return std::max(0, static_cast<int32_t>(std::ceil(std::log2(std::max(remaining_steps, 1.0)))));
 }
 
-Plan PlanPacks(absl::Span<const WaitingRequest> waiting, absl::Span<const WorkerState> workers,
+Plan PlanPacks(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerState> workers,
                const CostModel& cost, const ShareState& shares, const PlanOptions& options,
                absl::Time now) {
   Planner planner(cost, options, now);

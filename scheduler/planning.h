@@ -38,7 +38,7 @@ using TenantIndex = int32_t;
 enum class PriorityClass : int8_t { kInteractive = 0, kStandard = 1, kBatch = 2 };
 inline constexpr int kNumClasses = 3;
 
-struct WaitingRequest {
+struct PlanRequest {
   RequestId id = 0;
   TenantIndex tenant = 0;
   double tenant_weight = 1.0;  // > 0; equal for all requests of a tenant
@@ -156,7 +156,7 @@ struct PackMember {
 };
 
 // For one worker and of one bucket; members in the order of service.
-struct Pack {
+struct PlannedPack {
   int32_t worker = 0;
   Bucket bucket;
   std::vector<PackMember> members;
@@ -174,7 +174,7 @@ struct Refusal {
 };
 
 struct Plan {
-  std::vector<Pack> packs;         // by worker, then in the order of service
+  std::vector<PlannedPack> packs;         // by worker, then in the order of service
   std::vector<Refusal> refused;    // ascending by id
   std::vector<RequestId> expired;  // ascending
   ShareState shares;               // for the next plan
@@ -192,7 +192,7 @@ struct Plan {
 // requests may still expire). Refused, expired and packed requests are disjoint; the rest goes on
 // waiting. Each worker's rows and positions stay within its limits. O(n log n) for n waiting
 // requests, plus n times the workers with room.
-Plan PlanPacks(absl::Span<const WaitingRequest> waiting, absl::Span<const WorkerState> workers,
+Plan PlanPacks(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerState> workers,
                const CostModel& cost, const ShareState& shares, const PlanOptions& options,
                absl::Time now);
 

@@ -1,7 +1,10 @@
 #include "common/base/json.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <set>
+#include <type_traits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,11 +15,12 @@ namespace cinnabar {
 namespace {
 
 using nlohmann::json;
+using nlohmann::ordered_json;
 
 // Passes events on while it watches the depth; what goes wrong is kept as a message.
 class DepthGuard : public nlohmann::json_sax<json> {
  public:
-  explicit DepthGuard(nlohmann::json_sax<json>& next) : next_(next) {}
+  DepthGuard(nlohmann::json_sax<json>& next, int depth_max) : next_(next), depth_max_(depth_max) {}
   const std::string& error() const { return error_; }
 
   bool null() override { return next_.null(); }
@@ -38,16 +42,18 @@ class DepthGuard : public nlohmann::json_sax<json> {
   bool start_array(size_t size) override { return Enter() && next_.start_array(size); }
   bool end_array() override { return Leave() && next_.end_array(); }
   bool parse_error(size_t position, const std::string& /*token*/,
-                   const json::exception& /*error*/) override {
+                   const json::exception& error) override {
     // The library's own message quotes the input, which may be anything.
-    error_ = absl::StrCat("not JSON at byte ", position);
+    constexpr int kNumberOverflow = 406;
+    error_ = error.id == kNumberOverflow ? absl::StrCat("a number is too large at byte ", position)
+                                         : absl::StrCat("not JSON at byte ", position);
     return false;
   }
 
  private:
   bool Enter() {
-    if (++depth_ <= kJsonDepthMax) return true;
-    error_ = absl::StrCat("nested deeper than ", kJsonDepthMax);
+    if (++depth_ <= depth_max_) return true;
+    error_ = absl::StrCat("nested deeper than ", depth_max_);
     return false;
   }
   bool Leave() {
@@ -56,35 +62,37 @@ class DepthGuard : public nlohmann::json_sax<json> {
   }
 
   nlohmann::json_sax<json>& next_;
+  const int depth_max_;
   int depth_ = 0;
   std::string error_;
 };
 
-// Builds the tree. Recursion below is bounded by DepthGuard.
+// Builds the tree, a json or an ordered_json. Recursion below is bounded by DepthGuard.
+template <typename Tree>
 class TreeBuilder : public nlohmann::json_sax<json> {
  public:
-  json Take() { return std::move(root_); }
+  Tree Take() { return std::move(root_); }
   const std::string& error() const { return error_; }
 
-  bool null() override { return Add(json(nullptr)) != nullptr; }
-  bool boolean(bool value) override { return Add(json(value)) != nullptr; }
-  bool number_integer(number_integer_t value) override { return Add(json(value)) != nullptr; }
-  bool number_unsigned(number_unsigned_t value) override { return Add(json(value)) != nullptr; }
+  bool null() override { return Add(Tree(nullptr)) != nullptr; }
+  bool boolean(bool value) override { return Add(Tree(value)) != nullptr; }
+  bool number_integer(number_integer_t value) override { return Add(Tree(value)) != nullptr; }
+  bool number_unsigned(number_unsigned_t value) override { return Add(Tree(value)) != nullptr; }
   bool number_float(number_float_t value, const string_t&) override {
-    return Add(json(value)) != nullptr;
+    return Add(Tree(value)) != nullptr;
   }
-  bool string(string_t& value) override { return Add(json(std::move(value))) != nullptr; }
+  bool string(string_t& value) override { return Add(Tree(std::move(value))) != nullptr; }
   bool binary(binary_t&) override { return false; }
   bool start_object(size_t) override {
-    open_.push_back(Add(json::object()));
+    open_.push_back({Add(Tree::object()), {}});
     return true;
   }
   bool start_array(size_t) override {
-    open_.push_back(Add(json::array()));
+    open_.push_back({Add(Tree::array()), {}});
     return true;
   }
   bool key(string_t& value) override {
-    if (open_.back()->contains(value)) {
+    if (!IsNewKey(value)) {
       error_ = absl::StrCat("the key \"", value.substr(0, 100), "\" appears twice in one object");
       return false;
     }
@@ -93,34 +101,79 @@ class TreeBuilder : public nlohmann::json_sax<json> {
   }
   bool end_object() override { return Close(); }
   bool end_array() override { return Close(); }
-  bool parse_error(size_t, const std::string&, const json::exception&) override {
-    return false;
-  }
+  bool parse_error(size_t, const std::string&, const json::exception&) override { return false; }
 
  private:
+  struct Open {
+    Tree* value;
+    // Keys of a large ordered object: asking it would take as long as it has keys.
+    std::set<std::string> keys;
+  };
+
+  bool IsNewKey(const std::string& key) {
+    if constexpr (std::is_same_v<Tree, ordered_json>) {
+      constexpr size_t kFewKeys = 16;
+      Open& open = open_.back();
+      if (open.value->size() >= kFewKeys) {
+        if (open.keys.empty()) {
+          for (const auto& entry : open.value->items()) open.keys.insert(entry.key());
+        }
+        return open.keys.insert(key).second;
+      }
+    }
+    return !open_.back().value->contains(key);
+  }
+
   // Pointers to open containers stay valid: a container grows only while it is the innermost.
-  json* Add(json value) {
+  Tree* Add(Tree value) {
     if (open_.empty()) {
       root_ = std::move(value);
       return &root_;
     }
-    json& parent = *open_.back();
+    Tree& parent = *open_.back().value;
     if (parent.is_array()) {
       parent.push_back(std::move(value));
       return &parent.back();
     }
-    return &(parent[key_] = std::move(value));
+    if constexpr (std::is_same_v<Tree, ordered_json>) {
+      // The key is known to be new: no need to look for it again.
+      auto& entries = parent.template get_ref<typename Tree::object_t&>();
+      static_cast<typename Tree::object_t::Container&>(entries).emplace_back(key_,
+                                                                             std::move(value));
+      return &entries.back().second;
+    } else {
+      return &(parent[key_] = std::move(value));
+    }
   }
   bool Close() {
     open_.pop_back();
     return true;
   }
 
-  json root_;
-  std::vector<json*> open_;
+  Tree root_;
+  std::vector<Open> open_;
   std::string key_;
   std::string error_;
 };
+
+absl::Status Visit(absl::string_view text, absl::string_view what,
+                   nlohmann::json_sax<json>& visitor, int depth_max) {
+  DepthGuard guard(visitor, depth_max);
+  if (!json::sax_parse(text.begin(), text.end(), &guard) && !guard.error().empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(what, ": ", guard.error()));
+  }
+  return absl::OkStatus();
+}
+
+template <typename Tree>
+absl::StatusOr<Tree> Parse(absl::string_view text, absl::string_view what, int depth_max) {
+  TreeBuilder<Tree> builder;
+  CINNABAR_RETURN_IF_ERROR(Visit(text, what, builder, depth_max));
+  if (!builder.error().empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(what, ": ", builder.error()));
+  }
+  return builder.Take();
+}
 
 const json& EmptyObject() {
   static const json empty = json::object();
@@ -131,20 +184,16 @@ const json& EmptyObject() {
 
 absl::Status VisitJson(absl::string_view text, absl::string_view what,
                        nlohmann::json_sax<json>& visitor) {
-  DepthGuard guard(visitor);
-  if (!json::sax_parse(text.begin(), text.end(), &guard) && !guard.error().empty()) {
-    return absl::InvalidArgumentError(absl::StrCat(what, ": ", guard.error()));
-  }
-  return absl::OkStatus();
+  return Visit(text, what, visitor, kJsonDepthMax);
 }
 
 absl::StatusOr<json> ParseJson(absl::string_view text, absl::string_view what) {
-  TreeBuilder builder;
-  CINNABAR_RETURN_IF_ERROR(VisitJson(text, what, builder));
-  if (!builder.error().empty()) {
-    return absl::InvalidArgumentError(absl::StrCat(what, ": ", builder.error()));
-  }
-  return builder.Take();
+  return Parse<json>(text, what, kJsonDepthMax);
+}
+
+absl::StatusOr<ordered_json> ParseOrderedJson(absl::string_view text, absl::string_view what,
+                                              int depth_max) {
+  return Parse<ordered_json>(text, what, std::min(depth_max, kJsonDepthMax));
 }
 
 absl::StatusOr<json> ReadJsonFile(const std::string& path, size_t bytes_max) {

@@ -22,6 +22,12 @@ inline constexpr int kJsonDepthMax = 64;
 // object with the same key twice. A number that no double holds is not JSON either.
 absl::StatusOr<nlohmann::json> ParseJson(absl::string_view text, absl::string_view what);
 
+// The same for what strangers send: keys keep their order, and the depth has its own limit, at most
+// kJsonDepthMax. Strings are valid UTF-8 without lone surrogates. n log n in the text, also for objects
+// with very many keys; reading a key of such an object is linear in its size.
+absl::StatusOr<nlohmann::ordered_json> ParseOrderedJson(absl::string_view text,
+                                                        absl::string_view what, int depth_max);
+
 // ReadFile and ParseJson.
 absl::StatusOr<nlohmann::json> ReadJsonFile(const std::string& path, size_t bytes_max);
 

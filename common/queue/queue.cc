@@ -711,7 +711,7 @@ absl::StatusOr<StartResult> Queue::Start(absl::string_view boot, absl::string_vi
   return result;
 }
 
-absl::StatusOr<StepReply> Queue::Publish(absl::string_view boot, const StepReport& report) {
+absl::StatusOr<PublishReply> Queue::Publish(absl::string_view boot, const PublishReport& report) {
   std::vector<std::vector<std::string>> calls;  // progress in parts, then one for each end
   for (size_t first = 0; first < report.progress.size(); first += kRowsPerCall) {
     std::vector<std::string>& args = calls.emplace_back();
@@ -724,7 +724,7 @@ absl::StatusOr<StepReply> Queue::Publish(absl::string_view boot, const StepRepor
 
   // All of it again after a loss: repeated calls change nothing.
   for (int32_t attempt = 1;; ++attempt) {
-    StepReply result;
+    PublishReply result;
     absl::Status status;
     for (size_t i = 0; i < calls.size(); ++i) {
       const FunctionCall call(i < num_progress_calls ? "progress" : "finish", prefix_, calls[i]);

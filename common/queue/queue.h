@@ -110,7 +110,7 @@ class Queue {
   absl::StatusOr<StartResult> Start(absl::string_view boot, absl::string_view batch,
                                     absl::Duration lease_for);
   // One round trip for a denoising step: steps, then ends. Renews the leases of the rows' batches.
-  absl::StatusOr<StepReply> Publish(absl::string_view boot, const StepReport& report);
+  absl::StatusOr<PublishReply> Publish(absl::string_view boot, const PublishReport& report);
   // Back to the queue without blame: drain, no memory. kStale: it is not this worker's any more.
   absl::StatusOr<std::vector<RowReply>> HandBack(absl::string_view boot,
                                                  absl::Span<const HandBackRow> rows);

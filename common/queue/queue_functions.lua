@@ -11,7 +11,7 @@ local REVISION = 1
 local DIGEST = '@CINNABAR_QUEUE_DIGEST@'
 
 local PACK_ROWS_MAX = 256        -- rows of one pack
-local LANES_MAX = 64             -- ready streams of a partition
+local LANES_MAX = 1024             -- ready streams of a partition
 local WORKERS_MAX = 4096         -- registered workers
 local WATCHERS_MAX = 4           -- gateways told of one request's events
 local EVENTS_MAX = 1024          -- events in one reply

@@ -242,7 +242,7 @@ struct FinishRow {
   std::string why;     // <= 256 bytes, no user text: finish reason, or what failed
   std::string result;  // bytes for the gateway
 };
-struct StepReport {
+struct PublishReport {
   absl::Duration lease_for = absl::Seconds(10);
   std::vector<ProgressRow> progress;
   std::vector<FinishRow> finished;  // applied after all of `progress`
@@ -263,7 +263,7 @@ struct RowReply {
   RowVerdict verdict = RowVerdict::kOk;
   int32_t step = 0;  // the last that Redis has (progress, and an end's kRewind and kBadStep)
 };
-struct StepReply {
+struct PublishReply {
   std::vector<RowReply> progress;
   std::vector<RowReply> finished;
 };

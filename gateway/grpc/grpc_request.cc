@@ -6,8 +6,8 @@
 namespace cinnabar {
 namespace {
 
-// Which knobs a message sets: proto3 cannot tell an unset number from 0, so a knob counts as set when
-// it differs from the default, and an optional one when it is there.
+// Which knobs a message sets: proto3 cannot tell an unset number from 0, so a knob counts as set
+// when it differs from the default, and an optional one when it is there.
 std::set<std::string> KnobsSet(const v1::DecodingParams& wire) {
   std::set<std::string> set;
   const auto add = [&](bool is_set, const char* name) {
@@ -37,7 +37,8 @@ std::set<std::string> KnobsSet(const v1::DecodingParams& wire) {
 ApiResult<GenerationRequest> FromGrpc(const v1::GenerateRequest& wire,
                                       const RequestLimits& limits) {
   GenerationRequest request;
-  if (wire.model().empty()) return MissingParameter("model", "say which model; ListModels lists them");
+  if (wire.model().empty())
+    return MissingParameter("model", "say which model; ListModels lists them");
   request.model = wire.model();
   switch (wire.input_case()) {
     case v1::GenerateRequest::kPrompt:
@@ -112,8 +113,8 @@ ApiResult<GenerationRequest> FromGrpc(const v1::GenerateRequest& wire,
   }
   if (wire.deadline_seconds() < 0 ||
       wire.deadline_seconds() > absl::ToDoubleSeconds(limits.deadline_max)) {
-    return InvalidValue("deadline_seconds", absl::StrCat("at most ", absl::FormatDuration(
-                                                                          limits.deadline_max)));
+    return InvalidValue("deadline_seconds",
+                        absl::StrCat("at most ", absl::FormatDuration(limits.deadline_max)));
   }
   if (wire.deadline_seconds() > 0) request.deadline = absl::Seconds(wire.deadline_seconds());
   request.may_degrade = wire.may_degrade();

@@ -17,8 +17,8 @@ namespace cinnabar {
 
 struct GrpcServerOptions {
   std::string listen = "127.0.0.1:0";
-  // PEM files; both or none. Debian's gRPC gets no fixes of its HTTP/2 stack: a listener that others
-  // than this machine reach needs them, and `client_ca` so that only known clients connect.
+  // PEM files; both or none. Debian's gRPC gets no fixes of its HTTP/2 stack: a listener that
+  // others than this machine reach needs them, and `client_ca` so that only known clients connect.
   std::string certificate_file, key_file, client_ca_file;
   int32_t message_bytes_max = 1 << 20;
   int32_t streams_max = 100;  // of one connection

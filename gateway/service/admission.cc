@@ -73,7 +73,7 @@ ApiError QueueError(const absl::Status& status, absl::Duration wait) {
     case absl::StatusCode::kNotFound:
       return NotFound("no such request");
     default:
-      return InternalError("the queue gave an answer that makes no sense");
+      return ServerError("the queue gave an answer that makes no sense");
   }
 }
 

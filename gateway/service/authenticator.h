@@ -1,11 +1,11 @@
-// From an API key to the caller it stands for.
+// From an Authorization header to the caller it stands for.
 #ifndef CINNABAR_GATEWAY_SERVICE_AUTHENTICATOR_H_
 #define CINNABAR_GATEWAY_SERVICE_AUTHENTICATOR_H_
 
+#include <functional>
 #include <string>
 
 #include "absl/strings/string_view.h"
-#include "common/keys/key_cache.h"
 #include "gateway/api/api_error.h"
 #include "gateway/service/admission.h"
 
@@ -14,20 +14,24 @@ namespace cinnabar {
 // Thread-safe.
 class Authenticator {
  public:
-  // `keys` null: there are no keys, and everybody is `open` (loopback only: the program sees to
-  // that). Borrowed, outlives this.
-  Authenticator(const KeyCache* keys, Caller open);
+  // The caller of an API key, or 401 (always with the same words), or 503 while no keys could be
+  // read.
+  using Lookup = std::function<ApiResult<Caller>(absl::string_view key)>;
 
-  // `authorization` is the header's value: "Bearer KEY". 401 for anything but a live key, always
-  // with the same words.
+  // `lookup` empty: there are no keys, and everybody is `open` (on loopback only: the program sees
+  // to that).
+  Authenticator(Lookup lookup, Caller open);
+
+  // `authorization` is the header's value: "Bearer KEY".
   ApiResult<Caller> Check(absl::string_view authorization) const;
 
-  bool open() const { return keys_ == nullptr; }
-
  private:
-  const KeyCache* keys_;
+  const Lookup lookup_;
   const Caller open_;
 };
+
+// What every wrong key hears.
+ApiError WrongKey();
 
 }  // namespace cinnabar
 

@@ -71,11 +71,14 @@ asio::awaitable<ApiResult<std::string>> CancelRequestById(QueueExecutor& executo
   for (int32_t i = 0;; ++i) {
     const std::string id = absl::StrCat(request_id, ".", i);
     // What is no name of ours is no request of anybody.
-    const bool name = id.size() <= 64 && request_id.find_first_not_of(kNameCharacters) == std::string::npos;
+    const bool name =
+        id.size() <= 64 && request_id.find_first_not_of(kNameCharacters) == std::string::npos;
     absl::StatusOr<RequestState> ended = absl::NotFoundError("no name");
     if (name) {
-      ended = co_await executor.Run<RequestState>(
-          [id, tenant](Queue& queue) { return queue.Cancel(id, tenant, "client_cancelled"); });
+      const QueueCall<RequestState> cancel = [id, tenant](Queue& queue) {
+        return queue.Cancel(id, tenant, "client_cancelled");
+      };
+      ended = co_await executor.Run<RequestState>(cancel);
     }
     if (absl::IsNotFound(ended.status())) {
       if (i == 0) co_return NotFound("no such request, or its result is no longer kept");
@@ -121,11 +124,15 @@ asio::awaitable<std::optional<ApiError>> GenerationSession::Begin(GenerationRequ
       warnings_.insert(warnings_.end(), choice.work.warnings.begin(), choice.work.warnings.end());
     }
   }
-  if (!options.resume_after.empty()) co_return co_await Reattach(caller, options);
+  if (!options.resume_after.empty()) {
+    std::optional<ApiError> refused = co_await Reattach(caller, options);
+    co_return refused;
+  }
   if (entry->num_workers == 0) {
     co_return Unavailable("no worker serves this model at the moment", absl::Seconds(5));
   }
-  co_return co_await Admit(caller, options);
+  std::optional<ApiError> refused = co_await Admit(caller, options);
+  co_return refused;
 }
 
 asio::awaitable<std::optional<ApiError>> GenerationSession::Admit(const Caller& caller,
@@ -188,8 +195,8 @@ asio::awaitable<std::optional<ApiError>> GenerationSession::Reattach(const Calle
   request_id_ = point->request_id;
   for (size_t i = 0; i < choices_.size(); ++i) {
     choices_[i].skip_to = point->steps[i];
-    const absl::Status status =
-        co_await relay_.Attach(absl::StrCat(request_id_, ".", i), caller.tenant);
+    std::string id = absl::StrCat(request_id_, ".", i);
+    const absl::Status status = co_await relay_.Attach(std::move(id), caller.tenant);
     if (absl::IsNotFound(status)) {
       co_return NotFound("no such request, or its events are no longer kept; send it anew");
     }
@@ -233,11 +240,11 @@ ApiResult<SessionOutput> GenerationSession::Progress(int32_t index, const QueueE
   Choice& choice = choices_[index];
   SessionOutput output = {.choice = index, .step = event.step};
   v1::StepDelta& delta = output.delta.emplace();
-  if (!delta.ParseFromString(event.data)) return InternalError("a worker sent what cannot be read");
+  if (!delta.ParseFromString(event.data)) return ServerError("a worker sent what cannot be read");
   absl::StatusOr<std::string> text = choice.assembler->Add(
       absl::MakeConstSpan(delta.positions().data(), delta.positions_size()),
       absl::MakeConstSpan(delta.tokens().data(), delta.tokens_size()), delta.final_end());
-  if (!text.ok()) return InternalError("a worker sent steps that contradict each other");
+  if (!text.ok()) return ServerError("a worker sent steps that contradict each other");
   if (event.step > choice.skip_to) output.text = *std::move(text);
   choice.step = event.step;
   choice.forwards += delta.forward() ? 1 : 0;
@@ -262,11 +269,10 @@ ApiResult<SessionOutput> GenerationSession::End(int32_t index, const QueueEvent&
     return EndError(*event.final_state, event.data, request_id_);
   }
   v1::WorkResult result;
-  if (!result.ParseFromString(event.data))
-    return InternalError("a worker sent what cannot be read");
+  if (!result.ParseFromString(event.data)) return ServerError("a worker sent what cannot be read");
   absl::StatusOr<std::string> text = choice.assembler->AddResult(
       absl::MakeConstSpan(result.tokens().data(), result.tokens_size()));
-  if (!text.ok()) return InternalError("a worker sent a result that contradicts its steps");
+  if (!text.ok()) return ServerError("a worker sent a result that contradicts its steps");
   output.text = *std::move(text);
   choice.step = result.steps();
   choice.forwards = result.nfe();

@@ -12,12 +12,12 @@
 
 #include "absl/time/time.h"
 #include "cinnabar/v1/work.pb.h"
+#include "common/http/asio.h"
 #include "gateway/api/api_error.h"
 #include "gateway/api/build_work.h"
 #include "gateway/api/parse_request.h"
 #include "gateway/api/render.h"
 #include "gateway/api/text_assembler.h"
-#include "common/http/asio.h"
 #include "gateway/relay/request_relay.h"
 #include "gateway/service/admission.h"
 #include "gateway/service/gateway_metrics.h"

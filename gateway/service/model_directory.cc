@@ -6,41 +6,55 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/base/status.h"
 #include "common/wire/model_traits_wire.h"
 
 namespace cinnabar {
 
-ModelDirectory::ModelDirectory(std::vector<ModelSource> sources)
-    : sources_(std::move(sources)), entries_(sources_.size()) {}
+ModelDirectory::ModelDirectory(std::vector<ServedModel> configured)
+    : configured_(std::move(configured)), entries_(configured_.size()) {}
 
 absl::StatusOr<std::unique_ptr<ModelDirectory>> ModelDirectory::Load(
     std::vector<ModelSource> sources) {
   std::set<std::string> names;
-  for (ModelSource& source : sources) {
-    ServedModel& model = source.served;
-    std::vector<std::string> called = model.aliases;
-    called.push_back(model.name);
+  std::vector<ServedModel> configured;
+  for (const ModelSource& source : sources) {
+    std::vector<std::string> called = source.aliases;
+    called.push_back(source.name);
     for (const std::string& name : called) {
       if (!names.insert(name).second) {
         return absl::InvalidArgumentError(
             absl::StrCat("two models are called \"", name, "\"; rename one"));
       }
     }
-    CINNABAR_ASSIGN_OR_RETURN(model.tokenizer, Tokenizer::Load(source.path), "model ", model.name);
-    const auto& templates = model.tokenizer.chat_templates();
+    CINNABAR_ASSIGN_OR_RETURN(Tokenizer tokenizer, Tokenizer::Load(source.path), "model ",
+                              source.name);
+    std::optional<ChatTemplate> chat_template;
+    const auto& templates = tokenizer.chat_templates();
     if (const auto found = templates.find("default"); found != templates.end()) {
-      CINNABAR_ASSIGN_OR_RETURN(model.chat_template, ChatTemplate::Parse(found->second), "model ",
-                                model.name, ": chat template");
+      CINNABAR_ASSIGN_OR_RETURN(chat_template, ChatTemplate::Parse(found->second), "model ",
+                                source.name, ": chat template");
     }
+    configured.push_back({.name = source.name,
+                          .aliases = source.aliases,
+                          .tokenizer = std::move(tokenizer),
+                          .chat_template = std::move(chat_template),
+                          .traits = {},
+                          .fingerprint = "",
+                          .default_canvas_tokens = source.default_canvas_tokens,
+                          .canvas_tokens_max = source.canvas_tokens_max,
+                          .context_tokens_max = source.context_tokens_max,
+                          .prices = source.prices,
+                          .created = absl::Now()});
   }
-  return std::unique_ptr<ModelDirectory>(new ModelDirectory(std::move(sources)));
+  return std::unique_ptr<ModelDirectory>(new ModelDirectory(std::move(configured)));
 }
 
 void ModelDirectory::Update(absl::Span<const v1::WorkerStatus> workers) {
   MutexLock lock(mu_);
-  for (size_t i = 0; i < sources_.size(); ++i) {
-    const ServedModel& configured = sources_[i].served;
+  for (size_t i = 0; i < configured_.size(); ++i) {
+    const ServedModel& configured = configured_[i];
     std::map<std::string, std::pair<int32_t, const v1::WorkerStatus*>> by_fingerprint;
     for (const v1::WorkerStatus& worker : workers) {
       if (worker.model() != configured.name) continue;
@@ -72,8 +86,8 @@ void ModelDirectory::Update(absl::Span<const v1::WorkerStatus> workers) {
 
 absl::StatusOr<ModelDirectory::Entry> ModelDirectory::Find(absl::string_view name) const {
   MutexLock lock(mu_);
-  for (size_t i = 0; i < sources_.size(); ++i) {
-    if (IsCalled(sources_[i].served, name)) return entries_[i];
+  for (size_t i = 0; i < configured_.size(); ++i) {
+    if (IsCalled(configured_[i], name)) return entries_[i];
   }
   return absl::NotFoundError(absl::StrCat("no model ", name));
 }

@@ -19,8 +19,13 @@ namespace cinnabar {
 
 // One configured model.
 struct ModelSource {
-  std::string path;    // folder with tokenizer.json
-  ServedModel served;  // name, aliases, limits, prices; the rest is filled in
+  std::string path;  // folder with tokenizer.json
+  std::string name;
+  std::vector<std::string> aliases;
+  int32_t default_canvas_tokens = 128;
+  int32_t canvas_tokens_max = 4096;
+  int32_t context_tokens_max = 0;  // 0: what the network takes
+  Prices prices;
 };
 
 // Thread-safe.
@@ -47,11 +52,11 @@ class ModelDirectory {
   bool AllServed() const;
 
  private:
-  explicit ModelDirectory(std::vector<ModelSource> sources);
+  explicit ModelDirectory(std::vector<ServedModel> configured);
 
-  mutable Mutex mu_;  // leaf
-  std::vector<ModelSource> sources_ ABSL_GUARDED_BY(mu_);
-  std::vector<Entry> entries_ ABSL_GUARDED_BY(mu_);  // as sources_
+  mutable Mutex mu_;                                 // leaf
+  const std::vector<ServedModel> configured_;        // without traits and fingerprint
+  std::vector<Entry> entries_ ABSL_GUARDED_BY(mu_);  // as configured_
 };
 
 }  // namespace cinnabar

@@ -20,9 +20,9 @@ double Uniform(uint32_t what, int64_t index) {
 // `deadlines` false: nothing is put off, all of it is ordered by class, tenant and age.
 void PlanOf(benchmark::State& state, bool deadlines) {
   const absl::Time now = absl::FromUnixSeconds(1000);
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (int64_t i = 0; i < state.range(0); ++i) {
-    WaitingRequest request;
+    PlanRequest request;
     request.id = i;
     request.tenant = static_cast<TenantIndex>(Uniform(0, i) * 64);
     request.priority = static_cast<PriorityClass>(static_cast<int>(Uniform(1, i) * 3));

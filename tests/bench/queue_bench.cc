@@ -121,7 +121,7 @@ void RunOnce(const Settings& settings, const std::string& fsync) {
         const auto started = queue.Start(boot, (*pack)->batch, absl::Seconds(10));
         CINNABAR_CHECK(started.ok()) << started.status();
         for (int32_t step = 1; step <= settings.steps; ++step) {
-          StepReport report;
+          PublishReport report;
           for (const StartedRow& row : started->rows) {
             report.progress.push_back({.lease = row.lease,
                                        .step = step,

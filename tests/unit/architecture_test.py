@@ -17,6 +17,7 @@ ALLOWED = {
     "common/wire": ["common/base", "common/request", "proto"],
     "common/redis": ["common/base"],
     "common/queue": ["common/base", "common/redis"],
+    "common/program": ["common/base", "common/config", "common/queue", "common/redis"],
     "common/config": ["common/base", "proto"],
     "common/http": ["common/base"],
     "common/keys": ["common/base", "common/redis", "proto"],
@@ -28,6 +29,7 @@ ALLOWED = {
     "worker": ["common", "proto", "kernels"],
     "scheduler": ["common", "proto"],
     "gateway": ["common", "proto"],
+    "gateway/api": ["common/base", "common/request", "common/tokenizer", "common/wire", "proto"],
     "cli": ["common", "proto", "kernels", "worker"],
     "tests": ["common", "proto", "kernels", "worker", "scheduler", "gateway", "cli"],
 }
@@ -38,6 +40,7 @@ OURS = re.compile(r"(common|kernels|worker|scheduler|gateway|cli|tests|proto)/")
 FORBIDDEN = [
     ("kernels/", re.compile(r"(google/protobuf|grpc|hiredis|prometheus|nlohmann)")),
     (".cu", re.compile(r"absl/")),
+    ("gateway/api/", re.compile(r"(boost|grpc|hiredis|prometheus|openssl|absl/(synchronization|time/clock))")),
 ]
 
 
@@ -92,6 +95,9 @@ def self_test():
     assert wrong("worker/engine/a.cc", "engine.h")
     assert wrong("kernels/cpu/a.cc", "grpcpp/grpcpp.h")
     assert wrong("kernels/cuda/a.cu", "absl/types/span.h")
+    assert wrong("gateway/api/a.cc", "common/redis/client.h")
+    assert wrong("gateway/api/a.cc", "boost/asio.hpp")
+    assert not wrong("gateway/api/a.cc", "cinnabar/v1/work.pb.h")
     assert not wrong("worker/engine/a.cc", "absl/types/span.h")
     assert not wrong("worker/engine/a.cc", "worker/model/denoiser.h")
     assert not wrong("common/wire/a.cc", "cinnabar/v1/sequence.pb.h")

@@ -195,7 +195,10 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
   report.events.push_back({.sequence = sequence.id,
                            .step = state.decoding.step,
                            .transfers_begin = begin,
-                           .transfers_end = static_cast<int32_t>(report.transfers.size())});
+                           .transfers_end = static_cast<int32_t>(report.transfers.size()),
+                           .forward = forward,
+                           .settled = sequence.outcome.settled,
+                           .block = sequence.block});
   ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
   ++counters_.steps;
   counters_.tokens_committed += static_cast<int64_t>(transfers.size());

@@ -195,7 +195,7 @@ class Driver {
     const bool owned = Owns(held);
     // What each worker computes differs: a delta of a zombie would show.
     const std::string delta = absl::StrCat("[", step, held.boot, held.lease.batch, "]");
-    StepReport report = {
+    PublishReport report = {
         .lease_for = absl::Hours(1),
         .progress = {
             {.lease = held.lease, .step = step, .usage = {.output_tokens = step}, .delta = delta}}};

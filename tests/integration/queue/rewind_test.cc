@@ -132,7 +132,7 @@ TEST_F(RewindTest, ALostAdmissionIsReplayedByItsGateway) {
 TEST_F(RewindTest, ALostEndIsRepeated) {
   ASSERT_TRUE(queue_->Enqueue(Request("r1"), {}).ok());
   const RowLease lease = Start("r1", "b1");
-  const StepReport report = {.lease_for = kLong,
+  const PublishReport report = {.lease_for = kLong,
                              .progress = {Step(lease, 1)},
                              .finished = {{.lease = lease, .last_step = 1}}};
   Keep();

@@ -55,11 +55,11 @@ std::vector<Slot> SlotsOf(absl::Span<const WorkerState> workers) {
   return slots;
 }
 
-std::vector<const WaitingRequest*> ByArrival(absl::Span<const WaitingRequest> waiting) {
-  std::vector<const WaitingRequest*> order;
-  for (const WaitingRequest& request : waiting) order.push_back(&request);
+std::vector<const PlanRequest*> ByArrival(absl::Span<const PlanRequest> waiting) {
+  std::vector<const PlanRequest*> order;
+  for (const PlanRequest& request : waiting) order.push_back(&request);
   std::sort(order.begin(), order.end(),
-            [](const WaitingRequest* a, const WaitingRequest* b) { return a->id < b->id; });
+            [](const PlanRequest* a, const PlanRequest* b) { return a->id < b->id; });
   return order;
 }
 
@@ -69,13 +69,13 @@ class PlannerPolicy : public Policy {
 
   std::string Name() const override { return "cinnabar"; }
 
-  Decision Decide(absl::Span<const WaitingRequest> waiting, absl::Span<const WorkerState> workers,
+  Decision Decide(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerState> workers,
                   double now_seconds) override {
     const absl::Time now = absl::UnixEpoch() + absl::Seconds(now_seconds);
     const Plan plan = PlanPacks(waiting, workers, cost_, shares_, options_, now);
     shares_ = plan.shares;
     Decision decision;
-    for (const Pack& pack : plan.packs) {
+    for (const PlannedPack& pack : plan.packs) {
       for (const PackMember& member : pack.members) {
         decision.starts.push_back({member.id, pack.worker, member.steps_budget});
       }
@@ -99,11 +99,11 @@ class FcfsPolicy : public Policy {
  public:
   std::string Name() const override { return "fcfs"; }
 
-  Decision Decide(absl::Span<const WaitingRequest> waiting, absl::Span<const WorkerState> workers,
+  Decision Decide(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerState> workers,
                   double) override {
     Decision decision;
     std::vector<Slot> slots = SlotsOf(workers);
-    for (const WaitingRequest* request : ByArrival(waiting)) {
+    for (const PlanRequest* request : ByArrival(waiting)) {
       Slot* best = nullptr;
       for (Slot& slot : slots) {
         if (!slot.HasRoom(request->sequence_tokens)) continue;
@@ -121,16 +121,16 @@ class BucketedFcfsPolicy : public Policy {
  public:
   std::string Name() const override { return "fcfs-bucketed"; }
 
-  Decision Decide(absl::Span<const WaitingRequest> waiting, absl::Span<const WorkerState> workers,
+  Decision Decide(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerState> workers,
                   double) override {
     Decision decision;
     std::vector<Slot> slots = SlotsOf(workers);
     bucket_of_.resize(workers.size(), -1);
-    std::map<int32_t, std::pair<std::vector<const WaitingRequest*>, size_t>> buckets;
-    for (const WaitingRequest* request : ByArrival(waiting)) {
+    std::map<int32_t, std::pair<std::vector<const PlanRequest*>, size_t>> buckets;
+    for (const PlanRequest* request : ByArrival(waiting)) {
       buckets[LengthBucket(request->sequence_tokens)].first.push_back(request);
     }
-    const auto head = [&buckets](int32_t bucket) -> const WaitingRequest* {
+    const auto head = [&buckets](int32_t bucket) -> const PlanRequest* {
       const auto found = buckets.find(bucket);
       if (found == buckets.end() || found->second.second >= found->second.first.size())
         return nullptr;
@@ -141,20 +141,20 @@ class BucketedFcfsPolicy : public Policy {
     }
     while (true) {
       // The oldest head of a bucket that no worker has.
-      const WaitingRequest* unserved = nullptr;
+      const PlanRequest* unserved = nullptr;
       for (const auto& [bucket, queue] : buckets) {
-        const WaitingRequest* first = head(bucket);
+        const PlanRequest* first = head(bucket);
         if (first == nullptr) continue;
         if (std::find(bucket_of_.begin(), bucket_of_.end(), bucket) != bucket_of_.end()) continue;
         if (unserved == nullptr || first->id < unserved->id) unserved = first;
       }
       // The oldest request that some worker may take now.
-      const WaitingRequest* next = nullptr;
+      const PlanRequest* next = nullptr;
       size_t taker = 0;
       for (size_t w = 0; w < slots.size(); ++w) {
         if (slots[w].rows == 0) {
           for (const auto& [bucket, queue] : buckets) {
-            const WaitingRequest* first = head(bucket);
+            const PlanRequest* first = head(bucket);
             if (first != nullptr && (next == nullptr || first->id < next->id)) {
               next = first;
               taker = w;
@@ -162,7 +162,7 @@ class BucketedFcfsPolicy : public Policy {
           }
           continue;
         }
-        const WaitingRequest* first = head(bucket_of_[w]);
+        const PlanRequest* first = head(bucket_of_[w]);
         if (first == nullptr || !slots[w].HasRoom(first->sequence_tokens)) continue;
         if (unserved != nullptr && unserved->id < first->id) continue;  // let it run empty
         if (next == nullptr || first->id < next->id) {
@@ -191,7 +191,7 @@ class OraclePolicy : public Policy {
 
   std::string Name() const override { return "oracle"; }
 
-  Decision Decide(absl::Span<const WaitingRequest> waiting, absl::Span<const WorkerState> workers,
+  Decision Decide(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerState> workers,
                   double now) override {
     Decision decision;
     std::vector<Slot> slots = SlotsOf(workers);
@@ -210,7 +210,7 @@ class OraclePolicy : public Policy {
         jobs.push_back(JobOf(request, left, now, true));
       }
     }
-    for (const WaitingRequest& waiting_request : waiting) {
+    for (const PlanRequest& waiting_request : waiting) {
       const SimRequest& request = workload_.requests[static_cast<size_t>(waiting_request.id)];
       const Job job = JobOf(request, request.true_steps, now, false);
       const double alone = request.true_steps * cluster_.StepSeconds(1.0, job.tokens);

@@ -84,7 +84,7 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
   std::vector<double> ended(n, 0.0);
   std::vector<int32_t> granted(n, 0);
   std::vector<double> computed(n, 0.0);  // positions of its own
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   std::vector<int32_t> place(n, -1);  // in `waiting`
   std::vector<Worker> workers(static_cast<size_t>(cluster.num_workers));
   std::vector<WorkerState> states(workers.size());
@@ -123,7 +123,7 @@ Outcome Simulate(const Workload& workload, const ClusterModel& cluster, Policy& 
     if (next_arrival >= n && !any_step && waiting.empty()) break;
     if (now > 1e299) {
       // Only waiting requests are left, and nobody would take them: they end at their deadlines.
-      for (const WaitingRequest& request : waiting)
+      for (const PlanRequest& request : waiting)
         now = std::min(now, absl::ToDoubleSeconds(request.deadline - absl::UnixEpoch()));
     }
 

@@ -33,7 +33,7 @@ class Policy {
   virtual ~Policy() = default;
   virtual std::string Name() const = 0;
   // `waiting` is in no particular order and holds no expired request.
-  virtual Decision Decide(absl::Span<const WaitingRequest> waiting,
+  virtual Decision Decide(absl::Span<const PlanRequest> waiting,
                           absl::Span<const WorkerState> workers, double now_seconds) = 0;
   virtual void OnStep(const StepSample&) {}
   virtual void OnFinished(const StepsSample&) {}

@@ -205,7 +205,7 @@ Workload MakeWorkload(const std::string& name, const std::vector<TraceRow>& rows
     const TraceRow& row = rows[i];
     const auto uniform = [&](Purpose purpose) { return HashUniform(options.seed, purpose, i); };
     SimRequest out;
-    WaitingRequest& request = out.request;
+    PlanRequest& request = out.request;
     request.id = static_cast<RequestId>(i);
     const double class_draw = uniform(kClass);
     request.priority = class_draw < options.class_share[0] ? PriorityClass::kInteractive
@@ -268,7 +268,7 @@ Workload MakeWorkload(const std::string& name, const std::vector<TraceRow>& rows
   workload.time_scale = trace_span / workload.span_seconds;
   RequestId id = 0;
   for (SimRequest& out : workload.requests) {
-    WaitingRequest& request = out.request;
+    PlanRequest& request = out.request;
     request.id = id++;
     out.arrival_seconds =
         (out.arrival_seconds - rows.front().arrival_seconds) / workload.time_scale;

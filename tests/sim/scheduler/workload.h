@@ -67,7 +67,7 @@ struct WorkloadOptions {
 };
 
 struct SimRequest {
-  WaitingRequest request;  // as the scheduler sees it; arrival and deadline from the Unix epoch
+  PlanRequest request;  // as the scheduler sees it; arrival and deadline from the Unix epoch
   double arrival_seconds = 0.0;
   double deadline_seconds = 0.0;
   int32_t true_steps = 0;  // what it will use of an undegraded budget

@@ -23,8 +23,8 @@ using testing::IsEmpty;
 const absl::Time kNow = absl::FromUnixSeconds(1000);
 
 // A request of 16 steps over 256 positions; alone on the default cost model a step takes 4.9 ms.
-WaitingRequest Request(RequestId id) {
-  WaitingRequest request;
+PlanRequest Request(RequestId id) {
+  PlanRequest request;
   request.id = id;
   request.sequence_tokens = 256;
   request.canvas_tokens = 32;
@@ -48,21 +48,21 @@ RunningRow Running(RequestId id, int32_t tokens, int32_t steps) {
       .id = id, .kind = {}, .sequence_tokens = tokens, .canvas_tokens = 32, .steps_budget = steps};
 }
 
-Plan PlanOf(const std::vector<WaitingRequest>& waiting, const std::vector<WorkerState>& workers,
+Plan PlanOf(const std::vector<PlanRequest>& waiting, const std::vector<WorkerState>& workers,
             const PlanOptions& options = {}, const ShareState& shares = {}) {
   return PlanPacks(waiting, workers, CostModel{}, shares, options, kNow);
 }
 
 std::vector<RequestId> Members(const Plan& plan) {
   std::vector<RequestId> ids;
-  for (const Pack& pack : plan.packs) {
+  for (const PlannedPack& pack : plan.packs) {
     for (const PackMember& member : pack.members) ids.push_back(member.id);
   }
   return ids;
 }
 
 // The order of service when one row is free at a time, fairness carried along, and nobody arrives.
-std::vector<RequestId> ServiceOrder(std::vector<WaitingRequest> waiting,
+std::vector<RequestId> ServiceOrder(std::vector<PlanRequest> waiting,
                                     const PlanOptions& options = {}) {
   std::vector<RequestId> order;
   ShareState shares;
@@ -73,7 +73,7 @@ std::vector<RequestId> ServiceOrder(std::vector<WaitingRequest> waiting,
     if (now.size() != 1) break;
     order.push_back(now[0]);
     waiting.erase(std::find_if(waiting.begin(), waiting.end(),
-                               [&](const WaitingRequest& r) { return r.id == now[0]; }));
+                               [&](const PlanRequest& r) { return r.id == now[0]; }));
   }
   return order;
 }
@@ -107,7 +107,7 @@ TEST(PlanTest, NothingToDoIsAnEmptyPlan) {
 }
 
 TEST(PlanTest, AnExpiredRequestTakesNoRow) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2), Request(3)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2), Request(3)};
   waiting[0].deadline = kNow - absl::Seconds(1);
   waiting[1].deadline = kNow;
   waiting[2].deadline = kNow + absl::Seconds(10);
@@ -117,7 +117,7 @@ TEST(PlanTest, AnExpiredRequestTakesNoRow) {
 }
 
 TEST(PlanTest, ADeadlineThatCannotBeMetIsRefusedAtOnce) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2)};
   waiting[0].steps_budget = 1000;  // five seconds even alone
   waiting[0].deadline = kNow + absl::Seconds(2);
   waiting[1].deadline = kNow + absl::Seconds(2);
@@ -129,7 +129,7 @@ TEST(PlanTest, ADeadlineThatCannotBeMetIsRefusedAtOnce) {
 }
 
 TEST(PlanTest, ALowerStepBudgetSavesADeadlineWhereItMayBeLowered) {
-  std::vector<WaitingRequest> waiting = {Request(1)};
+  std::vector<PlanRequest> waiting = {Request(1)};
   waiting[0].steps_budget = 1000;
   waiting[0].steps_min = 200;
   waiting[0].deadline = kNow + absl::Seconds(2);
@@ -143,12 +143,12 @@ TEST(PlanTest, ALowerStepBudgetSavesADeadlineWhereItMayBeLowered) {
 }
 
 TEST(PlanTest, StepsAreLoweredUnderPressureOnly) {
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 2; ++id) {
     waiting.push_back(Request(id));
     waiting.back().steps_min = 8;
   }
-  for (const Pack& pack : PlanOf(waiting, {Worker(1, 8)}).packs) {
+  for (const PlannedPack& pack : PlanOf(waiting, {Worker(1, 8)}).packs) {
     for (const PackMember& member : pack.members) EXPECT_EQ(member.steps_budget, 16);
   }
   for (RequestId id = 2; id < 3000; ++id) {
@@ -158,7 +158,7 @@ TEST(PlanTest, StepsAreLoweredUnderPressureOnly) {
   const Plan plan = PlanOf(waiting, {Worker(1, 8)});
   ASSERT_FALSE(plan.packs.empty());
   EXPECT_EQ(plan.pressure, 1.0);
-  for (const Pack& pack : plan.packs) {
+  for (const PlannedPack& pack : plan.packs) {
     for (const PackMember& member : pack.members) {
       EXPECT_EQ(member.steps_budget, member.id < 2 || member.id % 2 == 0 ? 8 : 16) << member.id;
     }
@@ -166,7 +166,7 @@ TEST(PlanTest, StepsAreLoweredUnderPressureOnly) {
 }
 
 TEST(PlanTest, ASequenceThatFitsNoWorkerIsRefused) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2)};
   waiting[0].sequence_tokens = 40000;
   waiting[1].sequence_tokens = 20000;  // beyond the target, within memory: runs alone
   const Plan plan = PlanOf(waiting, {Worker(1, 8)});
@@ -176,7 +176,7 @@ TEST(PlanTest, ASequenceThatFitsNoWorkerIsRefused) {
 }
 
 TEST(PlanTest, ModelsGoToTheirWorkers) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2), Request(3)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2), Request(3)};
   waiting[1].kind.model = 7;
   waiting[2].kind.model = 8;  // nobody serves it: it waits
   WorkerState other = Worker(2, 8);
@@ -200,7 +200,7 @@ TEST(PlanTest, ADrainingWorkerGetsNothing) {
 }
 
 TEST(OrderTest, EarliestDeadlineFirstInALane) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2), Request(3), Request(4)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2), Request(3), Request(4)};
   waiting[0].deadline = kNow + absl::Seconds(90);
   waiting[1].deadline = kNow + absl::Seconds(30);
   waiting[2].deadline = kNow + absl::Seconds(60);
@@ -212,7 +212,7 @@ TEST(OrderTest, TiesGoToTheOlderRequest) {
 }
 
 TEST(OrderTest, ClassesShareByWeight) {
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 90; ++id) {
     waiting.push_back(Request(id));
     waiting.back().priority = static_cast<PriorityClass>(id % 3);
@@ -229,7 +229,7 @@ TEST(OrderTest, ClassesShareByWeight) {
 }
 
 TEST(OrderTest, WaitingLiftsARequest) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2)};
   waiting[0].priority = PriorityClass::kBatch;
   waiting[1].priority = PriorityClass::kInteractive;
   EXPECT_THAT(ServiceOrder(waiting), ElementsAre(2, 1));
@@ -239,7 +239,7 @@ TEST(OrderTest, WaitingLiftsARequest) {
 }
 
 TEST(OrderTest, WhoStarvesGetsItsShareWhateverElseWaits) {
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 10; ++id) {
     waiting.push_back(Request(id));
     waiting.back().priority = PriorityClass::kBatch;
@@ -260,7 +260,7 @@ TEST(OrderTest, WhoStarvesGetsItsShareWhateverElseWaits) {
 }
 
 TEST(OrderTest, ADeadlineAboutToBeMissedGoesBeforeItsTurn) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2)};
   waiting[0].priority = PriorityClass::kInteractive;
   waiting[0].deadline = kNow + absl::Seconds(60);
   waiting[1].priority = PriorityClass::kBatch;
@@ -269,7 +269,7 @@ TEST(OrderTest, ADeadlineAboutToBeMissedGoesBeforeItsTurn) {
 }
 
 TEST(FairnessTest, ATenantWithAFloodTakesItsTurnOnly) {
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 100; ++id) waiting.push_back(Request(id));
   for (RequestId id = 100; id < 105; ++id) {
     waiting.push_back(Request(id));
@@ -282,7 +282,7 @@ TEST(FairnessTest, ATenantWithAFloodTakesItsTurnOnly) {
 }
 
 TEST(FairnessTest, WeightsAreShares) {
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 80; ++id) {
     waiting.push_back(Request(id));
     waiting.back().tenant = static_cast<TenantIndex>(id % 2);
@@ -297,7 +297,7 @@ TEST(FairnessTest, WeightsAreShares) {
 
 TEST(FairnessTest, CostIsSharedNotRequests) {
   // Tenant 0 asks for four times the steps: it gets a quarter of the requests.
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 80; ++id) {
     waiting.push_back(Request(id));
     waiting.back().tenant = static_cast<TenantIndex>(id % 2);
@@ -312,14 +312,14 @@ TEST(FairnessTest, CostIsSharedNotRequests) {
 
 TEST(FairnessTest, AnAbsenceIsNoCredit) {
   ShareState shares;
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   RequestId next_id = 0;
   const auto serve_one = [&] {
     const Plan plan = PlanOf(waiting, {Worker(1)}, {}, shares);
     shares = plan.shares;
     const RequestId id = Members(plan).at(0);
     const auto served = std::find_if(waiting.begin(), waiting.end(),
-                                     [&](const WaitingRequest& r) { return r.id == id; });
+                                     [&](const PlanRequest& r) { return r.id == id; });
     const TenantIndex tenant = served->tenant;
     waiting.erase(served);
     return tenant;
@@ -339,9 +339,9 @@ TEST(FairnessTest, AnAbsenceIsNoCredit) {
 TEST(FairnessTest, StateIsBoundedByWhoMatters) {
   ShareState shares;
   for (int round = 0; round < 1000; ++round) {
-    WaitingRequest request = Request(round);
+    PlanRequest request = Request(round);
     request.tenant = round;
-    WaitingRequest steady = Request(100000 + round);
+    PlanRequest steady = Request(100000 + round);
     steady.tenant = -1;
     const Plan plan = PlanOf({request, steady}, {Worker(1, 2)}, {}, shares);
     shares = plan.shares;
@@ -350,7 +350,7 @@ TEST(FairnessTest, StateIsBoundedByWhoMatters) {
 }
 
 TEST(PackTest, OnePackIsOneBucketForOneWorker) {
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 6; ++id) {
     waiting.push_back(Request(id));
     waiting.back().sequence_tokens = id % 2 == 0 ? 250 : 1000;
@@ -358,9 +358,9 @@ TEST(PackTest, OnePackIsOneBucketForOneWorker) {
   }
   const Plan plan = PlanOf(waiting, {Worker(1, 8), Worker(2, 8)});
   EXPECT_EQ(Members(plan).size(), 6U);
-  for (const Pack& pack : plan.packs) {
+  for (const PlannedPack& pack : plan.packs) {
     for (const PackMember& member : pack.members) {
-      const WaitingRequest& request = waiting[static_cast<size_t>(member.id)];
+      const PlanRequest& request = waiting[static_cast<size_t>(member.id)];
       EXPECT_EQ(pack.bucket.length, LengthBucket(request.sequence_tokens));
       EXPECT_EQ(pack.bucket.steps, StepsBucket(request.steps_budget));
     }
@@ -369,7 +369,7 @@ TEST(PackTest, OnePackIsOneBucketForOneWorker) {
 }
 
 TEST(PackTest, RemainingStepsCountNotTheBudget) {
-  std::vector<WaitingRequest> waiting = {Request(1)};
+  std::vector<PlanRequest> waiting = {Request(1)};
   waiting[0].steps_budget = 64;
   waiting[0].steps_done = 60;
   const Plan plan = PlanOf(waiting, {Worker(1)});
@@ -381,7 +381,7 @@ TEST(PackTest, RemainingStepsCountNotTheBudget) {
 TEST(PackTest, ABusyPaddingWorkerTakesItsOwnLengthsOnly) {
   WorkerState worker = Worker(1, 8);
   worker.rows = {Running(100, 1000, 50), Running(101, 980, 50)};
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2)};
   waiting[0].sequence_tokens = 100;
   waiting[0].arrival = kNow - absl::Milliseconds(100);
   waiting[1].sequence_tokens = 900;
@@ -394,7 +394,7 @@ TEST(PackTest, ABusyPaddingWorkerTakesItsOwnLengthsOnly) {
 TEST(PackTest, AWorkerRunsEmptyForALengthThatNobodyServes) {
   WorkerState worker = Worker(1, 8);
   worker.rows = {Running(100, 1000, 50), Running(101, 980, 50)};
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2)};
   waiting[0].sequence_tokens = 100;
   waiting[0].priority = PriorityClass::kInteractive;
   waiting[1].sequence_tokens = 900;
@@ -405,7 +405,7 @@ TEST(PackTest, AWorkerRunsEmptyForALengthThatNobodyServes) {
 }
 
 TEST(PackTest, AnIdleWorkerWaitsForNobody) {
-  std::vector<WaitingRequest> waiting = {Request(1)};
+  std::vector<PlanRequest> waiting = {Request(1)};
   waiting[0].arrival = kNow;
   EXPECT_THAT(Members(PlanOf(waiting, {Worker(1, 8)})), ElementsAre(1));
 }
@@ -413,7 +413,7 @@ TEST(PackTest, AnIdleWorkerWaitsForNobody) {
 TEST(PackTest, RefillingABusyWorkerWaitsForCompanyUnderLoad) {
   WorkerState worker = Worker(1, 8);
   for (RequestId id = 100; id < 107; ++id) worker.rows.push_back(Running(id, 256, 4000));
-  std::vector<WaitingRequest> waiting = {Request(1)};
+  std::vector<PlanRequest> waiting = {Request(1)};
   waiting[0].arrival = kNow - absl::Milliseconds(10);
   const Plan plan = PlanOf(waiting, {worker});
   EXPECT_GT(plan.pressure, 0.9);
@@ -429,7 +429,7 @@ TEST(PackTest, NobodyJoinsWhoWouldMakeARunningRowLate) {
   worker.rows = {Running(100, 4000, 100)};
   // 100 steps of 41 ms take 4.2 s; with company they would take twice that.
   worker.rows[0].deadline = kNow + absl::Seconds(6);
-  std::vector<WaitingRequest> waiting = {Request(1)};
+  std::vector<PlanRequest> waiting = {Request(1)};
   waiting[0].sequence_tokens = 4000;
   EXPECT_THAT(Members(PlanOf(waiting, {worker})), IsEmpty());
   worker.rows[0].deadline = kNow + absl::Seconds(60);
@@ -437,12 +437,12 @@ TEST(PackTest, NobodyJoinsWhoWouldMakeARunningRowLate) {
 }
 
 TEST(SuspectTest, RunsAlone) {
-  std::vector<WaitingRequest> waiting = {Request(1), Request(2), Request(3)};
+  std::vector<PlanRequest> waiting = {Request(1), Request(2), Request(3)};
   waiting[0].suspect = true;
   const Plan plan = PlanOf(waiting, {Worker(1, 8), Worker(2, 8)});
   ASSERT_GE(plan.packs.size(), 2U);
   std::map<int32_t, std::set<RequestId>> on_worker;
-  for (const Pack& pack : plan.packs) {
+  for (const PlannedPack& pack : plan.packs) {
     for (const PackMember& member : pack.members) on_worker[pack.worker].insert(member.id);
   }
   for (const auto& [worker, ids] : on_worker) {
@@ -455,7 +455,7 @@ TEST(SuspectTest, RunsAlone) {
 TEST(SuspectTest, NeitherJoinsABatchNorIsJoined) {
   WorkerState busy = Worker(1, 8);
   busy.rows = {Running(100, 256, 16)};
-  std::vector<WaitingRequest> waiting = {Request(1)};
+  std::vector<PlanRequest> waiting = {Request(1)};
   waiting[0].suspect = true;
   EXPECT_THAT(Members(PlanOf(waiting, {busy})), IsEmpty());
   // The worker is even emptied for it.
@@ -467,7 +467,7 @@ TEST(SuspectTest, NeitherJoinsABatchNorIsJoined) {
 TEST(ShedTest, TheDearestIsPutOffWhenNotAllCanBeDone) {
   // 16 steps take 0.08 s of the one row; a hundred of them fit into nine seconds, a long one
   // besides does not.
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   for (RequestId id = 0; id < 100; ++id) {
     waiting.push_back(Request(id));
     waiting.back().deadline = kNow + absl::Seconds(9.5);
@@ -496,7 +496,7 @@ struct Random {
 };
 
 struct Case {
-  std::vector<WaitingRequest> waiting;
+  std::vector<PlanRequest> waiting;
   std::vector<WorkerState> workers;
   CostModel cost;
   ShareState shares;
@@ -513,7 +513,7 @@ Case MakeCase(uint64_t seed) {
                     .threshold_percent = 90};
   };
   for (int64_t id = 0; id < num_waiting; ++id) {
-    WaitingRequest request;
+    PlanRequest request;
     request.id = id;
     request.tenant = static_cast<TenantIndex>(random.Int(0, 5));
     request.tenant_weight = 1.0 + request.tenant % 3;
@@ -562,7 +562,7 @@ Case MakeCase(uint64_t seed) {
 
 std::string Describe(const Plan& plan) {
   std::string text;
-  for (const Pack& pack : plan.packs) {
+  for (const PlannedPack& pack : plan.packs) {
     absl::StrAppend(&text, "pack ", pack.worker, " ", pack.bucket.model, ".", pack.bucket.length,
                     ".", pack.bucket.steps, " cost ", pack.cost_token_steps, ":");
     for (const PackMember& member : pack.members)
@@ -608,12 +608,12 @@ TEST(PropertyTest, EveryPlanKeepsTheRules) {
       ASSERT_TRUE(seen.insert(id).second);
       ASSERT_LE(c.waiting[static_cast<size_t>(id)].deadline, kNow);
     }
-    std::map<int32_t, std::vector<const WaitingRequest*>> joined;
-    for (const Pack& pack : plan.packs) {
+    std::map<int32_t, std::vector<const PlanRequest*>> joined;
+    for (const PlannedPack& pack : plan.packs) {
       ASSERT_FALSE(pack.members.empty());
       for (const PackMember& member : pack.members) {
         ASSERT_TRUE(seen.insert(member.id).second) << member.id;
-        const WaitingRequest& request = c.waiting[static_cast<size_t>(member.id)];
+        const PlanRequest& request = c.waiting[static_cast<size_t>(member.id)];
         ASSERT_GT(request.deadline, kNow);
         ASSERT_EQ(request.kind.model, pack.bucket.model);
         ASSERT_LE(member.steps_budget, request.steps_budget);
@@ -625,7 +625,7 @@ TEST(PropertyTest, EveryPlanKeepsTheRules) {
       }
     }
     for (const WorkerState& worker : c.workers) {
-      const std::vector<const WaitingRequest*>& news = joined[worker.id];
+      const std::vector<const PlanRequest*>& news = joined[worker.id];
       if (news.empty()) continue;
       ASSERT_TRUE(worker.accepting);
       const int64_t rows = static_cast<int64_t>(worker.rows.size() + news.size());
@@ -635,7 +635,7 @@ TEST(PropertyTest, EveryPlanKeepsTheRules) {
         sum += row.sequence_tokens;
         longest = std::max<int64_t>(longest, row.sequence_tokens);
       }
-      for (const WaitingRequest* request : news) {
+      for (const PlanRequest* request : news) {
         ASSERT_EQ(request->kind.model, worker.model);
         sum += request->sequence_tokens;
         longest = std::max<int64_t>(longest, request->sequence_tokens);
@@ -668,13 +668,13 @@ TEST(PropertyTest, IdleWorkersNeverStayIdle) {
     for (const Refusal& refusal : plan.refused) gone.insert(refusal.id);
     gone.insert(plan.expired.begin(), plan.expired.end());
     std::set<int32_t> used;
-    for (const Pack& pack : plan.packs) {
+    for (const PlannedPack& pack : plan.packs) {
       used.insert(pack.worker);
       for (const PackMember& member : pack.members) gone.insert(member.id);
     }
     for (const WorkerState& worker : c.workers) {
       if (!worker.accepting || used.count(worker.id) > 0) continue;
-      for (const WaitingRequest& request : c.waiting) {
+      for (const PlanRequest& request : c.waiting) {
         const bool could =
             gone.count(request.id) == 0 && request.deadline == absl::InfiniteFuture() &&
             request.kind.model == worker.model && request.sequence_tokens <= worker.tokens_max;

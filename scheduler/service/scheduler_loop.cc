@@ -1,0 +1,221 @@
+#include "scheduler/service/scheduler_loop.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/base/log.h"
+#include "common/base/status.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr int32_t kFeedEntries = 1024;
+
+}  // namespace
+
+SchedulerLoop::SchedulerLoop(SchedulerOptions options, SchedulerMetrics& metrics)
+    : options_(std::move(options)),
+      metrics_(metrics),
+      redis_(options_.redis),
+      queue_(redis_, options_.queue),
+      view_(options_.view) {}
+
+void SchedulerLoop::Run() {
+  LogLimiter limiter(absl::Seconds(5));
+  int32_t failures = 0;
+  while (!stopping_) {
+    const absl::Status status = Serve();
+    if (status.ok()) continue;  // it stops, or lost the lead
+    connected_ = false;
+    metrics_.RedisError();
+    if (const int64_t held = limiter.Admit(absl::Now()); held >= 0) {
+      Log(LogLevel::kWarn, "redis_failed", {{"error", status.ToString()}, {"repeated", held}});
+    }
+    // What was missed meanwhile is unknown: the lead is asked for again, and with it comes a scan.
+    leading_ = false;
+    metrics_.Leading(false);
+    renew_at_ = absl::InfinitePast();
+    redis_.environment().Sleep(RedisBackoff(options_.redis.retry, std::min(++failures + 1, 6),
+                                            redis_.environment().Uniform()));
+  }
+  if (leading_) (void)queue_.Resign(options_.name).ok();
+}
+
+absl::Status SchedulerLoop::Serve() {
+  while (!stopping_) {
+    const absl::Time now = absl::Now();
+    if (now >= renew_at_) CINNABAR_RETURN_IF_ERROR(Lead(now));
+    connected_ = true;
+    if (!leading_) {
+      absl::SleepFor(std::min(options_.renew_every, absl::Milliseconds(500)));
+      renew_at_ = absl::InfinitePast();
+      continue;
+    }
+    if (now >= look_at_) {
+      look_at_ = now + options_.look_every;
+      CINNABAR_ASSIGN_OR_RETURN(const std::vector<WorkerEntry> workers, queue_.Workers());
+      view_.SetWorkers(workers, now);
+      changed_ = true;
+      metrics_.Show(view_, now);
+    }
+    if (now >= reap_at_) {
+      reap_at_ = now + options_.reap_every;
+      CINNABAR_ASSIGN_OR_RETURN(const ReapResult reaped, queue_.Reap(epoch_, options_.reap));
+      if (reaped.stale_epoch) {
+        renew_at_ = absl::InfinitePast();
+        leading_ = false;
+        continue;
+      }
+      metrics_.Reaped(reaped);
+      if (reaped.requeued + reaped.not_started + reaped.dead + reaped.expired > 0) {
+        Log(LogLevel::kInfo, "reaped",
+            {{"lease_expired", reaped.requeued},
+             {"not_started", reaped.not_started},
+             {"dead_letters", reaped.dead},
+             {"expired", reaped.expired}});
+      }
+    }
+    if (changed_ || now >= plan_at_) CINNABAR_RETURN_IF_ERROR(Plan(now));
+    if (leading_) CINNABAR_RETURN_IF_ERROR(Follow(absl::Now()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SchedulerLoop::Lead(absl::Time now) {
+  CINNABAR_ASSIGN_OR_RETURN(const Leadership lead, queue_.Lead(options_.name, options_.lease_for));
+  renew_at_ = now + options_.renew_every;
+  const bool was = leading_;
+  leading_ = lead.leading;
+  metrics_.Leading(leading_);
+  if (!lead.leading) {
+    if (was) Log(LogLevel::kWarn, "lead_lost", {{"leader", lead.leader}});
+    return absl::OkStatus();
+  }
+  if (was && lead.epoch == epoch_) return absl::OkStatus();
+  epoch_ = lead.epoch;
+  num_batches_ = 0;
+  CINNABAR_ASSIGN_OR_RETURN(const std::vector<WaitingRequest> waiting,
+                            queue_.ScanWaiting(options_.scan_max, position_));
+  view_.Scan(waiting);
+  look_at_ = reap_at_ = absl::InfinitePast();
+  changed_ = true;
+  Log(LogLevel::kInfo, "leads", {{"epoch", epoch_}, {"waiting", waiting.size()}});
+  return absl::OkStatus();
+}
+
+absl::Status SchedulerLoop::Follow(absl::Time now) {
+  const absl::Time until = std::min({renew_at_, look_at_, reap_at_, plan_at_});
+  // A millisecond at least: 0 would block for ever.
+  const absl::Duration block = std::clamp(until - now, absl::Milliseconds(1), options_.block_max);
+  CINNABAR_ASSIGN_OR_RETURN(const Feed feed, queue_.ReadFeed(position_, kFeedEntries, block));
+  position_ = feed.position;
+  const absl::Time came = absl::Now();
+  for (const FeedEntry& entry : feed.entries) view_.Apply(entry, came);
+  changed_ = changed_ || !feed.entries.empty();
+  if (feed.gap) {
+    Log(LogLevel::kWarn, "feed_gap", {});
+    CINNABAR_ASSIGN_OR_RETURN(const std::vector<WaitingRequest> waiting,
+                              queue_.ScanWaiting(options_.scan_max, position_));
+    view_.Scan(waiting);
+    changed_ = true;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SchedulerLoop::Plan(absl::Time now) {
+  changed_ = false;
+  absl::Time next = absl::InfiniteFuture();
+  const std::vector<PlanRequest> waiting = view_.Waiting(now, next);
+  const std::vector<WorkerState> workers = view_.Workers(now);
+  const absl::Time begin = absl::Now();
+  ::cinnabar::Plan plan =
+      PlanPacks(waiting, workers, view_.cost(), view_.shares(), options_.plan, now);
+  metrics_.Planned(absl::Now() - begin, plan);
+  view_.shares() = plan.shares;
+  plan_at_ = std::min(next, plan.next);
+  for (const PlannedPack& pack : plan.packs) {
+    CINNABAR_RETURN_IF_ERROR(Dispatch(pack, now));
+    if (!leading_) return absl::OkStatus();
+  }
+  return Refuse(plan);
+}
+
+absl::Status SchedulerLoop::Refuse(const ::cinnabar::Plan& plan) {
+  for (const Refusal& refusal : plan.refused) {
+    const WaitingRequest request = view_.Request(refusal.id);
+    metrics_.Refused(refusal.reason);
+    // It ends as cancelled with this reason, which the gateway tells its client.
+    const absl::StatusOr<RequestState> ended = queue_.Cancel(
+        request.id, request.tenant,
+        refusal.reason == RefusalReason::kTooLong ? "too_long" : "deadline_infeasible");
+    if (!ended.ok() && !absl::IsNotFound(ended.status())) return ended.status();
+    view_.Forget(refusal.id);
+  }
+  // The reaper ends what has expired; here it is no longer planned.
+  for (const RequestId id : plan.expired) view_.Forget(id);
+  return absl::OkStatus();
+}
+
+absl::Status SchedulerLoop::Dispatch(const PlannedPack& pack, absl::Time now) {
+  PackOrder order;
+  order.batch = absl::StrCat(epoch_, "-", options_.name, "-", num_batches_++);
+  order.lane = view_.Lane(pack.worker);
+  order.ready_packs_max = options_.ready_packs_max;
+  order.start_within = options_.start_within;
+  v1::PackInfo info;
+  info.set_model(view_.ModelName(pack.bucket.model));
+  info.set_length_bucket(pack.bucket.length);
+  info.set_steps_bucket(pack.bucket.steps);
+  for (const PackMember& member : pack.members) {
+    const WaitingRequest& request = view_.Request(member.id);
+    order.requests.push_back(request.id);
+    v1::WorkHint hint;
+    if (hint.ParseFromString(request.hint) && member.steps_budget < hint.steps_budget()) {
+      (*info.mutable_steps_budget())[request.id] = member.steps_budget;
+    }
+  }
+  order.info = info.SerializeAsString();
+  CINNABAR_ASSIGN_OR_RETURN(const DispatchResult result, queue_.Dispatch(epoch_, order));
+  switch (result.outcome) {
+    case DispatchResult::Outcome::kStaleEpoch:
+      Log(LogLevel::kWarn, "epoch_stale", {{"epoch", epoch_}});
+      leading_ = false;
+      metrics_.Leading(false);
+      renew_at_ = absl::InfinitePast();
+      return absl::OkStatus();
+    case DispatchResult::Outcome::kReadyFull:
+      plan_at_ = std::min(plan_at_, now + absl::Milliseconds(20));  // they wait on
+      return absl::OkStatus();
+    case DispatchResult::Outcome::kOk:
+      break;
+  }
+  PlannedPack taken = pack;
+  taken.members.clear();
+  for (size_t i = 0; i < pack.members.size() && i < result.rows.size(); ++i) {
+    const PackMember& member = pack.members[i];
+    metrics_.Verdict(result.rows[i].verdict);
+    switch (result.rows[i].verdict) {
+      case DispatchVerdict::kOk:
+        taken.members.push_back(member);
+        break;
+      case DispatchVerdict::kGone:
+      case DispatchVerdict::kNotQueued:
+      case DispatchVerdict::kExpired:
+        view_.Forget(member.id);
+        break;
+      case DispatchVerdict::kBackoff:
+      case DispatchVerdict::kSuspect:
+        // Our picture of it is old: the next scan or feed entry mends it; not at once again.
+        view_.Postpone(member.id, now + absl::Seconds(1));
+        break;
+    }
+  }
+  if (taken.members.empty()) return absl::OkStatus();
+  metrics_.Dispatched(static_cast<int32_t>(taken.members.size()), pack.cost_token_steps);
+  view_.Dispatched(order.batch, taken, now);
+  return absl::OkStatus();
+}
+
+}  // namespace cinnabar

@@ -1,0 +1,203 @@
+// cinnabar-worker: one device, one model, one place in the cluster.
+#include <openssl/rand.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "common/base/check.h"
+#include "common/base/log.h"
+#include "common/base/status.h"
+#include "common/base/version.h"
+#include "common/config/flags.h"
+#include "common/metrics/metrics_server.h"
+#include "common/program/program.h"
+#include "kernels/backend.h"
+#include "worker/model/fingerprint.h"
+#include "worker/model/inspect.h"
+#include "worker/service/null_denoiser.h"
+#include "worker/service/worker_loop.h"
+
+namespace cinnabar {
+namespace {
+
+struct Flags {
+  ProgramFlags program;
+  std::string model;
+  std::string model_name;
+  std::string device = "cpu";
+  std::string dtype = "auto";
+  std::string isa = "auto";
+  int32_t threads = 0;
+  int32_t rows_max = 16;
+  int32_t tokens_max = 4096;
+  int32_t positions_max = 2048;
+  int32_t kv_mib = 2048;
+  int32_t snapshot_every = 8;
+  float lease_seconds = 10;
+  float drain_seconds = 10;
+  float hang_seconds = 30;
+  float dollars_per_hour = 0;
+  int32_t null_step_us = 1000;
+
+  void Register(FlagSet& flags) {
+    program.Register(flags);
+    flags.Section("Model");
+    flags.Add("model", &model, "DIR", "a Hugging Face folder: config.json, *.safetensors");
+    flags.Add("model-name", &model_name, "NAME", "what requests call it [the folder's name]");
+    flags.Add("device", &device, "cpu|null",
+              "null computes nothing and makes tokens up: for load tests only");
+    flags.Add("null-step-us", &null_step_us, "US", "with --device null: time of a step");
+    flags.Add("dtype", &dtype, "TYPE", "of the weights in memory: auto, float32, bfloat16");
+    flags.Add("isa", &isa, "ISA", "auto, avx512, avx2 or generic: the same bits");
+    flags.Add("threads", &threads, "N", "0 takes every core");
+    flags.Section("Room");
+    flags.Add("rows-max", &rows_max, "N", "sequences at once");
+    flags.Add("tokens-max", &tokens_max, "N", "positions of a step, over all sequences");
+    flags.Add("positions-max", &positions_max, "N", "longest sequence");
+    flags.Add("kv-mib", &kv_mib, "MIB", "memory for keys and values");
+    flags.Section("Reliability");
+    flags.Add("snapshot-every", &snapshot_every, "STEPS", "how often the canvas is stored");
+    flags.Add("lease-seconds", &lease_seconds, "S",
+              "after a worker dies its requests go on elsewhere within this and a second");
+    flags.Add("drain-seconds", &drain_seconds, "S",
+              "on SIGTERM, requests that end within this are finished, others handed back");
+    flags.Add("hang-seconds", &hang_seconds, "S",
+              "a step that takes longer is a hung device: its leases run out");
+    flags.Section("Cost");
+    flags.Add("dollars-per-hour", &dollars_per_hour, "D", "price of this device, for the metrics");
+    flags.Examples(
+        "examples:\n"
+        "  cinnabar-worker --redis 127.0.0.1:6379 --model models/cinnabar-tiny\n"
+        "  cinnabar-worker --redis 127.0.0.1:6379 --model DIR --model-name coder --threads 8 "
+        "--rows-max 32\n");
+  }
+};
+
+std::string NewBoot(const std::string& name) {
+  unsigned char bits[8];
+  CINNABAR_CHECK(RAND_bytes(bits, sizeof(bits)) == 1) << "no random bits";
+  const std::string tail =
+      absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(bits), sizeof(bits)));
+  return absl::StrCat(name.substr(0, 40), "-", tail);
+}
+
+absl::StatusOr<std::optional<DType>> ParseWeightType(const std::string& name) {
+  if (name == "auto") return std::optional<DType>();
+  if (name == "float32" || name == "f32") return std::optional<DType>(DType::kF32);
+  if (name == "bfloat16" || name == "bf16") return std::optional<DType>(DType::kBf16);
+  return absl::InvalidArgumentError(
+      absl::StrCat("--dtype ", name, ": take auto, float32 or bfloat16"));
+}
+
+absl::Status Serve(Flags flags) {
+  if (flags.model.empty()) {
+    return absl::InvalidArgumentError(
+        "--model is missing: name a folder with config.json and *.safetensors");
+  }
+  if (flags.device != "cpu" && flags.device != "null") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device ", flags.device, ": take cpu or null"));
+  }
+  while (flags.model.size() > 1 && flags.model.back() == '/') flags.model.pop_back();
+  if (flags.model_name.empty()) flags.model_name = flags.model.substr(flags.model.rfind('/') + 1);
+  if (flags.program.name.empty()) flags.program.name = absl::StrCat(HostName(), "-", flags.device);
+  CINNABAR_RETURN_IF_ERROR(flags.program.Start("worker"));
+  WorkerOptions options;
+  CINNABAR_ASSIGN_OR_RETURN(options.redis, flags.program.Redis("worker"));
+  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeightType(flags.dtype));
+  CINNABAR_ASSIGN_OR_RETURN(const ModelReport report, InspectModel(flags.model));
+  if (!report.problems.empty() || !report.spec.has_value()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        flags.model, ": ", report.problems.empty() ? "not supported" : report.problems[0]));
+  }
+  CINNABAR_ASSIGN_OR_RETURN(
+      const std::unique_ptr<Backend> backend,
+      MakeBackend(BackendKind::kCpu, {.num_threads = flags.threads, .isa = flags.isa}));
+  options.engine.limits = {
+      .rows_max = flags.tokens_max,
+      .sequences_max = flags.rows_max,
+      .positions_max = std::min(flags.positions_max, report.spec->traits.positions_max)};
+  options.engine.limits.rows_max =
+      std::max(options.engine.limits.rows_max, options.engine.limits.positions_max);
+  options.engine.kv_bytes_max = int64_t{flags.kv_mib} << 20;
+
+  const absl::Time begin = absl::Now();
+  std::unique_ptr<Denoiser> denoiser;
+  if (flags.device == "null") {
+    Log(LogLevel::kWarn, "null_device",
+        {{"note", "this worker computes nothing: its tokens are made up"}});
+    denoiser =
+        MakeNullDenoiser(report.spec->traits, absl::Microseconds(flags.null_step_us), *backend);
+  } else {
+    CINNABAR_ASSIGN_OR_RETURN(
+        denoiser,
+        LoadDenoiser(flags.model, *backend, {.weight_dtype = dtype}, options.engine.limits),
+        flags.model);
+  }
+  CINNABAR_ASSIGN_OR_RETURN(
+      options.fingerprint,
+      ModelFingerprint(flags.model, absl::StrCat(flags.device, "/", flags.dtype)));
+  options.queue = flags.program.Queue();
+  options.name = flags.program.name;
+  options.boot = NewBoot(options.name);
+  options.model = flags.model_name;
+  options.device = flags.device == "null" ? "null" : backend->Describe();
+  options.dtype = flags.dtype;
+  options.snapshot_every = flags.snapshot_every;
+  options.lease_for = absl::Seconds(flags.lease_seconds);
+  options.drain_for = absl::Seconds(flags.drain_seconds);
+  options.hang_after = absl::Seconds(flags.hang_seconds);
+  options.dollars_per_hour = flags.dollars_per_hour;
+
+  Metrics metrics;
+  WorkerMetrics worker_metrics(metrics, options.model, options.dollars_per_hour);
+  std::unique_ptr<WorkerLoop> loop;
+  std::atomic<WorkerLoop*> running = nullptr;
+  CINNABAR_ASSIGN_OR_RETURN(
+      const std::unique_ptr<HttpServer> server,
+      StartMetricsServer(flags.program.metrics_listen, metrics, [&running]() -> std::string {
+        WorkerLoop* const worker = running;
+        return worker == nullptr ? "starting" : worker->Missing();
+      }));
+  options.metrics_address = flags.program.MetricsAddress(server->port());
+  Log(LogLevel::kInfo, "worker_starts",
+      {{"version", kVersion},
+       {"name", options.name},
+       {"boot", options.boot},
+       {"model", options.model},
+       {"device", options.device},
+       {"load_ms", absl::Now() - begin},
+       {"weights_mib", denoiser->memory().weights_bytes >> 20},
+       {"workspace_mib", denoiser->memory().workspace_bytes >> 20},
+       {"rows_max", options.engine.limits.sequences_max},
+       {"tokens_max", options.engine.limits.rows_max},
+       {"metrics", options.metrics_address}});
+  loop = std::make_unique<WorkerLoop>(options, *denoiser, worker_metrics);
+  running = loop.get();
+  const SignalThread signals([&loop] { loop->Drain(); });
+  NotifyReady();
+  const absl::Status status = loop->Run();
+  running = nullptr;
+  Log(LogLevel::kInfo, "worker_stops", {{"status", status.ToString()}});
+  return status;
+}
+
+}  // namespace
+}  // namespace cinnabar
+
+int main(int argc, char** argv) {
+  cinnabar::Flags flags;
+  cinnabar::FlagSet set("cinnabar-worker --redis HOST:PORT --model DIR [flags]",
+                        "Denoises the requests that the scheduler sends it. It takes them from "
+                        "Redis, publishes every step\nand can be killed at any time: others go on "
+                        "where it was.");
+  flags.Register(set);
+  return cinnabar::RunProgram(set, argc, argv, [&] { return cinnabar::Serve(flags); });
+}

@@ -1,0 +1,180 @@
+#include "worker/service/row.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/base/status.h"
+#include "common/wire/decoding_params_wire.h"
+#include "worker/decoding/sampler.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr uint32_t kFormat = 1;
+
+bool IsEnd(TokenId token, const ModelTraits& model) {
+  return token == model.eot_token || std::find(model.eos_tokens.begin(), model.eos_tokens.end(),
+                                               token) != model.eos_tokens.end();
+}
+
+// Positions [0, this) never change again.
+int32_t FinalEnd(const SequenceState& state) {
+  int32_t position = 0;
+  while (position < state.canvas.length() && !state.canvas.undecided(position)) ++position;
+  return position;
+}
+
+// The first end of text that the canvas was given, or answer_end: all before it is final.
+int32_t FindEnd(const SequenceState& state, const RowFacts& facts, const ModelTraits& model) {
+  for (int32_t i = facts.answer_begin; i < facts.answer_end; ++i) {
+    if (state.canvas.undecided(i)) return facts.answer_end;
+    if (state.canvas.states[i] != PositionState::kGiven && IsEnd(state.canvas.tokens[i], model)) {
+      return i;
+    }
+  }
+  return facts.answer_end;
+}
+
+absl::Status CheckSpan(const v1::Span& span, int32_t from, int32_t length, absl::string_view name) {
+  if (span.begin() < from || span.end() <= span.begin() || span.end() > length) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": [", span.begin(), ", ", span.end(), ") of a sequence of ", length));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<RowPlan> BuildRow(const StartedRow& started, int32_t steps_budget,
+                                 const ModelTraits& model, absl::string_view fingerprint) {
+  v1::WorkItem item;
+  if (!item.ParseFromString(started.payload)) {
+    return absl::InvalidArgumentError("the payload is no work item");
+  }
+  if (item.format() == 0 || item.format() > kFormat) {
+    return absl::InvalidArgumentError(absl::StrCat("work item of format ", item.format()));
+  }
+  if (!item.model_fingerprint().empty() && item.model_fingerprint() != fingerprint) {
+    return absl::FailedPreconditionError("the work item is for other weights");
+  }
+  const int32_t length = item.ids_size();
+  std::vector<bool> given(length, true);
+  int32_t from = 0;
+  for (const v1::Span& span : item.undecided()) {
+    CINNABAR_RETURN_IF_ERROR(CheckSpan(span, from, length, "undecided"));
+    std::fill(given.begin() + span.begin(), given.begin() + span.end(), false);
+    from = span.end();
+  }
+  CINNABAR_RETURN_IF_ERROR(CheckSpan(item.answer(), 0, length, "answer"));
+  CINNABAR_ASSIGN_OR_RETURN(DecodingParams params, FromWire(item.params()));
+
+  std::vector<v1::StepDelta> deltas(started.deltas.size());
+  for (size_t i = 0; i < deltas.size(); ++i) {
+    if (!deltas[i].ParseFromString(started.deltas[i])) {
+      return absl::DataLossError("a delta does not parse");
+    }
+  }
+  if (started.step > 0) {
+    // The row has steps: what it was granted first holds. With a snapshot, its params tell.
+    steps_budget = deltas.empty() ? 0 : deltas.front().steps_budget();
+  }
+  RowPlan plan;
+  plan.facts = {.length = length,
+                .answer_begin = item.answer().begin(),
+                .answer_end = item.answer().end(),
+                .stop_at_end_of_text = item.stop_at_end_of_text()};
+  if (steps_budget > 0 && steps_budget < params.num_steps) {
+    params.num_steps = steps_budget;
+    plan.facts.steps_budget = steps_budget;
+  }
+  if (started.snapshot_step > 0) {
+    v1::SequenceState snapshot;
+    if (!snapshot.ParseFromString(started.snapshot)) {
+      return absl::DataLossError("the snapshot does not parse");
+    }
+    CINNABAR_ASSIGN_OR_RETURN(plan.state, FromWire(snapshot, model, fingerprint), "snapshot");
+    if (plan.state.decoding.step != started.snapshot_step || plan.state.canvas.length() < length) {
+      return absl::DataLossError("the snapshot is of another step or sequence");
+    }
+    if (plan.state.params.num_steps < item.params().num_steps()) {
+      plan.facts.steps_budget = plan.state.params.num_steps;
+    }
+  } else {
+    const std::vector<TokenId> ids(item.ids().begin(), item.ids().end());
+    CINNABAR_ASSIGN_OR_RETURN(plan.state, MakeSequence(ids, given, params, model));
+  }
+  for (const v1::StepDelta& delta : deltas) {
+    CINNABAR_RETURN_IF_ERROR(ApplyDelta(delta, model, plan.state));
+  }
+  if (plan.state.decoding.step != started.step) {
+    return absl::DataLossError(
+        absl::StrCat("rebuilt to step ", plan.state.decoding.step, " of ", started.step));
+  }
+  return plan;
+}
+
+v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> transfers,
+                        const SequenceState& after, const RowFacts& facts,
+                        absl::Duration step_time) {
+  v1::StepDelta delta;
+  std::string confidences;
+  for (const Transfer& transfer : transfers) {
+    delta.add_positions(transfer.position);
+    delta.add_tokens(transfer.token);
+    const float p = std::clamp(transfer.confidence, 0.0F, 1.0F);
+    confidences.push_back(static_cast<char>(std::lround(255.0F * (std::isfinite(p) ? p : 0.0F))));
+  }
+  delta.set_confidences(std::move(confidences));
+  delta.set_forward(event.forward);
+  delta.set_settled(event.settled);
+  delta.set_final_end(FinalEnd(after));
+  delta.set_step_us(absl::ToInt64Microseconds(step_time));
+  delta.set_steps_budget(facts.steps_budget);
+  delta.set_block_begin(event.block.begin);
+  delta.set_block_end(event.block.end);
+  return delta;
+}
+
+absl::Status ApplyDelta(const v1::StepDelta& delta, const ModelTraits& model,
+                        SequenceState& state) {
+  const Canvas& canvas = state.canvas;
+  if (delta.positions_size() != delta.tokens_size() || state.decoding.finished) {
+    return absl::DataLossError("a delta does not fit");
+  }
+  StepOutcome outcome;
+  outcome.settled = delta.settled();
+  int32_t last = -1;
+  for (int i = 0; i < delta.positions_size(); ++i) {
+    const int32_t position = delta.positions(i);
+    const TokenId token = delta.tokens(i);
+    if (position <= last || position >= canvas.length() || !canvas.undecided(position) ||
+        token < 0 || token >= model.vocab_size || token == model.mask_token) {
+      return absl::DataLossError("a delta does not fit");
+    }
+    last = position;
+    outcome.transfers.push_back({.position = position, .token = token});
+  }
+  ApplyOutcome(outcome, delta.forward(), state.params, model, state.canvas, state.decoding);
+  return absl::OkStatus();
+}
+
+bool AnswerIsComplete(const SequenceState& state, const RowFacts& facts, const ModelTraits& model) {
+  return facts.stop_at_end_of_text && FindEnd(state, facts, model) < facts.answer_end;
+}
+
+v1::WorkResult MakeResult(const SequenceState& state, const RowFacts& facts,
+                          const ModelTraits& model, const Usage& usage) {
+  v1::WorkResult result;
+  for (int32_t i = facts.answer_begin; i < facts.answer_end; ++i) {
+    result.add_tokens(state.canvas.undecided(i) ? -1 : state.canvas.tokens[i]);
+  }
+  result.set_steps(state.decoding.step);
+  result.set_nfe(state.decoding.nfe);
+  result.set_end_of_text(FindEnd(state, facts, model) < facts.answer_end);
+  result.set_device_us(usage.device_us);
+  return result;
+}
+
+}  // namespace cinnabar

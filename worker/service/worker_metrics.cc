@@ -1,0 +1,112 @@
+#include "worker/service/worker_metrics.h"
+
+#include <utility>
+
+namespace cinnabar {
+namespace {
+
+// Counters that others keep: the metric follows.
+void Follow(prometheus::Counter& counter, int64_t total) {
+  counter.Increment(static_cast<double>(total) - counter.Value());
+}
+
+}  // namespace
+
+WorkerMetrics::WorkerMetrics(Metrics& metrics, std::string model, double dollars_per_hour)
+    : model_(std::move(model)),
+      dollars_per_second_(dollars_per_hour / 3600),
+      batch_rows_(metrics.AddHistogram("cinnabar_batch_rows", "Sequences in a denoising step",
+                                       PowerBuckets(9), {"model"})),
+      batch_fill_(metrics.AddHistogram("cinnabar_batch_fill_ratio",
+                                       "Sequences in a step, of those that fit",
+                                       {0.1, 0.25, 0.5, 0.75, 0.9, 1.0}, {"model"})),
+      step_seconds_(metrics.AddHistogram("cinnabar_step_duration_seconds",
+                                         "Time of a denoising step of the whole batch",
+                                         LatencyBuckets(), {"model"})),
+      steps_per_request_(metrics.AddHistogram("cinnabar_denoise_steps_per_request",
+                                              "Denoising steps that a request took",
+                                              PowerBuckets(12), {"model"})),
+      tokens_per_forward_(metrics.AddHistogram(
+          "cinnabar_tokens_per_forward_ratio",
+          "Tokens committed for each forward pass of a request", PowerBuckets(8), {"model"})),
+      positions_(metrics.AddCounter("cinnabar_token_steps_total",
+                                    "Positions computed, over all steps", {"model", "kind"})),
+      tokens_(
+          metrics.AddCounter("cinnabar_tokens_total", "Tokens committed", {"model", "direction"})),
+      forwards_(metrics.AddCounter("cinnabar_nfe_total", "Forward passes of the batch", {"model"})),
+      busy_seconds_(metrics.AddCounter("cinnabar_device_busy_seconds_total",
+                                       "Time that the device computed", {"model"})),
+      dollars_(metrics.AddCounter("cinnabar_cost_dollars_total",
+                                  "Device time at the configured price", {"model"})),
+      started_(metrics.AddCounter("cinnabar_attempts_total", "Requests that this worker took up",
+                                  {"model", "kind"})),
+      ended_(metrics.AddCounter("cinnabar_worker_rows_total", "Requests that left this worker",
+                                {"model", "outcome"})),
+      device_errors_(metrics.AddCounter("cinnabar_device_errors_total",
+                                        "Steps that the device failed", {"model"})),
+      published_steps_(metrics.AddCounter("cinnabar_published_steps_total", "Steps sent to Redis")),
+      publish_calls_(metrics.AddCounter("cinnabar_publish_calls_total", "Calls that sent them")),
+      publish_failures_(
+          metrics.AddCounter("cinnabar_publish_failures_total", "Calls that found no Redis")),
+      fenced_(metrics.AddCounter("cinnabar_fenced_writes_total",
+                                 "Rows that were another worker's when their steps came")),
+      rewinds_(metrics.AddCounter("cinnabar_redis_rewinds_total",
+                                  "Rows whose steps were sent again: Redis had lost them")),
+      lost_(metrics.AddCounter("cinnabar_lost_rows_total", "Rows that Redis no longer knew")),
+      snapshots_(metrics.AddCounter("cinnabar_snapshots_total", "Canvas snapshots sent")),
+      unpublished_(metrics.AddGauge("cinnabar_unpublished_steps", "Steps waiting to be sent")),
+      ready_(metrics.AddGauge("cinnabar_worker_ready", "1 while it takes work", {"model"})),
+      draining_(metrics.AddGauge("cinnabar_worker_draining", "1 while it drains", {"model"})),
+      step_age_(metrics.AddGauge("cinnabar_worker_last_step_age_seconds",
+                                 "How long the step under way has taken", {"model"})),
+      rows_(metrics.AddGauge("cinnabar_worker_running_rows", "Sequences it holds", {"model"})),
+      memory_(metrics.AddGauge("cinnabar_worker_memory_bytes", "Memory by use", {"model", "use"})) {
+}
+
+void WorkerMetrics::StepDone(int32_t rows, int64_t positions, int64_t committed, int32_t rows_max,
+                             absl::Duration took) {
+  const double seconds = absl::ToDoubleSeconds(took);
+  batch_rows_.With({model_}).Observe(rows);
+  batch_fill_.With({model_}).Observe(static_cast<double>(rows) / rows_max);
+  step_seconds_.With({model_}).Observe(seconds);
+  positions_.With({model_, "useful"}).Increment(static_cast<double>(positions));
+  tokens_.With({model_, "output"}).Increment(static_cast<double>(committed));
+  forwards_.With({model_}).Increment();
+  busy_seconds_.With({model_}).Increment(seconds);
+  dollars_.With({model_}).Increment(seconds * dollars_per_second_);
+}
+
+void WorkerMetrics::RowStarted(bool resumed) {
+  started_.With({model_, resumed ? "resumed" : "new"}).Increment();
+}
+
+void WorkerMetrics::RowEnded(absl::string_view outcome, int64_t steps, double tokens_per_forward) {
+  ended_.With({model_, outcome}).Increment();
+  if (outcome != "done") return;
+  steps_per_request_.With({model_}).Observe(static_cast<double>(steps));
+  tokens_per_forward_.With({model_}).Observe(tokens_per_forward);
+}
+
+void WorkerMetrics::DeviceError() { device_errors_.With({model_}).Increment(); }
+
+void WorkerMetrics::Set(const PublisherCounters& publisher) {
+  Follow(published_steps_.With({}), publisher.steps);
+  Follow(publish_calls_.With({}), publisher.calls);
+  Follow(publish_failures_.With({}), publisher.failures);
+  Follow(fenced_.With({}), publisher.fenced);
+  Follow(rewinds_.With({}), publisher.rewinds);
+  Follow(lost_.With({}), publisher.lost);
+  Follow(snapshots_.With({}), publisher.snapshots);
+  unpublished_.With({}).Set(static_cast<double>(publisher.pending));
+}
+
+void WorkerMetrics::SetState(bool ready, bool draining, absl::Duration step_age, int64_t rows,
+                             int64_t weights_bytes) {
+  ready_.With({model_}).Set(ready ? 1 : 0);
+  draining_.With({model_}).Set(draining ? 1 : 0);
+  step_age_.With({model_}).Set(absl::ToDoubleSeconds(step_age));
+  rows_.With({model_}).Set(static_cast<double>(rows));
+  memory_.With({model_, "weights"}).Set(static_cast<double>(weights_bytes));
+}
+
+}  // namespace cinnabar
