@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "absl/time/time.h"
+#include "cli/terminal.h"
 #include "common/tokenizer/tokenizer.h"
 #include "worker/decoding/canvas.h"
 #include "worker/decoding/sampler.h"
@@ -31,7 +33,6 @@ class CanvasView {
  public:
   // `out` is borrowed. `visible_end`: positions from there on (a block's padding) are not shown.
   CanvasView(std::FILE* out, Tokenizer tokenizer, int32_t visible_end);
-  ~CanvasView();  // shows the cursor again
 
   void Draw(const Canvas& canvas, const DecodingState& state,
             const std::vector<int32_t>& new_positions, int32_t tokens_committed,
@@ -39,9 +40,9 @@ class CanvasView {
 
  private:
   std::FILE* out_;
+  LiveFrame frame_;
   Tokenizer tokenizer_;
   int32_t visible_end_;
-  int32_t lines_drawn_ = 0;
 };
 
 }  // namespace cinnabar

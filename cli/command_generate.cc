@@ -13,6 +13,7 @@
 #include "cli/commands.h"
 #include "common/config/flags.h"
 #include "cli/model_session.h"
+#include "cli/remote_generate.h"
 #include "common/base/status.h"
 #include "common/tokenizer/chat_template.h"
 #include "worker/engine/engine.h"
@@ -34,12 +35,21 @@ struct GenerateFlags {
   bool json = false;
   bool watch = false;
   bool trace = false;
+  RemoteGeneration remote;
+  std::vector<std::string> stop;
+  float deadline_seconds = 0.0F;
 
   void Register(FlagSet& flags);
 };
 
 void GenerateFlags::Register(FlagSet& flags) {
   model.Register(flags);
+  flags.Section("Or a running gateway");
+  flags.Add("url", &remote.url, "URL",
+            "ask this gateway, http://127.0.0.1:8080; --model is then a name that it serves "
+            "[its first]");
+  flags.Add("api-key-file", &remote.api_key_file, "FILE", "the API key, in a file");
+  flags.Add("ca-file", &remote.ca_file, "FILE", "certificates to trust, for https");
   flags.Section("What to fill (one of --prompt, --chat, --input)");
   flags.Add("prompt", &prompt, "TEXT", "text before the canvas");
   flags.Add("suffix", &suffix, "TEXT", "text after the canvas: the model fills the gap");
@@ -68,6 +78,8 @@ void GenerateFlags::Register(FlagSet& flags) {
   flags.Add("eos-penalty", &params.eos_penalty, "NATS", "taken off the logit of the end of text");
   flags.Add("forbid", &forbid, "IDS", "token ids, comma-separated, that must not appear");
   flags.Add("seed", &params.seed, "N", "same seed, same bytes");
+  flags.Add("stop", &stop, "TEXT", "with --url: the answer ends before this text; up to four");
+  flags.Add("deadline", &deadline_seconds, "SECONDS", "with --url: no answer after that");
   flags.Section("Output");
   flags.Add("json", &json,
             "one JSON object: tokens, text, steps, nfe, tokens_per_forward, seconds");
@@ -79,7 +91,8 @@ void GenerateFlags::Register(FlagSet& flags) {
       "  cinnabar generate --model DIR --prompt 'def f(x):\\n    return ' --suffix '\\n' "
       "--gen-length 8\n"
       "  cinnabar generate --model DIR --chat 'Sort a list in C++' --sampler threshold --threshold "
-      "0.9\n");
+      "0.9\n"
+      "  cinnabar generate --url http://127.0.0.1:8080 --prompt 'def add(a, b):' --watch\n");
 }
 
 // The sequence to fill, and where the answer is in it.
@@ -145,7 +158,8 @@ absl::StatusOr<Job> MakeJob(const GenerateFlags& flags, const FlagSet& set,
     CINNABAR_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, EncodeChat(flags.chat, *tokenizer));
     AppendGiven(job, ids);
   } else {
-    // The prompt opens the sequence: what the tokenizer puts in front of a text (a begin token) belongs there.
+    // The prompt opens the sequence: what the tokenizer puts in front of a text (a begin token)
+    // belongs there.
     AppendGiven(job, tokenizer->Encode(flags.prompt, {.add_special_tokens = true}));
   }
   job.answer_begin = static_cast<int32_t>(job.ids.size());
@@ -168,9 +182,80 @@ std::string AnswerText(const Job& job, const SequenceState& state, const ModelTr
   return tokenizer.DecodeText(tokens, {.skip_special = true});
 }
 
+// The body for a gateway: only what was asked for, so that the model's own defaults hold.
+absl::StatusOr<RemoteGeneration> MakeRemote(const GenerateFlags& flags, const FlagSet& set) {
+  for (const char* name : {"device", "dtype", "isa", "threads", "input", "trace", "forbid"}) {
+    if (set.Has(name)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--", name, " is for a model on this machine; leave it out with --url"));
+    }
+  }
+  if (set.Has("prompt") == set.Has("chat")) {
+    return absl::InvalidArgumentError(set.Has("chat")
+                                          ? "--prompt and --chat exclude each other; keep one"
+                                          : "say what to fill: one of --prompt, --chat");
+  }
+  if (set.Has("suffix") && !set.Has("prompt")) {
+    return absl::InvalidArgumentError("--suffix goes with --prompt (it may be empty)");
+  }
+  RemoteGeneration remote = flags.remote;
+  remote.watch = flags.watch;
+  remote.json = flags.json;
+  nlohmann::json& body = remote.body;
+  body = nlohmann::json::object();
+  if (set.Has("model")) body["model"] = flags.model.directory;
+  if (set.Has("chat")) {
+    remote.endpoint = ApiEndpoint::kChat;
+    body["messages"] = {{{"role", "user"}, {"content", flags.chat}}};
+  } else {
+    remote.endpoint = set.Has("suffix") ? ApiEndpoint::kFim : ApiEndpoint::kCompletion;
+    remote.prompt = flags.prompt;
+    remote.suffix = flags.suffix;
+    body["prompt"] = flags.prompt;
+    if (set.Has("suffix")) body["suffix"] = flags.suffix;
+  }
+  const DecodingParams& params = flags.params;
+  const auto add = [&](nlohmann::json& object, const char* flag, const char* field,
+                       const nlohmann::json& value) {
+    if (set.Has(flag)) object[field] = value;
+  };
+  add(body, "gen-length", "max_tokens", flags.gen_length);
+  add(body, "temperature", "temperature", params.temperature);
+  add(body, "top-p", "top_p", params.top_p);
+  add(body, "top-k", "top_k", params.top_k);
+  add(body, "seed", "seed", params.seed);
+  add(body, "stop", "stop", flags.stop);
+  nlohmann::json diffusion = nlohmann::json::object();
+  add(diffusion, "sampler", "sampler", params.sampler);
+  add(diffusion, "steps", "steps", params.num_steps);
+  add(diffusion, "block-length", "block_length", params.block_length);
+  add(diffusion, "threshold", "threshold", params.threshold);
+  add(diffusion, "factor", "factor", params.factor);
+  add(diffusion, "entropy-bound", "entropy_bound", params.entropy_bound);
+  add(diffusion, "alg-temp", "alg_temp", params.alg_temp);
+  add(diffusion, "eps", "eps", params.eps);
+  add(diffusion, "cfg-scale", "cfg_scale", params.cfg_scale);
+  add(diffusion, "eos-penalty", "eos_penalty", params.eos_penalty);
+  add(diffusion, "logits-eos-inf", "logits_eos_inf", params.logits_eos_inf);
+  add(diffusion, "confidence-eos-eot-inf", "confidence_eos_eot_inf", params.confidence_eos_eot_inf);
+  add(diffusion, "deadline", "deadline_seconds", flags.deadline_seconds);
+  if (!diffusion.empty()) body["diffusion"] = std::move(diffusion);
+  return remote;
+}
+
 absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
   if (flags.watch && flags.json) {
     return absl::InvalidArgumentError("--watch and --json exclude each other; keep one");
+  }
+  if (set.Has("url")) {
+    CINNABAR_ASSIGN_OR_RETURN(RemoteGeneration remote, MakeRemote(flags, set));
+    return GenerateRemotely(std::move(remote));
+  }
+  for (const char* name : {"api-key-file", "ca-file", "stop", "deadline"}) {
+    if (set.Has(name)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--", name, " goes with --url, which asks a running gateway"));
+    }
   }
   for (const absl::string_view id : absl::StrSplit(flags.forbid, ',', absl::SkipEmpty())) {
     if (!absl::SimpleAtoi(id, &flags.params.forbidden_ids.emplace_back())) {
@@ -179,7 +264,9 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
   }
   if (flags.model.directory.empty()) {
     return absl::InvalidArgumentError(
-        "--model is missing: name a folder with config.json and *.safetensors");
+        "--model is missing: name a folder with config.json and *.safetensors, or a running "
+        "gateway "
+        "with --url");
   }
   const absl::StatusOr<Tokenizer> tokenizer = Tokenizer::Load(flags.model.directory);
   CINNABAR_ASSIGN_OR_RETURN(const Job job, MakeJob(flags, set, tokenizer));
@@ -264,9 +351,11 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
 int RunGenerate(const std::vector<std::string>& args) {
   GenerateFlags flags;
   FlagSet set(
-      "cinnabar generate --model DIR (--prompt TEXT [--suffix TEXT] | --chat TEXT | --input FILE) "
+      "cinnabar generate (--model DIR | --url URL) (--prompt TEXT [--suffix TEXT] | --chat TEXT | "
+      "--input FILE) "
       "[flags]",
-      "Fills a canvas with a diffusion language model on this machine.");
+      "Fills a canvas with a diffusion language model: one on this machine, or one that a gateway "
+      "serves.");
   flags.Register(set);
   absl::Status status = set.Parse(args);
   if (set.help_asked()) {

@@ -10,10 +10,13 @@
 
 namespace cinnabar {
 
+int RunBench(const std::vector<std::string>& args);
 int RunGenerate(const std::vector<std::string>& args);
+int RunKeys(const std::vector<std::string>& args);
 int RunLogits(const std::vector<std::string>& args);
 int RunModel(const std::vector<std::string>& args);
 int RunSamplers(const std::vector<std::string>& args);
+int RunUp(const std::vector<std::string>& args);
 
 // Prints "cinnabar COMMAND: MESSAGE" and returns the exit status for it.
 int ReportError(const std::string& command, const absl::Status& status);

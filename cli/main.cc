@@ -15,11 +15,14 @@ struct Command {
 };
 
 constexpr Command kCommands[] = {
-    {"generate", "denoise a prompt, a fill-in or a chat turn with a model on this machine",
+    {"generate", "denoise a prompt, a fill-in or a chat turn, here or on a running gateway",
      cinnabar::RunGenerate},
+    {"bench", "put load on a gateway: latency percentiles, goodput, tokens/s", cinnabar::RunBench},
+    {"keys", "create, list and revoke API keys", cinnabar::RunKeys},
     {"logits", "write the logits of one forward pass, to compare with other implementations",
      cinnabar::RunLogits},
     {"model", "inspect a checkpoint", cinnabar::RunModel},
+    {"up", "run a whole cluster on this machine", cinnabar::RunUp},
     {"samplers", "list the samplers and the knobs that each one reads", cinnabar::RunSamplers},
 };
 

@@ -1,14 +1,27 @@
 #!/usr/bin/env bash
-# From a fresh Debian 12 to a model that fills in code: installs packages, builds, runs. Safe to run twice.
+# From a fresh Debian 12 to a cluster that fills in code: installs packages, builds, starts Redis, scheduler, worker and
+# gateway, and sends a request through all of them. Safe to run twice.
+#   deploy/quickstart.sh           leaves the cluster in the foreground until Ctrl-C
+#   deploy/quickstart.sh --once    stops it after the first request
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+once=
+case "${1:-}" in
+  '') ;;
+  --once) once=1 ;;
+  *) echo "usage: deploy/quickstart.sh [--once]" >&2; exit 2 ;;
+esac
 ./deploy/install_packages.sh
 echo "building (a few minutes the first time)"
 cmake --preset release >/dev/null
-cmake --build --preset release --target cinnabar
+cmake --build --preset release --target cinnabar cinnabar-gateway cinnabar-scheduler cinnabar-worker
 
 cinnabar=build/release/bin/cinnabar
 model=models/cinnabar-tiny
+listen=${CINNABAR_LISTEN:-127.0.0.1:8080}
+grpc=${CINNABAR_GRPC_LISTEN:-127.0.0.1:8081}
+metrics=${CINNABAR_METRICS_PORT:-9460}
+data=${CINNABAR_DATA:-$HOME/.local/state/cinnabar}
 prompt='def total_price(orders):
     """Return the sum of price over all orders."""
     return sum(order'
@@ -17,21 +30,47 @@ suffix=' for order in orders)
 echo
 "$cinnabar" model inspect "$model"
 echo
-echo "A fill-in by $model, a demonstration model of 1.3 M parameters:"
+echo "starting the cluster (its log: $data/up.log)"
+mkdir -p "$data"
+"$cinnabar" up --model "$model" --listen "$listen" --grpc-listen "$grpc" --metrics-port "$metrics" --data "$data" >"$data/up.log" 2>&1 &
+up=$!
+stop() {
+  kill -TERM "$up" 2>/dev/null || true
+  wait "$up" 2>/dev/null || true
+}
+trap stop EXIT
+trap 'exit 130' INT TERM
+for _ in $(seq 600); do
+  grep -q '^Cinnabar is up' "$data/up.log" && break
+  if ! kill -0 "$up" 2>/dev/null; then
+    cat "$data/up.log" >&2
+    echo "the cluster did not start; is something else on $listen? Set CINNABAR_LISTEN=127.0.0.1:9080 and try again" >&2
+    exit 1
+  fi
+  sleep 0.1
+done
+echo
+echo "A fill-in by $model, a demonstration model of 1.3 M parameters, over HTTP through gateway, Redis, scheduler and worker:"
 echo
 if [ -t 2 ]; then
-  "$cinnabar" generate --model "$model" --prompt "$prompt" --suffix "$suffix" --gen-length 3 --watch
+  "$cinnabar" generate --url "http://$listen" --prompt "$prompt" --suffix "$suffix" --gen-length 3 --watch
 else
-  middle=$("$cinnabar" generate --model "$model" --prompt "$prompt" --suffix "$suffix" --gen-length 3)
+  middle=$("$cinnabar" generate --url "http://$listen" --prompt "$prompt" --suffix "$suffix" --gen-length 3)
   printf '%s[%s]%s\n' "$prompt" "$middle" "$suffix"
 fi
 cat <<TXT
 
-What to try next:
-  $cinnabar generate --help                       every knob, with examples
-  $cinnabar samplers                              the samplers and what each reads
-  $cinnabar generate --model $model --prompt 'def ' --gen-length 40 --temperature 0.7 --watch
-  $cinnabar model inspect DIR                     your own checkpoint: a Hugging Face folder
+What to try next, in another terminal:
+  curl -s http://$listen/v1/completions -d '{"model": "cinnabar-tiny", "prompt": "def add(a, b):\n    return a", "max_tokens": 8}'
+  OPENAI_BASE_URL=http://$listen/v1 OPENAI_API_KEY=none python3 -c 'import openai; print(openai.OpenAI().completions.create(model="cinnabar-tiny", prompt="def f(x):", max_tokens=8).choices[0].text)'
+  curl -s http://$listen/metrics                  throughput, latency, cost; workers at port $((metrics + 1))
+  $cinnabar generate --url http://$listen --prompt 'def ' --gen-length 40 --temperature 0.7 --watch
+  $cinnabar bench load --url http://$listen --concurrency 4 --prompt-tokens 32 --canvas-tokens 32
+  $cinnabar up --help                             your own model, more workers, other ports
   ./tests/run.sh                                   all tests
-The gateway, the scheduler and the worker are being built; see README.md.
 TXT
+if [ -z "$once" ]; then
+  echo
+  echo "The cluster runs until Ctrl-C."
+  wait "$up"
+fi

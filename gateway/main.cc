@@ -14,6 +14,7 @@
 #include "common/base/version.h"
 #include "common/config/flags.h"
 #include "common/http/http_server.h"
+#include "common/keys/key_cache.h"
 #include "common/metrics/metrics.h"
 #include "common/program/program.h"
 #include "gateway/grpc/grpc_server.h"
@@ -21,6 +22,7 @@
 #include "gateway/relay/queue_executor.h"
 #include "gateway/service/cluster_watch.h"
 #include "gateway/service/http_routes.h"
+#include "gateway/service/key_lookup.h"
 
 namespace cinnabar {
 namespace {
@@ -32,6 +34,10 @@ struct Flags {
   std::vector<std::string> models;
   std::vector<std::string> aliases;
   std::string certificate, key, client_ca;
+  std::string keys_pepper;
+  int32_t key_requests = 0, key_concurrency = 0;
+  uint64_t key_tokens = 0, key_token_steps = 0;
+  float key_budget = 0;
   float price_input = 0;
   float price_output = 0;
   int32_t default_tokens = 128;
@@ -45,6 +51,16 @@ struct Flags {
   int32_t queue_requests_max = 1000;
   uint64_t token_steps_max = 200'000'000;
 
+  KeyLimits KeyDefaults() const {
+    KeyLimits limits;
+    limits.requests_per_minute = key_requests;
+    limits.tokens_per_minute = static_cast<int64_t>(key_tokens);
+    limits.token_steps_per_minute = static_cast<int64_t>(key_token_steps);
+    limits.concurrency_max = key_concurrency;
+    limits.budget_dollars_per_month = key_budget;
+    return limits;
+  }
+
   void Register(FlagSet& flags) {
     flags.Section("Listening");
     flags.Add("listen", &listen, "HOST:PORT", "HTTP: the API, /metrics, /healthz, /readyz");
@@ -52,6 +68,18 @@ struct Flags {
     flags.Add("tls-certificate", &certificate, "FILE", "PEM chain, for both listeners");
     flags.Add("tls-key", &key, "FILE", "its key");
     flags.Add("grpc-client-ca", &client_ca, "FILE", "gRPC clients must show a certificate of it");
+    flags.Section("API keys");
+    flags.Add(
+        "keys-pepper", &keys_pepper, "FILE",
+        "ask for keys, made with this pepper by `cinnabar keys`; without it everybody on this "
+        "machine is served");
+    flags.Add("key-requests-per-minute", &key_requests, "N",
+              "of a key that has no such limit of its own; 0: no limit");
+    flags.Add("key-tokens-per-minute", &key_tokens, "N", "prompt and canvas, likewise");
+    flags.Add("key-token-steps-per-minute", &key_token_steps, "N",
+              "predicted cost: tokens x denoising steps, likewise");
+    flags.Add("key-concurrency", &key_concurrency, "N", "live requests, likewise");
+    flags.Add("key-budget-dollars", &key_budget, "DOLLARS", "a calendar month (UTC), likewise");
     flags.Section("Models");
     flags.Add("model", &models, "NAME=DIR", "a model and the folder of its tokenizer; repeatable");
     flags.Add("alias", &aliases, "ALIAS=NAME", "another name for a model; repeatable");
@@ -140,10 +168,17 @@ absl::Status Serve(Flags flags) {
     return absl::InvalidArgumentError("--tls-certificate and --tls-key go together");
   }
   for (const std::string& listen : {flags.listen, flags.grpc_listen}) {
-    if (!listen.empty() && !IsLoopbackAddress(listen)) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "without API keys only this machine is served: ", listen,
-          " is not a loopback address. Listen on 127.0.0.1, or make keys with `cinnabar keys`"));
+    if (listen.empty() || IsLoopbackAddress(listen)) continue;
+    if (flags.keys_pepper.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("without API keys only this machine is served: ", listen,
+                       " is not a loopback address. Listen on 127.0.0.1, or make keys with "
+                       "`cinnabar keys create` "
+                       "and name their pepper with --keys-pepper"));
+    }
+    if (flags.certificate.empty()) {
+      Log(LogLevel::kWarn, "no_tls",
+          {{"listen", listen}, {"note", "keys and prompts cross the network in clear"}});
     }
   }
   CINNABAR_ASSIGN_OR_RETURN(const RedisOptions redis, flags.program.Redis("gateway"));
@@ -164,7 +199,17 @@ absl::Status Serve(Flags flags) {
   Caller open;
   open.limits.queue_requests_max = flags.queue_requests_max;
   open.limits.cost_max = static_cast<int64_t>(flags.token_steps_max);
-  const Authenticator authenticator(nullptr, open);
+  std::unique_ptr<KeyCache> keys;
+  Authenticator::Lookup lookup;
+  if (!flags.keys_pepper.empty()) {
+    CINNABAR_ASSIGN_OR_RETURN(Pepper pepper, LoadPepper(flags.keys_pepper), "--keys-pepper");
+    keys = std::make_unique<KeyCache>(KeyCacheOptions{.partition = flags.program.partition}, redis,
+                                      std::move(pepper));
+    lookup = MakeKeyLookup(*keys, flags.KeyDefaults(), open.limits, [&](KeyRefusal refusal) {
+      gateway_metrics.AuthFailure(KeyRefusalName(refusal));
+    });
+  }
+  const Authenticator authenticator(std::move(lookup), open);
   std::atomic<bool> draining = false;
   const auto ready = [&watch, &draining] { return draining ? "draining" : watch.Missing(); };
   const auto wait_estimate = [&watch] { return watch.WaitEstimate(); };
@@ -182,6 +227,7 @@ absl::Status Serve(Flags flags) {
     return routes.Handle(request, exchange);
   });
   metrics.OnScrape([&] {
+    if (keys != nullptr) gateway_metrics.Show(keys->stats());
     gateway_metrics.Show(server.counters());
     gateway_metrics.Show(hub.counters(), executor.counters());
   });
@@ -201,7 +247,7 @@ absl::Status Serve(Flags flags) {
        {"name", flags.program.name},
        {"http_port", server.port()},
        {"grpc_port", grpc == nullptr ? 0 : grpc->port()},
-       {"keys", "none: only this machine is served"}});
+       {"keys", keys == nullptr ? "none: only this machine is served" : "asked for"}});
   Mutex mu;
   ConditionVariable stop;
   {

@@ -45,6 +45,7 @@ struct Flags {
   float hang_seconds = 30;
   float dollars_per_hour = 0;
   int32_t null_step_us = 1000;
+  int32_t null_faults = -1;
 
   void Register(FlagSet& flags) {
     program.Register(flags);
@@ -54,6 +55,9 @@ struct Flags {
     flags.Add("device", &device, "cpu|null",
               "null computes nothing and makes tokens up: for load tests only");
     flags.Add("null-step-us", &null_step_us, "US", "with --device null: time of a step");
+    flags.Add("null-faults", &null_faults, "ID",
+              "with --device null: prompts that begin with token ID abort the worker, ID+1 hang a "
+              "step for 10 s, ID+2 fail it, ID+3 give no finite numbers");
     flags.Add("dtype", &dtype, "TYPE", "of the weights in memory: auto, float32, bfloat16");
     flags.Add("isa", &isa, "ISA", "auto, avx512, avx2 or generic: the same bits");
     flags.Add("threads", &threads, "N", "0 takes every core");
@@ -96,6 +100,15 @@ absl::StatusOr<std::optional<DType>> ParseWeightType(const std::string& name) {
       absl::StrCat("--dtype ", name, ": take auto, float32 or bfloat16"));
 }
 
+NullFaults NullFaultsFrom(int32_t first) {
+  if (first < 0) return {};
+  return {.abort = first,
+          .hang = first + 1,
+          .fail = first + 2,
+          .not_finite = first + 3,
+          .hang_for = absl::Seconds(10)};
+}
+
 absl::Status Serve(Flags flags) {
   if (flags.model.empty()) {
     return absl::InvalidArgumentError(
@@ -133,8 +146,8 @@ absl::Status Serve(Flags flags) {
   if (flags.device == "null") {
     Log(LogLevel::kWarn, "null_device",
         {{"note", "this worker computes nothing: its tokens are made up"}});
-    denoiser =
-        MakeNullDenoiser(report.spec->traits, absl::Microseconds(flags.null_step_us), *backend);
+    denoiser = MakeNullDenoiser(report.spec->traits, absl::Microseconds(flags.null_step_us),
+                                *backend, NullFaultsFrom(flags.null_faults));
   } else {
     CINNABAR_ASSIGN_OR_RETURN(
         denoiser,

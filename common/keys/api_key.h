@@ -1,6 +1,6 @@
 // API keys: their text, their digest, and what a key stands for.
-//   cinnabar_<environment>_<id, 22><secret...>   in full:
-//   cinnabar_live_3fPq0Zr1xYw8KdNb5TsLmA_<secret, 43><checksum, 6>
+//   cinnabar_<environment>_<id, 22>_<secret, 43><checksum, 6>
+//   cinnabar_live_3fPq0Zr1xYw8KdNb5TsLmA_...
 // Id and secret are random base62 characters from the kernel (131 and 256 bits), the checksum is
 // the CRC-32 of all before it in base62: a typo, or a scanner's find, is recognised without asking
 // anybody. The secret exists in the text alone: we keep HMAC-SHA-256(pepper, text), and the pepper

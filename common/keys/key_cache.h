@@ -97,6 +97,7 @@ class KeyCache {
   std::shared_ptr<const Copy> copy_ ABSL_GUARDED_BY(mu_);
   KeyCacheStats stats_ ABSL_GUARDED_BY(mu_);
   int64_t refreshes_asked_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t refreshes_done_ ABSL_GUARDED_BY(mu_) = 0;  // of those asked for
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
   std::thread thread_;  // last: it uses all of the above
 };

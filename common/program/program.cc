@@ -55,7 +55,7 @@ std::string HostName() {
   return gethostname(name, sizeof(name) - 1) == 0 && name[0] != '\0' ? name : "localhost";
 }
 
-void ProgramFlags::Register(FlagSet& flags) {
+void ProgramFlags::RegisterCluster(FlagSet& flags) {
   flags.Section("Cluster");
   flags.Add("redis", &redis, "HOST:PORT", "the cluster's Redis 7, or the path of its socket");
   flags.Add("sentinel", &sentinels, "HOST:PORT", "a Sentinel to ask for the primary; repeatable");
@@ -64,6 +64,10 @@ void ProgramFlags::Register(FlagSet& flags) {
   flags.Add("redis-password-file", &redis_password_file, "FILE", "its password, on one line");
   flags.Add("partition", &partition, "NAME", "the part of the cluster that shares queues");
   flags.Add("site", &site, "NAME", "refuse a Redis that holds another site's data");
+}
+
+void ProgramFlags::Register(FlagSet& flags) {
+  RegisterCluster(flags);
   flags.Add("name", &name, "NAME", "of this process, kept over restarts [host and program]");
   flags.Section("Operation");
   flags.Add("metrics-listen", &metrics_listen, "HOST:PORT",

@@ -29,6 +29,8 @@ struct ProgramFlags {
   std::string log_format = "text";
 
   void Register(FlagSet& flags);
+  // The part of it that says where the cluster is: for commands.
+  void RegisterCluster(FlagSet& flags);
   // Checks the log flags and starts the log.
   absl::Status Start(const std::string& program) const;
   // InvalidArgument names the flag. Reads the password file.

@@ -125,6 +125,7 @@ std::string TextAssembler::Advance() {
       out += Emit(match->begin);
       held_.clear();
       done_ = true;
+      stop_string_ = true;
       reason_ = FinishReason::kStop;
       break;
     }

@@ -60,6 +60,10 @@ class TextAssembler {
 
   // The text can no longer change: it ended by a token or a stop string, all is final, or Finish().
   bool done() const { return done_; }
+  // Done by a stop string before all of it was final: what a worker still does is for nothing.
+  bool cut_short() const {
+    return stop_string_ && final_end_ < static_cast<int32_t>(tokens_.size());
+  }
   // kStop: an end token or a stop string; kLength: done without one; kNone: not done.
   FinishReason finish_reason() const { return reason_; }
   // Answer tokens final so far, up to the end token (without it) or the one that completed a stop
@@ -87,6 +91,7 @@ class TextAssembler {
   int32_t final_end_ = 0;        // of the span
   int32_t num_tokens_ = 0;
   bool done_ = false;
+  bool stop_string_ = false;  // one of them ended it
   bool echoed_ = false;
   FinishReason reason_ = FinishReason::kNone;
   std::string text_;

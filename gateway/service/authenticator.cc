@@ -18,7 +18,7 @@ Authenticator::Authenticator(Lookup lookup, Caller open)
 ApiResult<Caller> Authenticator::Check(absl::string_view authorization) const {
   if (!lookup_) return open_;
   constexpr absl::string_view kScheme = "bearer ";
-  if (!absl::StartsWithIgnoreCase(authorization, kScheme)) return WrongKey();
+  if (!absl::StartsWithIgnoreCase(authorization, kScheme)) return lookup_("");
   return lookup_(absl::StripAsciiWhitespace(authorization.substr(kScheme.size())));
 }
 

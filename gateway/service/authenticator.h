@@ -14,8 +14,8 @@ namespace cinnabar {
 // Thread-safe.
 class Authenticator {
  public:
-  // The caller of an API key, or 401 (always with the same words), or 503 while no keys could be
-  // read.
+  // The caller of an API key, or 401 (always with the same words, also for the empty key of a
+  // request without one), or 503 while no keys could be read.
   using Lookup = std::function<ApiResult<Caller>(absl::string_view key)>;
 
   // `lookup` empty: there are no keys, and everybody is `open` (on loopback only: the program sees

@@ -1,5 +1,7 @@
 #include "gateway/service/gateway_metrics.h"
 
+#include "absl/time/clock.h"
+
 namespace cinnabar {
 namespace {
 
@@ -39,9 +41,13 @@ GatewayMetrics::GatewayMetrics(Metrics& metrics)
       revenue_(metrics.AddCounter("cinnabar_price_dollars_total", "Price of finished answers",
                                   {"model", "class"})),
       auth_failures_(metrics.AddCounter("cinnabar_auth_failures_total",
-                                        "Requests without a key "
-                                        "that is good",
-                                        {"proto"})),
+                                        "Requests without a key that is good, by reason",
+                                        {"reason"})),
+      keys_(metrics.AddGauge("cinnabar_api_keys",
+                             "API keys by state: live, revoked, other_pepper, unreadable",
+                             {"state"})),
+      keys_age_(metrics.AddGauge("cinnabar_api_keys_age_seconds",
+                                 "Since Redis last confirmed the copy of the keys", {})),
       replayed_(metrics.AddCounter("cinnabar_replayed_requests_total",
                                    "Requests enqueued again: Redis had lost them")),
       open_streams_(
@@ -102,8 +108,19 @@ void GatewayMetrics::ChoiceDone(absl::string_view model, RequestClass request_cl
   revenue_.With({model, name}).Increment(usage.price_dollars);
 }
 
-void GatewayMetrics::AuthFailure(absl::string_view protocol) {
-  auth_failures_.With({protocol}).Increment();
+void GatewayMetrics::AuthFailure(absl::string_view reason) {
+  auth_failures_.With({reason}).Increment();
+}
+
+void GatewayMetrics::Show(const KeyCacheStats& keys) {
+  const auto set = [&](absl::string_view state, int64_t count) {
+    keys_.With({state}).Set(static_cast<double>(count));
+  };
+  set("live", keys.num_live);
+  set("revoked", keys.num_keys - keys.num_live - keys.num_other_pepper);
+  set("other_pepper", keys.num_other_pepper);
+  set("unreadable", keys.num_unreadable);
+  if (keys.loaded) keys_age_.With({}).Set(absl::ToDoubleSeconds(absl::Now() - keys.read_at));
 }
 
 void GatewayMetrics::Replayed(int64_t requests) {

@@ -8,6 +8,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "common/http/http_server.h"
+#include "common/keys/key_cache.h"
 #include "common/metrics/metrics.h"
 #include "common/queue/types.h"
 #include "gateway/api/render.h"
@@ -28,7 +29,8 @@ class GatewayMetrics {
   void FirstPartial(absl::string_view model, RequestClass request_class, absl::Duration after);
   void ChoiceDone(absl::string_view model, RequestClass request_class, absl::string_view tenant,
                   const UsageReport& usage);
-  void AuthFailure(absl::string_view protocol);
+  void AuthFailure(absl::string_view reason);  // KeyRefusalName
+  void Show(const KeyCacheStats& keys);
   void Replayed(int64_t requests);
   void OpenStreams(absl::string_view protocol, int64_t change);
 
@@ -49,6 +51,8 @@ class GatewayMetrics {
   CounterFamily& tenant_dollars_;
   CounterFamily& revenue_;
   CounterFamily& auth_failures_;
+  GaugeFamily& keys_;
+  GaugeFamily& keys_age_;
   CounterFamily& replayed_;
   GaugeFamily& open_streams_;
   GaugeFamily& connections_;

@@ -224,8 +224,9 @@ asio::awaitable<ApiResult<std::optional<SessionOutput>>> GenerationSession::Next
       co_return Result(output.error());
     }
     Choice& choice = choices_[index];
-    if (!choice.done && choice.assembler->done()) {
-      // A stop string: the rest is not needed. The work ends, the answer stands.
+    if (!choice.done && choice.assembler->cut_short()) {
+      // The rest is not needed. The work ends, the answer stands. A text that ended otherwise waits
+      // for its worker's last word, which is on its way and carries the usage.
       relay_.Cancel(index, "stop");
       CloseChoice(index);
       output->finish_reason = choice.assembler->finish_reason();
@@ -249,6 +250,7 @@ ApiResult<SessionOutput> GenerationSession::Progress(int32_t index, const QueueE
   choice.step = event.step;
   choice.forwards += delta.forward() ? 1 : 0;
   choice.num_committed += delta.positions_size();
+  choice.device_us = delta.device_us();
   choice.steps_budget = delta.steps_budget();
   if (!choice.queue.has_value()) {
     choice.queue =

@@ -133,7 +133,6 @@ asio::awaitable<void> HttpRoutes::Models(const std::string& id, const HttpReques
                                          HttpExchange& exchange) {
   const ApiResult<Caller> caller = authenticator_.Check(request.Header("authorization"));
   if (!caller.ok()) {
-    context_.metrics.AuthFailure("http");
     co_await Refuse(caller.error(), exchange);
     co_return;
   }
@@ -158,7 +157,6 @@ asio::awaitable<void> HttpRoutes::CancelRequest(const std::string& id, const Htt
                                                 HttpExchange& exchange) {
   const ApiResult<Caller> caller = authenticator_.Check(request.Header("authorization"));
   if (!caller.ok()) {
-    context_.metrics.AuthFailure("http");
     co_await Refuse(caller.error(), exchange);
     co_return;
   }
@@ -182,7 +180,6 @@ asio::awaitable<void> HttpRoutes::Generate(GenerationRequest::Endpoint endpoint,
   };
   ApiResult<Caller> caller = authenticator_.Check(request.Header("authorization"));
   if (!caller.ok()) {
-    context_.metrics.AuthFailure("http");
     count(ErrorOutcome(caller.error()));
     co_await Refuse(caller.error(), exchange);
     co_return;

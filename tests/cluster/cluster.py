@@ -17,6 +17,8 @@ import subprocess
 import tempfile
 import time
 
+from fault_proxy import FaultProxy
+
 SOURCE = os.environ.get("CINNABAR_SOURCE_DIR") or os.path.abspath(
     os.path.join(os.path.dirname(__file__), "../.."))
 BIN = os.environ.get("CINNABAR_BIN_DIR") or os.path.join(SOURCE, "build/release/bin")
@@ -88,11 +90,13 @@ class Process:
 class Cluster:
     def __init__(self, workers=1, schedulers=1, gateways=1, model=MODEL, model_name="cinnabar-tiny",
                  appendfsync="everysec", device="cpu", null_step_us=None, worker_args=(), gateway_args=(),
-                 scheduler_args=(), redis_config=(), redis_port=None):
+                 scheduler_args=(), redis_config=(), redis_port=None, proxied=False):
         self.folder = tempfile.mkdtemp(prefix="cinnabar_cluster_")
         self.model, self.model_name = model, model_name
         self.redis_port = redis_port or free_port()
         self.redis_address = f"127.0.0.1:{self.redis_port}"
+        # With `proxied`, each kind of program reaches Redis through a proxy of its own.
+        self.proxies = {kind: FaultProxy(self.redis_port) for kind in ("scheduler", "worker", "gateway")} if proxied else {}
         data = os.path.join(self.folder, "redis")
         os.mkdir(data)
         config = os.path.join(self.folder, "redis.conf")
@@ -102,21 +106,24 @@ class Cluster:
                 f"appendfsync {appendfsync}", 'save ""', "maxmemory-policy noeviction", *redis_config]) + "\n")
         self.redis = Process("redis", ["redis-server", config], self.folder)
         self.schedulers = [self._program("cinnabar-scheduler", f"scheduler-{i}", [
-            "--redis", self.redis_address, "--name", f"scheduler-{i}", "--metrics-listen", "127.0.0.1:0",
+            "--redis", self._redis_for("scheduler"), "--name", f"scheduler-{i}", "--metrics-listen", "127.0.0.1:0",
             *scheduler_args]) for i in range(schedulers)]
         model_args = ["--device", device]
         if device == "null":
             model_args += ["--null-step-us", str(null_step_us or 100)]
         self.workers = [self._program("cinnabar-worker", f"worker-{i}", [
-            "--redis", self.redis_address, "--name", f"worker-{i}", "--model", model, "--model-name", model_name,
+            "--redis", self._redis_for("worker"), "--name", f"worker-{i}", "--model", model, "--model-name", model_name,
             "--threads", "1", "--metrics-listen", "127.0.0.1:0", *model_args, *worker_args])
             for i in range(workers)]
         self.gateway_ports = [free_port() for _ in range(gateways)]
         self.grpc_ports = [free_port() for _ in range(gateways)]
         self.gateways = [self._program("cinnabar-gateway", f"gateway-{i}", [
-            "--redis", self.redis_address, "--listen", f"127.0.0.1:{self.gateway_ports[i]}",
+            "--redis", self._redis_for("gateway"), "--listen", f"127.0.0.1:{self.gateway_ports[i]}",
             "--grpc-listen", f"127.0.0.1:{self.grpc_ports[i]}", "--name", f"gateway-{i}",
             "--model", f"{model_name}={model}", *gateway_args]) for i in range(gateways)]
+
+    def _redis_for(self, kind):
+        return self.proxies[kind].address if self.proxies else self.redis_address
 
     def _program(self, program, name, args):
         return Process(name, [os.path.join(BIN, program), *args], self.folder)
@@ -189,6 +196,31 @@ class Cluster:
         for process in self.processes():
             process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def redis_command(port, *args, timeout=10):
+    """One command to a Redis on loopback; the reply as int, str, bytes, None or list. RuntimeError: an error reply."""
+    with socket.create_connection(("127.0.0.1", port), timeout) as link:
+        parts = [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
+        link.sendall(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts))
+        file = link.makefile("rb")
+
+        def read():
+            line = file.readline()
+            kind, rest = line[:1], line[1:-2]
+            if kind == b"-":
+                raise RuntimeError(rest.decode())
+            if kind == b"+":
+                return rest.decode()
+            if kind == b":":
+                return int(rest)
+            if kind == b"$":
+                return None if rest == b"-1" else file.read(int(rest) + 2)[:-2]
+            if kind == b"*":
+                return None if rest == b"-1" else [read() for _ in range(int(rest))]
+            raise ConnectionError("Redis closed the connection")
+
+        return read()
 
 
 def get(port, path, headers=None, timeout=10):

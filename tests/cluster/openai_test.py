@@ -48,6 +48,7 @@ class OpenAiTest(unittest.TestCase):
         self.assertGreater(usage.prompt_tokens, 0)
         self.assertEqual(usage.total_tokens, usage.prompt_tokens + usage.completion_tokens)
         counters = usage.model_extra["diffusion"]
+        self.assertGreater(counters["device_seconds"], 0)
         self.assertGreater(counters["steps"], 0)
         self.assertGreater(counters["forwards"], 0)
         self.assertGreaterEqual(counters["queue_seconds"], 0)

@@ -20,7 +20,7 @@ ALLOWED = {
     "common/program": ["common/base", "common/config", "common/queue", "common/redis"],
     "common/config": ["common/base", "proto"],
     "common/http": ["common/base"],
-    "common/keys": ["common/base", "common/redis", "proto"],
+    "common/keys": ["common/base", "common/queue", "common/redis", "proto"],
     "common/metrics": ["common/base", "common/http"],
     "kernels": ["common/base"],
     "worker/decoding": ["common/base", "common/request", "kernels/backend.h"],

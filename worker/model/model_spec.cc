@@ -126,19 +126,19 @@ std::vector<std::string> CheckTensors(const Checkpoint& checkpoint, ModelSpec& s
                                       absl::StrJoin(tensor.shape, ", "), "]"));
     } else if (found->shape != tensor.shape) {
       problems.push_back(absl::StrCat("wrong shape: ", tensor.name, " is ", DescribeTensor(*found),
-                                      ", the config asks for [", absl::StrJoin(tensor.shape, ", "),
-                                      "]"));
+                                      " in ", checkpoint.FileOf(*found), ", the config asks for [",
+                                      absl::StrJoin(tensor.shape, ", "), "]"));
     } else if (!UsableDType(found->dtype).has_value()) {
       problems.push_back(absl::StrCat("unsupported: ", tensor.name, " is ", found->dtype,
-                                      "; weights are read as F32, F16 or BF16"));
+                                      " in ", checkpoint.FileOf(*found), "; weights are read as F32, F16 or BF16"));
     }
     if (problems.size() == kProblemsMax) return problems;
   }
   const absl::flat_hash_set<std::string> names = NamesOf(expected);
   for (const TensorEntry& tensor : checkpoint.tensors()) {
     if (names.contains(tensor.name) || !InsideALayer(spec, tensor.name)) continue;
-    problems.push_back(absl::StrCat("unexpected tensor: ", tensor.name,
-                                    " is part of a layer, and this architecture would leave it out"));
+    problems.push_back(absl::StrCat("unexpected tensor: ", tensor.name, " in ",
+                                    checkpoint.FileOf(tensor), " is part of a layer, and this architecture would leave it out"));
     if (problems.size() == kProblemsMax) return problems;
   }
   return problems;

@@ -298,6 +298,10 @@ const TensorEntry* Checkpoint::Find(absl::string_view name) const {
   return found == index_.end() ? nullptr : &tensors_[found->second];
 }
 
+std::string Checkpoint::FileOf(const TensorEntry& tensor) const {
+  return FileName(files_[tensor.file_index].path());
+}
+
 absl::StatusOr<HostMatrix> Checkpoint::Matrix(absl::string_view name) const {
   const TensorEntry* entry = Find(name);
   if (entry == nullptr) return absl::NotFoundError(absl::StrCat("tensor ", name, " is missing"));

@@ -57,6 +57,8 @@ class Checkpoint {
   // Ascending by file, then by place in it.
   absl::Span<const TensorEntry> tensors() const { return tensors_; }
   const TensorEntry* Find(absl::string_view name) const;  // nullptr: none
+  // The file that holds it, without its folder, for messages.
+  std::string FileOf(const TensorEntry& tensor) const;
 
   // The tensor as a matrix: [n] as one row. NotFound without it, InvalidArgument when it has more than
   // two dimensions, Unimplemented when its dtype is not F32, F16 or BF16. The bytes live as long as this.

@@ -1,6 +1,7 @@
 #include "worker/service/null_denoiser.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -19,8 +20,9 @@ uint32_t Mix(uint32_t value) {  // Murmur3's finaliser
 
 class NullDenoiser : public Denoiser {
  public:
-  NullDenoiser(ModelTraits traits, absl::Duration step_time, Backend& backend)
-      : traits_(std::move(traits)), step_time_(step_time), backend_(backend) {}
+  NullDenoiser(ModelTraits traits, absl::Duration step_time, Backend& backend,
+               const NullFaults& faults)
+      : traits_(std::move(traits)), step_time_(step_time), backend_(backend), faults_(faults) {}
 
   const ModelTraits& traits() const override { return traits_; }
   Backend& backend() const override { return backend_; }
@@ -31,12 +33,21 @@ class NullDenoiser : public Denoiser {
   absl::Status Forward(const ForwardBatch& batch) override {
     // What a row predicts depends on its position in its own sequence alone.
     keys_.clear();
+    bad_.clear();
+    for (const SequenceSpan& sequence : batch.sequences) {
+      if (sequence.first_position != 0) continue;
+      const TokenId first = batch.ids[sequence.row_begin];
+      if (first == faults_.abort) std::abort();
+      if (first == faults_.hang) absl::SleepFor(faults_.hang_for);
+      if (first == faults_.fail) return absl::InternalError("the null device was told to fail");
+    }
     size_t span = 0;
     for (const int32_t row : batch.wanted_rows) {
       while (row >= batch.sequences[span].row_begin + batch.sequences[span].num_rows) ++span;
       const SequenceSpan& sequence = batch.sequences[span];
       const int32_t position = sequence.first_position + row - sequence.row_begin;
       const TokenId first = batch.ids[sequence.row_begin];
+      bad_.push_back(faults_.not_finite >= 0 && first == faults_.not_finite);
       keys_.push_back(
           Mix(static_cast<uint32_t>(position) * 2654435761U + static_cast<uint32_t>(first)));
     }
@@ -51,6 +62,7 @@ class NullDenoiser : public Denoiser {
       const uint32_t key = keys_[query.hidden_row];
       VocabularyAnswer& answer = answers[i];
       answer = {};
+      answer.finite = !bad_[query.hidden_row];
       answer.token = Pick(query, key);
       answer.probability = 0.25 + 0.5 * static_cast<double>(key >> 8) / (1 << 24);
       answer.margin = answer.probability / 2;
@@ -83,14 +95,16 @@ class NullDenoiser : public Denoiser {
   const ModelTraits traits_;
   const absl::Duration step_time_;
   Backend& backend_;
-  std::vector<uint32_t> keys_;
+  const NullFaults faults_;
+  std::vector<uint32_t> keys_;  // by wanted row
+  std::vector<bool> bad_;       // likewise
 };
 
 }  // namespace
 
 std::unique_ptr<Denoiser> MakeNullDenoiser(ModelTraits traits, absl::Duration step_time,
-                                           Backend& backend) {
-  return std::make_unique<NullDenoiser>(std::move(traits), step_time, backend);
+                                           Backend& backend, const NullFaults& faults) {
+  return std::make_unique<NullDenoiser>(std::move(traits), step_time, backend, faults);
 }
 
 }  // namespace cinnabar

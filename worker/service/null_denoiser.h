@@ -10,10 +10,19 @@
 
 namespace cinnabar {
 
+// Prompts that begin with these ids do what broken devices do; -1: none.
+struct NullFaults {
+  TokenId abort = -1;       // the process ends at once
+  TokenId hang = -1;        // a step takes `hang_for`
+  TokenId fail = -1;        // a step fails as a whole, with Internal
+  TokenId not_finite = -1;  // that sequence's numbers are bad
+  absl::Duration hang_for = absl::Minutes(1);
+};
+
 // `traits` are those of the model that it stands in for. A Forward() sleeps for `step_time`.
 // `backend` is borrowed and outlives it; it is asked for KV memory only.
 std::unique_ptr<Denoiser> MakeNullDenoiser(ModelTraits traits, absl::Duration step_time,
-                                           Backend& backend);
+                                           Backend& backend, const NullFaults& faults = {});
 
 }  // namespace cinnabar
 

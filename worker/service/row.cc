@@ -116,8 +116,8 @@ absl::StatusOr<RowPlan> BuildRow(const StartedRow& started, int32_t steps_budget
 }
 
 v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> transfers,
-                        const SequenceState& after, const RowFacts& facts,
-                        absl::Duration step_time) {
+                        const SequenceState& after, const RowFacts& facts, absl::Duration step_time,
+                        const Usage& usage) {
   v1::StepDelta delta;
   std::string confidences;
   for (const Transfer& transfer : transfers) {
@@ -134,6 +134,7 @@ v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> trans
   delta.set_steps_budget(facts.steps_budget);
   delta.set_block_begin(event.block.begin);
   delta.set_block_end(event.block.end);
+  delta.set_device_us(usage.device_us);
   return delta;
 }
 

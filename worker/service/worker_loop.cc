@@ -430,7 +430,7 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
       row.step = event.step + 1;
       ProgressRow progress = {.lease = row.lease, .step = row.step, .usage = row.usage};
       progress.delta =
-          MakeDelta(event, transfers, *state, row.facts, step_time).SerializeAsString();
+          MakeDelta(event, transfers, *state, row.facts, step_time, row.usage).SerializeAsString();
       // The state is behind the turn: it is that of this step when no other of the turn follows.
       if (row.step - row.snapshot_step >= options_.snapshot_every &&
           state->decoding.step == row.step && !event.finished) {

@@ -231,7 +231,9 @@ double Binomial(int n, int k, double p) {
 TEST_F(MarginalTest, OriginFollowsItsSchedule) {
   constexpr int kLength = 7;
   const Rows rows(kLength, std::vector<float>(MaskModel().vocab_size, 0.0F));
-  for (const nlohmann::json& schedule : ReadTable("origin_schedule")["schedules"]) {
+  const nlohmann::json table = ReadTable("origin_schedule");
+  ASSERT_FALSE(table["schedules"].empty());
+  for (const nlohmann::json& schedule : table["schedules"]) {
     const int32_t num_steps = schedule["steps"];
     const std::vector<double> chances = schedule["probabilities"];
     Request request = {.ids = std::vector<TokenId>(kLength, 1),
@@ -427,9 +429,19 @@ TEST_F(MarginalTest, MdlmFollowsThePosterior) {
       for (const TokenId id : request.ids) request.given.push_back(id != model.mask_token);
       Sequence start = Begin(request, model, nullptr);
       SetStep(draw["step"], start);
-      const auto counts = CountTokens(start, DrawSteps(start, rows, 12000, 40000, *head_));
+      const std::vector<StepOutcome> outcomes = DrawSteps(start, rows, 12000, 40000, *head_);
+      const auto counts = CountTokens(start, outcomes);
       const Table probabilities = draw["probabilities"];
       for (size_t i = 0; i < counts.size(); ++i) ExpectFollows(counts[i], probabilities[i]);
+      // The confidence is the prediction's own, without the mask token and the chance to stay.
+      if (draw["temperature"] == 0) continue;
+      const double chance = draw["dt"].get<double>() / draw["t"].get<double>();
+      for (const StepOutcome& outcome : outcomes) {
+        for (const Transfer& transfer : outcome.transfers) {
+          const double want = probabilities[transfer.position][transfer.token] / chance;
+          ASSERT_NEAR(transfer.confidence, want, 2e-5 * want);
+        }
+      }
     }
   }
 }
@@ -475,6 +487,55 @@ Sequence SeddStart(const nlohmann::json& table, const std::string& sampler, int3
   Sequence start = Begin(request, model, nullptr);
   SetNoise(request.ids, start.canvas);
   return start;
+}
+
+// The step of a masked or noisy token in double, as section 2 of the sampler sheet has it.
+std::vector<double> ReverseStep(const ModelTraits& model, bool analytic, TokenId own,
+                                const std::vector<float>& log_score, int32_t step,
+                                int32_t num_steps) {
+  const bool absorb = model.parameterization == Parameterization::kAbsorbScore;
+  const bool closing = step == num_steps;
+  const int32_t n = model.vocab_size;
+  const double dt = (1 - 1e-5) / num_steps;
+  const double t = closing ? 1e-5 : 1 - step * dt;
+  const auto sigma = [&](double time) {
+    if (model.sigma_max == 0) return -std::log1p(-(1 - 1e-3) * time);
+    return std::pow(double{model.sigma_min}, 1 - time) * std::pow(double{model.sigma_max}, time);
+  };
+  const double rate = model.sigma_max == 0
+                          ? (1 - 1e-3) / (1 - (1 - 1e-3) * t)
+                          : sigma(t) * std::log(double{model.sigma_max} / model.sigma_min);
+  std::vector<double> score;
+  double sum = 0;
+  for (const float value : log_score) sum += score.emplace_back(std::exp(double{value}));
+  std::vector<double> p(n);
+  if (!closing && !analytic) {
+    double leaving = 0;
+    for (int32_t y = 0; y < n; ++y) {
+      if (y == own) continue;
+      p[y] = dt * rate * score[y] / (absorb ? 1 : n);
+      leaving += p[y];
+    }
+    p[own] = 1 - leaving;
+  } else {
+    const double d = closing ? sigma(t) : sigma(t) - sigma(t - dt);
+    const double q = std::exp(-d);
+    for (int32_t y = 0; y < n; ++y) {
+      if (absorb) {
+        const double staggered = std::exp(d) * score[y] + (y == own ? (1 - std::exp(d)) * sum : 0);
+        p[y] = staggered * ((y == own ? q : 0) + 1 - q);
+      } else {
+        const double staggered = (q - 1) / (n * q) * sum + score[y] / q;
+        const double move = (1 - q) / n;
+        p[y] = staggered * (y == own ? 1 - (n - 1) * move : move);
+      }
+    }
+    if (closing && absorb) p[own] = 0;
+  }
+  double mass = 0;
+  for (double& weight : p) mass += weight = std::max(weight, 0.0);
+  for (double& weight : p) weight /= mass;
+  return p;
 }
 
 // Whether positions stayed or moved, all undecided ones together: where moves are rare this finds a
@@ -523,6 +584,52 @@ TEST_F(MarginalTest, SeddFollowsTheReverseProcess) {
         EXPECT_EQ(outcomes[0].settled, draw["step"] == draw["steps"]);
       }
     }
+  }
+}
+
+// The same over a grid of noises and times at which moves are neither rare nor sure, against the
+// formula; which agrees with the tables.
+TEST_F(MarginalTest, SeddFollowsTheFormulaAtAnyNoise) {
+  for (const char* name : {"sedd_absorb_rows", "sedd_uniform_rows"}) {
+    const nlohmann::json table = ReadTable(name);
+    const Rows rows = table["log_score"].get<Rows>();
+    for (const nlohmann::json& draw : table["draws"]) {
+      const Sequence start = SeddStart(table, "sedd_euler", draw["steps"]);
+      for (int32_t i = 0; i < start.canvas.length(); ++i) {
+        if (!start.canvas.undecided(i)) continue;
+        const std::vector<double> want = draw["probabilities"][i];
+        const std::vector<double> got =
+            ReverseStep(start.model, draw["sampler"] == "sedd_analytic", start.canvas.tokens[i],
+                        rows[i], draw["step"], draw["steps"]);
+        // sigma_min of ModelTraits is float32.
+        for (size_t y = 0; y < want.size(); ++y) ASSERT_NEAR(got[y], want[y], 1e-7);
+      }
+    }
+    int num_undecided_moves = 0;  // cells of the grid where staying and moving are both likely
+    for (const auto& [sigma_min, sigma_max] :
+         {std::pair{0.0F, 0.0F}, std::pair{0.01F, 5.0F}, std::pair{0.3F, 4.0F}}) {
+      for (const char* sampler : {"sedd_euler", "sedd_analytic"}) {
+        for (const int32_t step : {0, 1, 3, 4, 5}) {
+          SCOPED_TRACE(absl::StrCat(name, " ", sampler, " sigma_min ", sigma_min, " step ", step));
+          Sequence start = SeddStart(table, sampler, 5);
+          start.model.sigma_min = sigma_min;
+          start.model.sigma_max = sigma_max;
+          SetStep(step, start);
+          const auto counts = CountTokens(start, DrawSteps(start, rows, 15000, 600000, *head_));
+          Table probabilities(counts.size());
+          for (int32_t i = 0; i < start.canvas.length(); ++i) {
+            if (!start.canvas.undecided(i)) continue;
+            probabilities[i] = ReverseStep(start.model, start.params.sampler == "sedd_analytic",
+                                           start.canvas.tokens[i], rows[i], step, 5);
+            ExpectFollows(counts[i], probabilities[i]);
+            const double stays = probabilities[i][start.canvas.tokens[i]];
+            num_undecided_moves += stays > 0.1 && stays < 0.9 ? 1 : 0;
+          }
+          EXPECT_GT(GoodnessOfMoves(start, counts, probabilities), kAlpha);
+        }
+      }
+    }
+    EXPECT_GT(num_undecided_moves, 15);
   }
 }
 
@@ -604,6 +711,64 @@ TEST_F(MarginalTest, ForbiddenIdsLeaveTheTweedieStep) {
       for (const TokenId id : forbidden) EXPECT_EQ(weights[id], 0);
       ExpectFollows(counts[i], weights);
     }
+  }
+}
+
+// --- Whole runs
+// --------------------------------------------------------------------------------------------
+
+// When a position is transferred: each step draws anew, so that the chances of the steps multiply
+// out. Dream's origin spreads the transfers evenly over all steps, but for the last which takes the
+// rest; MDLM over all before the closing one; SEDD on the absorbing graph as MDLM, when its scores
+// are ideal. Two positions at a time, because they are independent.
+TEST_F(MarginalTest, TransfersSpreadOverTheStepsOfARun) {
+  constexpr int32_t kSteps = 5;
+  struct Case {
+    const char* sampler;
+    ModelTraits model;
+    std::vector<double> chances;
+  };
+  const double even = (1 - 1e-5) / kSteps;
+  const std::vector<double> closing = {even, even, even, even, even, 1e-5};
+  for (const Case& c : std::vector<Case>{
+           {"origin", MaskModel(), {0.16, 0.16, 0.16, 0.16, 0.36}},  // (1 - eps) / 5, eps = 0.2
+           {"mdlm_ancestral", MaskModel(), closing},
+           {"mdlm_cached", MaskModel(), closing},
+           {"mdlm_semi_ar", MaskModel(), closing},
+           {"sedd_euler", AbsorbModel(), closing},
+           {"sedd_analytic", AbsorbModel(), closing}}) {
+    SCOPED_TRACE(c.sampler);
+    const TokenId mask_token = c.model.mask_token;
+    const int32_t vocab_size = c.model.vocab_size;
+    const bool scores = c.model.parameterization != Parameterization::kMaskPrediction;
+    const Network network = [=](absl::Span<const TokenId>, int32_t, float sigma) {
+      // The ideal score of a uniform prediction.
+      const double level =
+          scores ? -std::log(std::expm1(double{sigma})) - std::log(vocab_size - 1.0) : 0;
+      std::vector<float> row(vocab_size, static_cast<float>(level));
+      row[mask_token] = 0;
+      return row;
+    };
+    std::vector<int64_t> counts(c.chances.size() * c.chances.size());
+    for (int seed = 0; seed < 12000; ++seed) {
+      DecodingParams params = {.sampler = c.sampler,
+                               .num_steps = kSteps,
+                               .temperature = 1.0F,
+                               .seed = static_cast<uint64_t>(seed)};
+      if (params.sampler == "origin") params.eps = 0.2F;
+      Sequence sequence = Begin({.ids = {1, 1, 1}, .given = {true, false, false}, .params = params},
+                                c.model, network);
+      int64_t when[3] = {};
+      for (const StepRecord& record : RunToEnd(sequence, *head_)) {
+        for (const Transfer& t : record.outcome.transfers) when[t.position] = record.before.step;
+      }
+      ++counts[when[1] * c.chances.size() + when[2]];
+    }
+    std::vector<double> joint;
+    for (const double a : c.chances) {
+      for (const double b : c.chances) joint.push_back(a * b);
+    }
+    ExpectFollows(counts, joint);
   }
 }
 

@@ -395,5 +395,29 @@ TEST(EosSwitchesTest, TheRulesSayWhatIsCountedAndPickable) {
   }
 }
 
+// A model may name its EoT among the ids that end a text, too: it gets one rule, EoT's.
+TEST(EosSwitchesTest, EotMayBeAnEosAsWell) {
+  ModelTraits model = MaskModel();
+  model.eos_tokens = {4, 9, 4};
+  const auto uncounted = [&](float temperature) {
+    const Sequence sequence = Begin({.ids = {1, 0},
+                                     .given = {true, false},
+                                     .params = {.sampler = "low_confidence",
+                                                .temperature = temperature,
+                                                .confidence_eos_eot_inf = true}},
+                                    model, nullptr);
+    StepPlan plan;
+    PlanStep(sequence, plan);
+    std::vector<TokenId> ids;
+    for (const VocabularyRule& rule : plan.queries[0].rules) {
+      EXPECT_TRUE(!rule.counted && rule.pickable);
+      ids.push_back(rule.id);
+    }
+    return ids;
+  };
+  EXPECT_THAT(uncounted(0.0F), ElementsAre(4, 9));
+  EXPECT_THAT(uncounted(0.5F), ElementsAre(9));
+}
+
 }  // namespace
 }  // namespace cinnabar

@@ -132,6 +132,22 @@ TEST(TextAssemblerTest, AStopStringAcrossChunksIsNotReturned) {
   EXPECT_EQ(assembler.Snapshot(), "aENb");
 }
 
+TEST(TextAssemblerTest, OnlyAStopStringCutsWorkShort) {
+  TextAssembler cut(Tiny(), Span(0, 8, {"END"}));
+  Feed(cut, Bytes("aEN"), 0);
+  EXPECT_FALSE(cut.cut_short());
+  EXPECT_TRUE(cut.Add({3}, Bytes("D"), 4).ok());
+  EXPECT_TRUE(cut.cut_short());
+  TextAssembler at_the_end(Tiny(), Span(0, 4, {"END"}));
+  Feed(at_the_end, Bytes("aEND"), 0);
+  EXPECT_TRUE(at_the_end.done());
+  EXPECT_FALSE(at_the_end.cut_short());
+  TextAssembler by_token(Tiny(), Span(0, 8, {"END"}));
+  EXPECT_TRUE(by_token.Add({0}, {kEos}, 1).ok());
+  EXPECT_TRUE(by_token.done());
+  EXPECT_FALSE(by_token.cut_short());
+}
+
 TEST(TextAssemblerTest, WhatOnlyLookedLikeAStopStringComesAtTheEnd) {
   TextAssembler by_length(Tiny(), Span(0, 3, {"END"}));
   EXPECT_THAT(Feed(by_length, Bytes("aEN"), 0), ElementsAre("a", "", "EN"));

@@ -90,7 +90,7 @@ TEST(InspectTest, NamesTensorsThatDoNotFit) {
   std::string folder = CopyOf("dream", "wrong_shape");
   EditConfig(folder, "intermediate_size", 47);
   EXPECT_THAT(Inspect(folder).problems,
-              Contains(AllOf(HasSubstr("wrong shape: model.layers.1.mlp.down_proj.weight is F32 [36, 46]"),
+              Contains(AllOf(HasSubstr("wrong shape: model.layers.1.mlp.down_proj.weight is F32 [36, 46] in model.safetensors, "),
                              HasSubstr("[36, 47]"))));
   folder = CopyOf("dream", "missing");
   EditConfig(folder, "num_hidden_layers", 3);
@@ -100,7 +100,36 @@ TEST(InspectTest, NamesTensorsThatDoNotFit) {
   folder = CopyOf("dream", "unexpected");
   EditConfig(folder, "architectures", {"A2DLlamaLMHeadModel"});
   EXPECT_THAT(Inspect(folder).problems,
-              Contains(HasSubstr("unexpected tensor: model.layers.0.self_attn.q_proj.bias")));
+              Contains(HasSubstr("unexpected tensor: model.layers.0.self_attn.q_proj.bias in model.safetensors")));
+}
+
+// A shard of a wrong type, in a folder whose index splits the tensors over files.
+TEST(InspectTest, NamesTheShardOfATensorThatDoesNotFit) {
+  const std::string folder = CopyOf("dream", "wrong_dtype");
+  const std::string name = "model.norm.weight";
+  std::ifstream whole(folder + "/model.safetensors", std::ios::binary);
+  uint64_t size = 0;
+  whole.read(reinterpret_cast<char*>(&size), sizeof(size));
+  std::string header(size, '\0');
+  whole.read(header.data(), static_cast<std::streamsize>(size));
+  const std::string data((std::istreambuf_iterator<char>(whole)), std::istreambuf_iterator<char>());
+  nlohmann::json tensors = nlohmann::json::parse(header);
+  ASSERT_TRUE(tensors.contains(name));
+  tensors[name]["dtype"] = "I32";
+  header = tensors.dump();
+  size = header.size();
+  std::ofstream shard(folder + "/model-00001-of-00001.safetensors", std::ios::binary);
+  shard.write(reinterpret_cast<const char*>(&size), sizeof(size));
+  shard << header << data;
+  shard.close();
+  std::filesystem::remove(folder + "/model.safetensors");
+  nlohmann::json index = {{"weight_map", nlohmann::json::object()}};
+  for (const auto& [tensor, entry] : tensors.items()) {
+    if (tensor != "__metadata__") index["weight_map"][tensor] = "model-00001-of-00001.safetensors";
+  }
+  std::ofstream(folder + "/model.safetensors.index.json") << index;
+  EXPECT_THAT(Inspect(folder).problems,
+              Contains(HasSubstr("unsupported: model.norm.weight is I32 in model-00001-of-00001.safetensors")));
 }
 
 TEST(InspectTest, TensorsThatAreNotReadAreANote) {

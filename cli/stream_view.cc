@@ -1,0 +1,54 @@
+#include "cli/stream_view.h"
+
+#include "absl/strings/match.h"
+#include "cli/terminal.h"
+
+namespace cinnabar {
+namespace {
+
+constexpr double kSureFrom = 0.8;
+
+// The names that checkpoints give to tokens which are not text.
+bool LooksSpecial(const std::string& text) {
+  return absl::StartsWith(text, "<|") && absl::EndsWith(text, "|>");
+}
+
+}  // namespace
+
+void StreamedCanvas::Add(const ApiFrame& frame) {
+  if (frame.canvas_tokens > canvas_tokens()) cells_.resize(frame.canvas_tokens);
+  step_ = frame.step;
+  for (size_t i = 0; i < frame.positions.size(); ++i) {
+    const int32_t position = frame.positions[i];
+    if (position < 0 || position >= canvas_tokens()) continue;
+    Cell& cell = cells_[position];
+    if (!cell.decided) ++num_decided_;
+    cell = {.decided = true,
+            .step = frame.step,
+            .confidence = frame.confidences.empty() ? 1.0 : frame.confidences[i],
+            .text = frame.texts[i]};
+  }
+}
+
+std::string StreamedCanvas::Render(const std::string& prompt, const std::string& suffix,
+                                   int32_t columns, int32_t lines_max, bool colour) const {
+  StyledLines lines(columns, colour);
+  lines.Append(prompt, ansi::kGiven);
+  if (cells_.empty()) lines.Append(text_, "");
+  for (const Cell& cell : cells_) {
+    if (!cell.decided) {
+      lines.Append("\u2591", ansi::kUndecided);
+    } else if (LooksSpecial(cell.text)) {
+      lines.Append("\u00B7", ansi::kUndecided);
+    } else {
+      const bool fresh = cell.step == step_;
+      lines.Append(cell.text, !fresh                         ? ""
+                              : cell.confidence >= kSureFrom ? ansi::kFresh
+                                                             : ansi::kYellow);
+    }
+  }
+  lines.Append(suffix, ansi::kGiven);
+  return lines.Take(lines_max);
+}
+
+}  // namespace cinnabar
