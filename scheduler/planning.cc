@@ -631,7 +631,10 @@ void Planner::Place(const std::vector<int32_t>& order) {
         if (request.suspect) continue;
         if (slot.worker->pads && slot.PadsTooMuch(tokens, options.padding_max)) continue;
         fits_a_batch = fits_a_batch || tokens + slot.tokens / slot.rows <= limit;
-        if (slot.rows >= slot.worker->rows_max || slot.PositionsWith(tokens) > limit) continue;
+        if (slot.rows >= slot.worker->rows_max || slot.PositionsWith(tokens) > limit ||
+            slot.placed.size() >= static_cast<size_t>(options.pack_rows_max)) {
+          continue;
+        }
       } else if (slot.worker->rows_max <= 0) {
         continue;
       }

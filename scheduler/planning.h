@@ -147,6 +147,7 @@ struct PlanOptions {
   // How many cheaper requests of class batch one of this class is worth when not all can be in
   // time.
   std::array<double, kNumClasses> class_value = {2.0, 1.5, 1.0};
+  int32_t pack_rows_max = 256;  // members of one pack: what the queue takes in a call
   bool shed = true;  // rule 3 above; false leaves everything in the order of rules 1 and 2
 };
 
@@ -174,7 +175,7 @@ struct Refusal {
 };
 
 struct Plan {
-  std::vector<PlannedPack> packs;         // by worker, then in the order of service
+  std::vector<PlannedPack> packs;  // by worker, then in the order of service
   std::vector<Refusal> refused;    // ascending by id
   std::vector<RequestId> expired;  // ascending
   ShareState shares;               // for the next plan

@@ -36,6 +36,7 @@ using asio::ip::tcp;
 using boost::system::error_code;
 
 constexpr size_t kReadBytes = 4096;
+constexpr size_t kChunkHeaderMax = 4096;  // with its extensions; trailers as well
 
 auto Redirect(error_code& error) { return asio::redirect_error(asio::use_awaitable, error); }
 
@@ -67,6 +68,9 @@ class StreamTransport : public Transport {
   }
 
   asio::awaitable<error_code> Read(std::string& buffer) override {
+    // The deadline of a write is none of a read's: one that begins while a write is under way would
+    // take it over. A write that is under way keeps its own.
+    lowest().expires_never();
     // A buffer of its own: `buffer` is read by others while this waits.
     char bytes[kReadBytes];
     error_code error;
@@ -113,6 +117,26 @@ class StreamTransport : public Transport {
 
 std::string HttpDate() {
   return absl::FormatTime("%a, %d %b %Y %H:%M:%S GMT", absl::Now(), absl::UTCTimeZone());
+}
+
+// The code of an error in the head, for machines.
+absl::string_view CodeOf(int status) {
+  switch (status) {
+    case 414:
+      return "url_too_long";
+    case 415:
+      return "unsupported_media_type";
+    case 417:
+      return "expectation_failed";
+    case 431:
+      return "headers_too_large";
+    case 501:
+      return "not_implemented";
+    case 505:
+      return "http_version_not_supported";
+    default:
+      return "bad_request";
+  }
 }
 
 bool MayHaveBody(int status) { return status >= 200 && status != 204 && status != 304; }
@@ -397,8 +421,12 @@ asio::awaitable<bool> Connection::ReadHead(std::string& head) {
       co_await Answer(431, "headers_too_large", message, request_id);
       co_return false;
     }
-    // A bare LF where the head should end would wait for ever: it is refused when it is seen.
-    if (buffer_.find("\n\n") != std::string::npos || buffer_.find("\n\r\n") == 0) {
+    // A bare LF would make the end of the head a matter of taste: it is refused when it is seen.
+    bool bare = false;
+    for (size_t i = searched; i < buffer_.size() && !bare; ++i) {
+      bare = buffer_[i] == '\n' && (i == 0 || buffer_[i - 1] != '\r');
+    }
+    if (bare) {
       ++server_->counters.malformed;
       const std::string request_id = NewRequestId();
       co_await Answer(400, "bad_request", "a line end that is not CR LF", request_id);
@@ -438,9 +466,10 @@ asio::awaitable<bool> Connection::ReadBody(const std::string& head, const Reques
   error_code error;
   parser.put(asio::buffer(head), error);
   const absl::Time until = absl::Now() + limits.body_timeout;
+  size_t seen = 0;  // bytes that the parser has left where they are: half a chunk header
   while (!parser.is_done()) {
     if (!error || error == beast::http::error::need_more) {
-      if (!co_await AwaitBytes(0, until)) {
+      if (!co_await AwaitBytes(seen, until)) {
         if (!read_ended_ && !closing_) {
           ++server_->counters.timeouts;
           co_await Answer(408, "request_timeout", "the body took too long", request_id);
@@ -448,17 +477,10 @@ asio::awaitable<bool> Connection::ReadBody(const std::string& head, const Reques
         co_return false;
       }
       error = {};
-      size_t taken = parser.put(asio::buffer(buffer_), error);
-      if (taken == 0 && error == beast::http::error::need_more) {
-        // Half a chunk header: more bytes, or it is none.
-        const size_t size = buffer_.size();
-        if (size > 4096) {
-          error = beast::http::error::bad_chunk;
-        } else if (!co_await AwaitBytes(size, until)) {
-          continue;
-        }
-      }
+      const size_t taken = parser.put(asio::buffer(buffer_), error);
       Consume(taken);
+      seen = taken == 0 && error == beast::http::error::need_more ? buffer_.size() : 0;
+      if (seen > kChunkHeaderMax) error = beast::http::error::bad_chunk;
       if (!error || error == beast::http::error::need_more) continue;
     }
     if (error == beast::http::error::body_limit) {
@@ -488,8 +510,7 @@ asio::awaitable<bool> Connection::ServeOne() {
   if (wrong.has_value()) {
     ++(wrong->status == 431 || wrong->status == 414 ? server_->counters.too_large
                                                     : server_->counters.malformed);
-    co_await Answer(wrong->status, wrong->status == 431 ? "headers_too_large" : "bad_request",
-                    wrong->message, request.request_id);
+    co_await Answer(wrong->status, CodeOf(wrong->status), wrong->message, request.request_id);
     co_return false;
   }
   Consume(head.size());

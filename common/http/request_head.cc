@@ -119,6 +119,7 @@ std::optional<HeadError> Interpret(RequestHead& parsed) {
   int num_hosts = 0;
   int num_lengths = 0;
   int num_encodings = 0;
+  bool closes = false;  // wins over keep-alive, whatever their order
   parsed.keep_alive = parsed.minor == 1;
   for (const auto& [name, value] : parsed.headers) {
     if (name == "host") {
@@ -147,15 +148,16 @@ std::optional<HeadError> Interpret(RequestHead& parsed) {
       if (!absl::EqualsIgnoreCase(value, "100-continue")) {
         return HeadError{417, "only 100-continue can be expected"};
       }
-      parsed.expects_continue = true;
+      parsed.expects_continue = parsed.minor == 1;  // an older client waits for nothing
     } else if (name == "connection") {
       for (const absl::string_view option : absl::StrSplit(value, ',')) {
         const absl::string_view word = absl::StripAsciiWhitespace(option);
-        if (absl::EqualsIgnoreCase(word, "close")) parsed.keep_alive = false;
+        if (absl::EqualsIgnoreCase(word, "close")) closes = true;
         if (absl::EqualsIgnoreCase(word, "keep-alive")) parsed.keep_alive = true;
       }
     }
   }
+  if (closes) parsed.keep_alive = false;
   if (num_hosts > 1) return Bad("more than one host");
   if (num_hosts == 0 && parsed.minor == 1) return Bad("the host header is missing");
   if (num_lengths > 1) return Bad("more than one content-length");

@@ -33,8 +33,8 @@ struct HeadError {
 };
 
 // `head` ends with the empty line. 400: framing or syntax. 415: a content-encoding. 417: an
-// expectation. 431: more than headers_max headers. 501: a transfer-encoding other than chunked.
-// 505: a version other than 1.0 and 1.1. Pure; linear.
+// expectation. 414: a long URL. 431: more than headers_max headers. 501: a transfer-encoding other
+// than chunked. 505: a version other than 1.0 and 1.1. Pure; linear.
 std::optional<HeadError> ParseRequestHead(absl::string_view head, int32_t headers_max,
                                           RequestHead& parsed);
 

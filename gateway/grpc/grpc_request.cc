@@ -1,5 +1,7 @@
 #include "gateway/grpc/grpc_request.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "common/wire/decoding_params_wire.h"
 
@@ -28,7 +30,6 @@ std::set<std::string> KnobsSet(const v1::DecodingParams& wire) {
   add(wire.logits_eos_inf(), "logits_eos_inf");
   add(wire.confidence_eos_eot_inf(), "confidence_eos_eot_inf");
   add(wire.eos_penalty() != 0, "eos_penalty");
-  add(wire.forbidden_ids_size() > 0, "forbidden_ids");
   return set;
 }
 
@@ -102,6 +103,18 @@ ApiResult<GenerationRequest> FromGrpc(const v1::GenerateRequest& wire,
   request.params_set = KnobsSet(wire.params());
   if (request.params.num_steps < 0 || request.params.num_steps > limits.num_steps_max) {
     return InvalidValue("params.num_steps", absl::StrCat("take 1 to ", limits.num_steps_max));
+  }
+  if (wire.params().has_top_p() && !(request.params.top_p > 0 && request.params.top_p <= 1)) {
+    return InvalidValue("params.top_p", "above 0, at most 1");
+  }
+  if (request.params.top_k < -1) return InvalidValue("params.top_k", "-1 and 0 are off");
+  request.params.top_k = std::max(request.params.top_k, 0);
+  // The model's own are used: to take these and ignore them would be a lie.
+  if (wire.params().forbidden_ids_size() > 0) {
+    return UnsupportedParameter("params.forbidden_ids", "cannot be set; leave it out");
+  }
+  if (wire.params().pickable_ids() != 0) {
+    return UnsupportedParameter("params.pickable_ids", "cannot be set; leave it out");
   }
   if (wire.params().seed() != 0) request.seed = wire.params().seed();
   if (wire.priority() == "interactive") {

@@ -5,10 +5,12 @@
 #include <grpcpp/health_check_service_interface.h>
 
 #include <atomic>
+#include <boost/asio/strand.hpp>
 #include <fstream>
 #include <sstream>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "cinnabar/v1/generation.grpc.pb.h"
@@ -28,7 +30,8 @@ grpc::Status ToGrpc(const ApiError& error, grpc::CallbackServerContext& call) {
                              absl::StrCat(absl::ToInt64Milliseconds(*error.retry_after)));
   }
   if (!error.code.empty()) call.AddTrailingMetadata("error-code", error.code);
-  const std::string field = error.param.empty() ? "" : absl::StrCat(error.param, ": ");
+  std::string field = error.param.empty() ? "" : absl::StrCat(error.param, ": ");
+  if (absl::StartsWith(error.message, field)) field.clear();  // it names itself
   return grpc::Status(static_cast<grpc::StatusCode>(GrpcStatusCode(error)),
                       absl::StrCat(field, error.message));
 }
@@ -70,12 +73,16 @@ class StreamCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
                    public std::enable_shared_from_this<StreamCall> {
  public:
   StreamCall(const Shared& shared, grpc::CallbackServerContext& call)
-      : shared_(shared), call_(call), written_(shared.io, 4), session_(shared.context, shared.io) {}
+      : shared_(shared),
+        call_(call),
+        strand_(asio::make_strand(shared.io)),
+        written_(strand_, 4),
+        session_(shared.context, strand_) {}
 
   void Start(v1::GenerateRequest request, std::string resume_after) {
     held_by_grpc_ = shared_from_this();
     asio::co_spawn(
-        shared_.io,
+        strand_,
         [self = shared_from_this(), request = std::move(request),
          resume_after = std::move(resume_after)]() mutable -> asio::awaitable<void> {
           const grpc::Status status =
@@ -203,6 +210,8 @@ class StreamCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
 
   const Shared& shared_;
   grpc::CallbackServerContext& call_;
+  // The call's coroutine and the timers it waits on: `io` may have several threads.
+  asio::any_io_executor strand_;
   AsyncQueue<bool> written_;
   GenerationSession session_;
   std::atomic<bool> gone_ = false;
@@ -342,6 +351,9 @@ absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(
     return absl::UnavailableError(
         absl::StrCat("cannot listen on ", options.listen, " for gRPC; is the address in use?"));
   }
+  // Known by its own name as well as by the empty one.
+  impl->server->GetHealthCheckService()->SetServingStatus(
+      std::string(v1::Generation::service_full_name()), true);
   return std::unique_ptr<GrpcServer>(new GrpcServer(std::move(impl)));
 }
 

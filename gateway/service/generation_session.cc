@@ -50,7 +50,8 @@ RequestClass ToRequestClass(PriorityClass priority) {
 absl::StatusOr<ResumePoint> ParseEventId(absl::string_view id) {
   const std::vector<absl::string_view> parts = absl::StrSplit(id, ':');
   ResumePoint point;
-  if (parts.size() != 2 || parts[0].empty() || parts[0].size() > 60) {
+  if (parts.size() != 2 || parts[0].empty() || parts[0].size() > 60 ||
+      parts[0].find_first_not_of(kNameCharacters) != absl::string_view::npos) {
     return absl::InvalidArgumentError("not an event id of ours");
   }
   point.request_id = std::string(parts[0]);

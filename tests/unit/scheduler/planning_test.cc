@@ -190,6 +190,22 @@ TEST(PlanTest, ModelsGoToTheirWorkers) {
   EXPECT_THAT(plan.refused, IsEmpty());
 }
 
+TEST(PlanTest, APackIsNoLongerThanTheQueueTakes) {
+  std::vector<PlanRequest> waiting;
+  for (RequestId id = 1; id <= 600; ++id) {
+    waiting.push_back(Request(id));
+    waiting.back().sequence_tokens = 32;
+  }
+  WorkerState worker = Worker(1, 1000);
+  worker.tokens_target = worker.tokens_max;
+  PlanOptions options;
+  options.pack_rows_max = 100;
+  const Plan plan = PlanOf(waiting, {worker, Worker(2, 1000)}, options);
+  ASSERT_EQ(plan.packs.size(), 2U);
+  for (const PlannedPack& pack : plan.packs) EXPECT_EQ(pack.members.size(), 100U);
+  EXPECT_THAT(plan.refused, IsEmpty());
+}
+
 TEST(PlanTest, ADrainingWorkerGetsNothing) {
   WorkerState draining = Worker(1, 8);
   draining.accepting = false;

@@ -1,0 +1,1 @@
+cinnabar_fuzz(request_head_fuzz SOURCES request_head_fuzz.cc DEPS common_http)
