@@ -167,7 +167,8 @@ std::string FormatLogLine(const LogOptions& options, absl::Time now, LogLevel le
                           absl::string_view event, std::initializer_list<LogField> fields,
                           int64_t held_back) {
   const std::string time = absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", now, absl::UTCTimeZone());
-  const absl::string_view program = options.program.empty() ? "cinnabar" : options.program;
+  const absl::string_view program =
+      options.program.empty() ? absl::string_view("cinnabar") : options.program;
   std::string line =
       options.json
           ? absl::StrCat("{\"time\":\"", time, "\",\"level\":\"", LevelName(level),
