@@ -47,7 +47,7 @@ absl::Status Serve(Flags flags) {
   CINNABAR_RETURN_IF_ERROR(flags.program.Start("scheduler"));
   SchedulerOptions options;
   CINNABAR_ASSIGN_OR_RETURN(options.redis, flags.program.Redis("scheduler"));
-  options.queue = flags.program.Queue();
+  options.queue = flags.program.Queue(/*may_create_site=*/true);
   options.name = flags.program.name;
   options.lease_for = absl::Seconds(flags.lease_seconds);
   options.renew_every = options.lease_for / 5;

@@ -132,6 +132,13 @@ absl::StatusOr<RedisOptions> ProgramFlags::Redis(const std::string& program) con
   return options;
 }
 
+QueueOptions ProgramFlags::Queue(bool may_create_site) const {
+  return {.partition = partition,
+          .site = site,
+          .may_create_site = may_create_site,
+          .site_memory = std::make_shared<SiteMemory>()};
+}
+
 std::string ProgramFlags::MetricsAddress(int port) const {
   return absl::StrCat(metrics_listen.substr(0, metrics_listen.rfind(':')), ":", port);
 }

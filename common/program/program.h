@@ -35,7 +35,10 @@ struct ProgramFlags {
   absl::Status Start(const std::string& program) const;
   // InvalidArgument names the flag. Reads the password file.
   absl::StatusOr<RedisOptions> Redis(const std::string& program) const;
-  QueueOptions Queue() const { return {.partition = partition, .site = site}; }
+  // One SiteMemory for all that is made of it. `may_create_site`: the scheduler's alone, so that a
+  // Redis that comes back empty is an alarm, and not a fresh start of whoever was restarted
+  // meanwhile.
+  QueueOptions Queue(bool may_create_site = false) const;
   // Where others find the metrics: the listen address with the port that it got.
   std::string MetricsAddress(int port) const;
 };

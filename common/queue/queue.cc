@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <functional>
 #include <map>
+#include <random>
 #include <utility>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
 #include "common/base/check.h"
 #include "common/base/status.h"
@@ -254,6 +256,11 @@ std::vector<std::string> FinishArgs(absl::string_view boot, const FinishRow& row
           row.result};
 }
 
+std::string RandomSite() {
+  std::random_device entropy;
+  return absl::StrFormat("site-%08x%08x", entropy(), entropy());
+}
+
 // FCALL cinnabar_v1_<function> 1 <prefix> args...
 struct FunctionCall {
   FunctionCall(absl::string_view function, const std::string& prefix,
@@ -277,17 +284,32 @@ Queue::Queue(RedisClient& redis, QueueOptions options)
 
 std::string Queue::Key(absl::string_view name) const { return absl::StrCat(prefix_, name); }
 
+std::string SiteMemory::Get() const {
+  MutexLock lock(mu_);
+  return site_;
+}
+
+void SiteMemory::Set(const std::string& site) {
+  MutexLock lock(mu_);
+  site_ = site;
+}
+
 absl::Status Queue::Greet(RedisClient& redis) {
   CINNABAR_RETURN_IF_ERROR(EnsureQueueLibrary(redis, options_.may_load_library));
-  // What this client once saw it insists on, whatever the options leave open.
-  const bool insist = !mark_.site.empty() || !options_.site.empty();
-  const bool may_create = options_.may_create_site && mark_.site.empty();
-  const std::string site = !mark_.site.empty()     ? mark_.site
-                           : options_.site.empty() ? "local"
-                                                   : options_.site;
-  const std::vector<std::string> args = {
-      insist || may_create ? site : "", redis.server().run_id,  absl::StrCat(mark_.generation),
-      absl::StrCat(mark_.change),       may_create ? "1" : "0", insist ? "1" : "0"};
+  // What this client or another of the process once saw it insists on, whatever the options leave
+  // open. A site that is made gets a name of its own: another empty server can never pass for it.
+  std::string site = mark_.site;
+  if (site.empty() && options_.site_memory != nullptr) site = options_.site_memory->Get();
+  const bool seen = !site.empty();
+  const bool may_create = options_.may_create_site && !seen;
+  const bool insist = seen || !options_.site.empty();
+  if (!seen) site = !insist && may_create ? RandomSite() : options_.site;
+  const std::vector<std::string> args = {site,
+                                         redis.server().run_id,
+                                         absl::StrCat(mark_.generation),
+                                         absl::StrCat(mark_.change),
+                                         may_create ? "1" : "0",
+                                         insist ? "1" : "0"};
   const FunctionCall call("open", prefix_, args);
   CINNABAR_ASSIGN_OR_RETURN(RedisReply reply, redis.Command(call.words), "open the queue");
   Reader reader(reply.elements);
@@ -311,6 +333,7 @@ absl::Status Queue::Greet(RedisClient& redis) {
   if (mark_.generation != 0 && mark_.generation != generation) ++mark_.restarts;
   if (rewound) ++mark_.rewinds;
   mark_.site = found;
+  if (options_.site_memory != nullptr) options_.site_memory->Set(found);
   mark_.generation = generation;
   mark_.change = change;
   return absl::OkStatus();

@@ -25,6 +25,7 @@
 #define CINNABAR_COMMON_QUEUE_QUEUE_H_
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -34,18 +35,31 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "common/base/mutex.h"
 #include "common/queue/types.h"
 #include "common/redis/client.h"
 
 namespace cinnabar {
+
+// The site that the clients of one process have seen: what one knows, all insist on. Thread-safe.
+class SiteMemory {
+ public:
+  std::string Get() const;
+  void Set(const std::string& site);
+
+ private:
+  mutable Mutex mu_;  // leaf
+  std::string site_ ABSL_GUARDED_BY(mu_);
+};
 
 struct QueueOptions {
   std::string partition = "default";  // one model pool: [A-Za-z0-9_.-], <= 64
   // Names the data set. Once seen, another one is refused: an empty or foreign Redis is an alarm,
   // not a fresh start. Empty: take what is there.
   std::string site;
-  bool may_create_site = true;   // on an empty Redis; with an empty `site` it is called "local"
+  bool may_create_site = true;   // on an empty Redis; with an empty `site` it gets a random name
   bool may_load_library = true;  // false where an admin loads it
+  std::shared_ptr<SiteMemory> site_memory;  // of the process; null: each client has its own
 };
 
 // Where a client last was in the history of the data set.

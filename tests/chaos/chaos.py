@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -32,9 +33,22 @@ MUTANTS = {
     "ledger_twice": ("call('XADD', P .. 'ledger', '*', 'v', 1,",
                      "call('XADD', P .. 'ledger', '*', 'rid', rid, 'st', st)\n  call('XADD', P .. 'ledger', '*', 'v', 1,"),
     "no_ledger": ("call('XADD', P .. 'ledger', '*', 'v', 1,", "call('EXISTS', P .. 'ledger', '*', 'v', 1,"),
+    "ended_twice": ("if TERMINAL[h[1]] then return {'ALREADY', 0, h[1]} end", ""),
+    "keys_forgotten": ("if st then  -- a key whose request is gone", "if false then  -- a key whose request is gone"),
+    "deltas_forgotten": ("if upto > from then", "if false then"),
     "quota_kept": ("call('HSET', P .. 'tot', 'n', (tonumber(tot[1]) or 0) - 1,",
                    "call('HSET', P .. 'tot', 'n', (tonumber(tot[1]) or 0),"),
 }
+
+
+# Row of the failure matrix -> faults. Row 8, clients that leave, is always on.
+ROWS = {1: ["worker_kill", "worker_drain"], 2: ["worker_freeze"], 3: ["poison"], 4: ["poison"], 5: ["scheduler_kill"],
+        6: ["scheduler_freeze"], 7: ["gateway_kill"], 8: [], 9: ["slow_reader"], 10: ["redis_kill", "redis_rewind"],
+        13: ["redis_full"], 14: ["redis_read_only"], 15: ["redis_freeze"], 16: ["redis_empty"], 17: ["functions_flushed"],
+        18: ["gateway_cut", "network_slow", "network_reset"], 19: ["worker_cut"], 20: ["lost_replies"], 27: ["poison"],
+        28: ["overload"]}
+BY_NAME_ONLY = {"redis_empty"}  # a promise that is not kept yet: README.md
+TRY_LATER = {"unavailable", "server_overloaded", "rate_limit_exceeded"}  # of an error inside a stream: it can be resumed
 
 
 class Profile:
@@ -42,11 +56,11 @@ class Profile:
 
     def __init__(self, name, first, tokens, steps, **more):
         self.name = name
-        self.body = {"model": MODEL, "prompt": [first, 7, 8, 9], "max_tokens": tokens, "seed": first, "temperature": 0,
+        self.body = {"model": MODEL, "prompt": [first, 7, 8, 9], "max_tokens": tokens, "seed": first,
                      "diffusion": {"steps": steps, "deadline_seconds": PATIENCE}, **more}
 
 
-PROFILES = [Profile(f"p{i}", 100 + i, 16 + 8 * (i % 4), 16 + 8 * (i % 4)) for i in range(8)]
+PROFILES = [Profile(f"p{i}", 100 + i, 16 + 8 * (i % 4), 16 + 8 * (i % 4), temperature=0.8 * (i % 2)) for i in range(8)]
 POISONS = {"poison_abort": POISON, "poison_fail": POISON + 2, "poison_nan": POISON + 3}
 
 
@@ -64,13 +78,17 @@ class Client(threading.Thread):
         while not self.run_.stopping.is_set():
             seen = Seen("answer", self.random.choice(PROFILES).name)
             shape = self.random.random()
-            if shape < 0.1:
-                seen.kind = "leaver"
-            stream = seen.kind == "leaver" or shape < 0.7
+            for below, kind in ((0.1, "leaver"), (0.17, "canceller"), (0.24, "late")):
+                if shape < below:
+                    seen.kind = kind
+                    break
+            act = self.late if seen.kind == "late" else self.stream if shape < 0.75 else self.whole
+            seen.began = time.monotonic()
             try:
-                (self.stream if stream else self.whole)(seen, self.run_.profiles[seen.profile])
+                act(seen, self.run_.profiles[seen.profile])
             except Exception as error:  # a bug of this harness: shown, and counted as a failure
                 self.run_.harness_errors.append(f"{type(error).__name__}: {error}")
+            seen.ended = time.monotonic()
             with self.run_.lock:
                 self.run_.history.append(seen)
             if seen.refused:
@@ -120,10 +138,49 @@ class Client(threading.Thread):
                 link.close()
             time.sleep(0.2)
 
+    def late(self, seen, profile):
+        """A deadline that may well pass. One try: nobody waits for what is late."""
+        body = {**profile.body, "diffusion": {**profile.body["diffusion"], "deadline_seconds": self.random.uniform(0.05, 1)}}
+        link = self.connect()
+        try:
+            link.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+            reply = link.getresponse()
+            answer = json.loads(reply.read())
+            code = "done" if reply.status == 200 else answer["error"].get("code")
+            if code in ("done", "deadline_exceeded", "deadline_infeasible"):
+                seen.request = reply.getheader("x-request-id") + ".0"
+                seen.accepted = True
+                seen.observations.append(Observation(final=code))
+            else:
+                seen.refused = code
+        except (OSError, http.client.HTTPException):
+            seen.observations.append(Observation())
+        finally:
+            link.close()
+
+    def delete(self, request):
+        """Until a gateway has an answer: that it is cancelled, or had ended."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            link = self.connect()
+            try:
+                link.request("DELETE", "/v1/requests/" + request)
+                reply = link.getresponse()
+                reply.read()
+                if reply.status not in (429, 503):
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            finally:
+                link.close()
+            time.sleep(0.2)
+
     def stream(self, seen, profile):
         key = self.key()
         last_id, last_step, text = "", 0, ""
         leave_at = self.random.randrange(1, 12) if seen.kind == "leaver" else None
+        # A canceller asks at some step, or when all is over.
+        cancel_at = self.random.randrange(1, 24) if seen.kind == "canceller" else None
         end = time.monotonic() + PATIENCE
         body = {**profile.body, "stream": True, "diffusion": {**profile.body["diffusion"], "frames": True}}
         while time.monotonic() < end:
@@ -149,7 +206,7 @@ class Client(threading.Thread):
                 seen.accepted = True
                 seen.request = reply.getheader("cinnabar-request-id") + ".0"
                 seen.observations.append(observation)
-                event_id = ""
+                event_id, broken = "", False
                 for line in reply:
                     line = line.rstrip(b"\r\n").decode()
                     if line.startswith("id:"):
@@ -162,14 +219,21 @@ class Client(threading.Thread):
                         if not observation.final:
                             observation.final = "no finish reason"
                         seen.text = text
+                        if cancel_at is not None:
+                            self.delete(seen.request[:-2])
                         return
                     chunk = json.loads(data)
                     if "error" in chunk:
-                        observation.final = chunk["error"].get("code") or "error"
+                        code = chunk["error"].get("code") or "error"
+                        broken = code in TRY_LATER
+                        if broken:
+                            break
+                        observation.final = code
                         return
                     frame = chunk.get("diffusion")
                     if frame and "step" in frame:
                         observation.steps.append(frame["step"])
+                        observation.frames[frame["step"]] = json.dumps(frame, sort_keys=True)
                     for choice in chunk.get("choices", ()):
                         text += choice.get("text") or ""
                         if choice.get("finish_reason"):
@@ -179,6 +243,10 @@ class Client(threading.Thread):
                         last_id, last_step = event_id, int(event_id.rsplit(":", 1)[1])
                     elif event_id:
                         last_id, last_step = event_id, frame["step"]
+                    if cancel_at is not None and last_step >= cancel_at:
+                        cancel_at = None
+                        self.delete(seen.request[:-2])
+                        self.delete(seen.request[:-2])  # twice is once
                     if leave_at is not None and last_step >= leave_at:
                         return  # closes the connection
             except (OSError, http.client.HTTPException, ValueError):
@@ -254,6 +322,51 @@ class Nemesis:
         self.kill(self.cluster.redis, self.random.uniform(0, 1))
         self.cluster.wait_redis()
 
+    def fault_redis_rewind(self):  # rows 10, 11: the last writes never reached the disk, a call is cut in its middle
+        folder = os.path.join(self.cluster.folder, "redis", "appendonlydir")
+        log = os.path.join(folder, next(name for name in sorted(os.listdir(folder)) if name.endswith(".incr.aof")))
+        since, length = time.monotonic(), os.path.getsize(log)
+        time.sleep(self.random.uniform(0.05, 0.5))
+        self.cluster.redis.kill()
+        # What was under way while it died counts as well: its gateway may have been told of the end, and nobody else.
+        self.run.rewinds.append((since - 1.1, time.monotonic() + 0.5))
+        os.truncate(log, length)
+        time.sleep(self.random.uniform(0, 1))
+        self.cluster.redis.start()
+        self.cluster.wait_redis()
+
+    def fault_redis_empty(self):  # row 16: the wrong volume; nothing is admitted to it, and nothing of it stays
+        data = os.path.join(self.cluster.folder, "redis")
+        self.cluster.redis.kill()
+        os.rename(data, data + ".right")
+        os.mkdir(data)
+        self.cluster.redis.start()
+        self.cluster.wait_redis()
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            link = Client(self.run, 950).connect()
+            try:
+                link.request("POST", "/v1/completions", json.dumps(PROFILES[0].body), {"content-type": "application/json"})
+                status = link.getresponse().status
+            except (OSError, http.client.HTTPException):
+                status = None
+            finally:
+                link.close()
+            if status == 200:
+                self.run.harness_errors.append("an empty Redis was served")
+            time.sleep(0.3)
+        self.cluster.redis.kill()
+        shutil.rmtree(data)
+        os.rename(data + ".right", data)
+        self.cluster.redis.start()
+        self.cluster.wait_redis()
+
+    def fault_network_slow(self):
+        self.proxy(self.random.choice(["gateway", "worker", "scheduler"]), "delay", 2)
+
+    def fault_network_reset(self):
+        self.proxy(self.random.choice(["gateway", "worker", "scheduler"]), "reset", 0.5)
+
     def fault_redis_full(self):  # row 13
         used = redis_command(self.cluster.redis_port, "INFO", "memory").decode()
         used = int(used.split("used_memory:")[1].split("\r")[0])
@@ -327,7 +440,9 @@ class Nemesis:
 
     def loop(self, names, until):
         faults = self.faults()
-        names = [name for name in faults if not names or name in names]
+        if self.run.device != "null":
+            faults.pop("poison")
+        names = [name for name in faults if name in names or (not names and name not in BY_NAME_ONLY)]
         order = []
         while time.monotonic() < until:
             if not order:
@@ -357,27 +472,34 @@ class Run:
         self.lock = threading.Lock()
         self.history = []
         self.harness_errors = []
+        self.rewinds = []
+        self.frames = {}  # profile -> step -> content
         self.profiles = {profile.name: profile for profile in PROFILES}
         self.stopping = threading.Event()
         self.burst_over = threading.Event()
+        self.device = options.device
+        null = ["--null-faults", str(POISON)] if self.device == "null" else []
         self.cluster = Cluster(
-            workers=2, schedulers=2, gateways=2, device="null", null_step_us=20000, proxied=True, appendfsync=options.fsync,
-            worker_args=["--lease-seconds", str(LEASE), "--null-faults", str(POISON), "--hang-seconds", "3", "--drain-seconds", "1",
-                         "--snapshot-every", "4"],
+            workers=2, schedulers=2, gateways=2, device=self.device, null_step_us=20000, proxied=True,
+            appendfsync=options.fsync,
+            worker_args=["--lease-seconds", str(LEASE), "--hang-seconds", "3", "--drain-seconds", "1", "--snapshot-every", "4", *null],
             scheduler_args=["--lead-seconds", "2"])
 
     def references(self):
         """The undisturbed answers."""
         texts = {}
         for profile in PROFILES:
-            seen = Seen("answer", profile.name)
-            client = Client(self, 999)
-            client.key = lambda: f"reference-{profile.name}"
-            client.whole(seen, profile)
-            if seen.text is None:
-                raise RuntimeError(f"no reference for {profile.name}: {seen}")
-            texts[profile.name] = seen.text
-            self.history.append(seen)
+            for way in ("stream", "whole"):
+                seen = Seen("answer", profile.name)
+                client = Client(self, 999)
+                client.key = lambda key=f"reference-{way}-{profile.name}": key
+                getattr(client, way)(seen, profile)
+                if seen.text is None or len(seen.observations) > 1:
+                    raise RuntimeError(f"no reference for {profile.name}: {seen}")
+                self.history.append(seen)
+                if way == "stream":
+                    texts[profile.name] = seen.text
+                    self.frames[profile.name] = seen.observations[0].frames
         return texts
 
     def break_library(self):
@@ -424,7 +546,7 @@ class Run:
                 client.join(PATIENCE + 10)
             stuck = sum(client.is_alive() for client in clients)
             live = self.settle()
-            wrong = check(self.history, self.ledger(), live, references)
+            wrong = check(self.history, self.ledger(), live, references, self.frames, self.rewinds)
             wrong += [f"harness: {error}" for error in self.harness_errors]
             if stuck:
                 wrong.append(f"{stuck} clients still wait")
@@ -454,10 +576,16 @@ def main():
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", default="", help="comma-separated; default: all")
+    parser.add_argument("--rows", default="", help="of the failure matrix, comma-separated, in place of --faults")
+    parser.add_argument("--device", choices=["null", "cpu"], default="null", help="cpu: a real model, small and slow")
     parser.add_argument("--fsync", choices=["always", "everysec"], default="everysec")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="breaks the queue on purpose")
     options = parser.parse_args()
     names = [name for name in options.faults.split(",") if name]
+    for row in filter(None, options.rows.split(",")):
+        if not row.isdigit() or int(row) not in ROWS:
+            parser.error(f"no fault here is of row {row}; there are " + ", ".join(map(str, ROWS)))
+        names += ROWS[int(row)]
     unknown = [name for name in names if not hasattr(Nemesis, "fault_" + name)]
     if unknown:
         parser.error(f"no fault {unknown[0]}; there are " + ", ".join(n[6:] for n in dir(Nemesis) if n.startswith("fault_")))

@@ -1,13 +1,16 @@
 """A TCP proxy on loopback that does to the traffic what networks do."""
 import select
 import socket
+import struct
 import threading
+import time
 
 
 class FaultProxy:
     """Every connection to `port` goes on to `target`. Faults concern all connections:
     pass; cut (connections are closed, new ones refused); blackhole (nothing arrives, nothing is closed); swallow_replies
-    (requests arrive, replies vanish). After a fault that swallowed bytes its connections are closed, as no TCP goes on from there."""
+    (requests arrive, replies vanish); delay (everything comes 50 ms late); reset (the
+    connections of that moment end with a TCP reset). After a fault that swallowed bytes its connections are closed, as no TCP goes on from there."""
 
     def __init__(self, target):
         self.target = target
@@ -26,6 +29,9 @@ class FaultProxy:
         with self.lock:
             before, self.mode = self.mode, mode
             links = list(self.links)
+        if mode == "reset":
+            for link in links:
+                self._reset(link)
         if mode == "cut" or before in ("blackhole", "swallow_replies"):
             for link in links:
                 self._close(link)
@@ -55,6 +61,21 @@ class FaultProxy:
             except OSError:
                 pass
 
+    def _reset(self, link):
+        for end in link:
+            try:  # closing with unsent data thrown away is what sends RST
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            except OSError:
+                pass
+        with self.lock:
+            self.links.discard(link)
+        for end in link:
+            # Wakes its pump, which closes both ends: with the linger of zero that is a reset.
+            try:
+                end.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass
+
     def _pump(self, link):
         client, server = link
         try:
@@ -65,6 +86,8 @@ class FaultProxy:
                         return
                     if self.mode == "blackhole" or (self.mode == "swallow_replies" and end is server):
                         continue
+                    if self.mode == "delay":
+                        time.sleep(0.05)
                     (server if end is client else client).sendall(data)
         except OSError:
             pass

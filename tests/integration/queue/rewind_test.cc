@@ -192,5 +192,27 @@ TEST_F(RewindTest, AnEmptyOrForeignRedisIsRefused) {
   EXPECT_THAT(std::string(foreign.message()), HasSubstr("'site-2', not 'site-1'"));
 }
 
+// What one client of a process has seen, its other clients insist on, though they never greeted; and a
+// site that somebody made in the empty server meanwhile is another one.
+TEST(SiteTest, AnEmptyRedisIsNoFreshStartForAProcessThatKnewItsSite) {
+  const std::unique_ptr<RedisServer> server = *RedisServer::Start();
+  RedisClient one(server->client_options()), two(server->client_options()),
+      three(server->client_options()), four(server->client_options());
+  const auto memory = std::make_shared<SiteMemory>();
+  Queue worker(four, {.partition = "q", .may_create_site = false});
+  EXPECT_THAT(std::string(worker.Open().message()), HasSubstr("holds no data"));
+  Queue first(one, {.partition = "q", .site_memory = memory});
+  ASSERT_TRUE(first.Open().ok());
+  EXPECT_TRUE(worker.Open().ok());
+  ASSERT_TRUE(one.Command({"FLUSHALL"}).ok());
+  Queue second(two, {.partition = "q", .site_memory = memory});
+  EXPECT_THAT(std::string(second.Open().message()), HasSubstr("holds no data"));
+  Queue stranger(three, {.partition = "q"});
+  ASSERT_TRUE(stranger.Open().ok());
+  EXPECT_THAT(std::string(second.Open().message()), HasSubstr("holds site 'site-"));
+  one.Close();
+  EXPECT_FALSE(first.Open().ok());
+}
+
 }  // namespace
 }  // namespace cinnabar
