@@ -24,7 +24,7 @@ class KeysTest(unittest.TestCase):
         pepper = os.path.join(cls.cluster.folder, "pepper")
         cls.pepper = pepper
         gateway = cls.cluster.gateways[0]
-        gateway.args += ["--keys-pepper", pepper]
+        gateway.args += ["--keys-pepper", pepper, "--price-input", "1000", "--price-output", "1000"]
         cls.cluster.redis.start()
         cls.cluster.wait_redis()
         cls.first = cls.create("first")  # makes the pepper, which the gateway wants at its start
@@ -118,7 +118,7 @@ class KeysTest(unittest.TestCase):
         # Another tenant is not concerned.
         self.assertEqual(self.ask(self.first["key"])[0], 200)
 
-    def test_tokens_a_minute_and_budget(self):
+    def test_tokens_and_token_steps_a_minute(self):
         key = self.create("small", "--tokens-per-minute", "40")["key"]
         self.wait_for_key(key)
         statuses = [self.ask(key)[0] for _ in range(8)]
@@ -127,6 +127,22 @@ class KeysTest(unittest.TestCase):
         self.wait_for_key(key)
         statuses = [self.ask(key)[0] for _ in range(8)]
         self.assertIn(429, statuses)
+
+    def test_a_spent_budget_is_no_rate_limit(self):
+        key = self.create("thrifty", "--budget-dollars-per-month", "0.1")["key"]  # a tenth of a cent a token
+        self.wait_for_key(key)
+        end = time.monotonic() + 30
+        paid, status = 0.0, 200
+        while status == 200 and time.monotonic() < end:
+            status, reply, headers = self.ask(key)
+            if status == 200:
+                paid += reply["usage"]["diffusion"]["price_dollars"]
+        self.assertEqual(status, 429, reply)
+        self.assertEqual(reply["error"]["code"], "insufficient_quota")
+        self.assertIn("budget", reply["error"]["message"])
+        self.assertNotIn("retry-after", {name.lower() for name in headers})  # waiting does not help
+        self.assertGreater(paid, 0)
+        self.assertLessEqual(paid, 0.1)
 
     def test_concurrency(self):
         key = self.create("narrow", "--concurrency", "2")["key"]
@@ -162,8 +178,12 @@ class KeysTest(unittest.TestCase):
         self.assertIn("takes one key's id", self.keys("revoke", status=2))
         self.assertIn("no-such", self.keys("create", "--no-such", status=2))
 
-    def test_zz_no_secret_in_any_log(self):
+    def test_zz_no_secret_in_any_log_or_in_redis(self):
         secret = self.first["key"].rsplit("_", 1)[1]
+        for folder, _, names in os.walk(self.cluster.folder):  # logs, and all that Redis wrote
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    self.assertNotIn(secret[:16].encode(), file.read(), name)
         for process in self.cluster.processes():
             self.assertNotIn(secret[:16], process.log(), process.name)
         metrics = get(self.port, "/metrics")[1].decode()
