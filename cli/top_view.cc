@@ -14,7 +14,7 @@ namespace cinnabar {
 namespace {
 
 constexpr const char* kBars[] = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-constexpr int32_t kNameColumns = 12;
+constexpr int32_t kNameColumns = 13;
 
 std::string Count(const std::optional<double>& value) { return value ? ShowCount(*value) : "-"; }
 std::string Seconds(const std::optional<double>& value) {

@@ -1,9 +1,11 @@
 #include "scheduler/service/scheduler_loop.h"
 
 #include <algorithm>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "common/base/log.h"
 #include "common/base/status.h"
@@ -15,12 +17,22 @@ constexpr int32_t kFeedEntries = 1024;
 
 }  // namespace
 
+namespace {
+
+std::string NewBoot() {
+  std::random_device entropy;
+  return absl::StrFormat("%08x%08x", entropy(), entropy());
+}
+
+}  // namespace
+
 SchedulerLoop::SchedulerLoop(SchedulerOptions options, SchedulerMetrics& metrics)
     : options_(std::move(options)),
       metrics_(metrics),
       redis_(options_.redis),
       queue_(redis_, options_.queue),
-      view_(options_.view) {}
+      view_(options_.view),
+      boot_(NewBoot()) {}
 
 void SchedulerLoop::Run() {
   LogLimiter limiter(absl::Seconds(5));
@@ -95,7 +107,6 @@ absl::Status SchedulerLoop::Lead(absl::Time now) {
   }
   if (was && lead.epoch == epoch_) return absl::OkStatus();
   epoch_ = lead.epoch;
-  num_batches_ = 0;
   CINNABAR_ASSIGN_OR_RETURN(const std::vector<WaitingRequest> waiting,
                             queue_.ScanWaiting(options_.scan_max, position_));
   view_.Scan(waiting);
@@ -160,7 +171,7 @@ absl::Status SchedulerLoop::Refuse(const ::cinnabar::Plan& plan) {
 
 absl::Status SchedulerLoop::Dispatch(const PlannedPack& pack, absl::Time now) {
   PackOrder order;
-  order.batch = absl::StrCat(epoch_, "-", options_.name, "-", num_batches_++);
+  order.batch = absl::StrCat(epoch_, "-", boot_, "-", num_batches_++);
   order.lane = view_.Lane(pack.worker);
   order.ready_packs_max = options_.ready_packs_max;
   order.start_within = options_.start_within;

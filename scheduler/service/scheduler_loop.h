@@ -58,6 +58,9 @@ class SchedulerLoop {
   Queue queue_;
   ClusterView view_;
   int64_t epoch_ = 0;
+  // Ids of batches never come twice: whoever leads again keeps its epoch, in this process or in one
+  // that was started in its place, and an id that is known means a repeated call to the queue.
+  const std::string boot_;
   int64_t num_batches_ = 0;
   std::string position_;  // in the feed
   bool changed_ = true;   // something to plan for
