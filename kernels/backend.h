@@ -156,7 +156,7 @@ struct LinearArgs {
   Epilogue epilogue = Epilogue::kStore;
   Rows out;  // [num_rows, weight.rows()] (kSwiGlu: half); must not overlap x
   // kGatedAdd only: gate value of output column c for row r is gate[modulation_row(r)][c].
-  Rows gate = {};                                  // [num modulation rows, weight.rows()]
+  Rows gate = {};                                 // [num modulation rows, weight.rows()]
   absl::Span<const SequenceSpan> sequences = {};  // which modulation row a row belongs to
 };
 
@@ -318,8 +318,8 @@ struct VocabularyAnswer {
   float token_logit = 0.0F;  // l[token] without noise and temperature
   double probability = 0.0;  // of `token`; a token that is pickable but not counted: exp of its
                              // logit over the counted mass, capped at 1
-  double margin = 0.0;   // largest minus second largest probability
-  double entropy = 0.0;  // nats
+  double margin = 0.0;       // largest minus second largest probability
+  double entropy = 0.0;      // nats
   // ln sum exp(l / statistics_temperature) over the counted ids, unfiltered; -inf when none has a
   // finite l, and then probability, margin and entropy are 0.
   double log_sum_exp = 0.0;

@@ -24,10 +24,10 @@ struct Voidify {
 
 }  // namespace cinnabar::internal
 
-#define CINNABAR_CHECK(condition)                                                     \
-  (__builtin_expect(static_cast<bool>(condition), 1))                                 \
-      ? static_cast<void>(0)                                                          \
-      : ::cinnabar::internal::Voidify() &                                             \
+#define CINNABAR_CHECK(condition)                     \
+  (__builtin_expect(static_cast<bool>(condition), 1)) \
+      ? static_cast<void>(0)                          \
+      : ::cinnabar::internal::Voidify() &             \
             ::cinnabar::internal::CheckFailure(__FILE__, __LINE__, #condition).stream()
 
 #endif  // CINNABAR_COMMON_BASE_CHECK_H_

@@ -1,5 +1,5 @@
-// JSON that somebody else wrote: parsed without exceptions, bounded in depth, read field by field with
-// types and ranges. Every error names the file and the field.
+// JSON that somebody else wrote: parsed without exceptions, bounded in depth, read field by field
+// with types and ranges. Every error names the file and the field.
 #ifndef CINNABAR_COMMON_BASE_JSON_H_
 #define CINNABAR_COMMON_BASE_JSON_H_
 
@@ -23,8 +23,8 @@ inline constexpr int kJsonDepthMax = 64;
 absl::StatusOr<nlohmann::json> ParseJson(absl::string_view text, absl::string_view what);
 
 // The same for what strangers send: keys keep their order, and the depth has its own limit, at most
-// kJsonDepthMax. Strings are valid UTF-8 without lone surrogates. n log n in the text, also for objects
-// with very many keys; reading a key of such an object is linear in its size.
+// kJsonDepthMax. Strings are valid UTF-8 without lone surrogates. n log n in the text, also for
+// objects with very many keys; reading a key of such an object is linear in its size.
 absl::StatusOr<nlohmann::ordered_json> ParseOrderedJson(absl::string_view text,
                                                         absl::string_view what, int depth_max);
 
@@ -32,14 +32,14 @@ absl::StatusOr<nlohmann::ordered_json> ParseOrderedJson(absl::string_view text,
 absl::StatusOr<nlohmann::json> ReadJsonFile(const std::string& path, size_t bytes_max);
 
 // The same without building a tree, for files of which little is wanted: `visitor` sees every event
-// as it comes. InvalidArgument as above, but keys may repeat; a visitor that returns false stops the
-// parse without an error.
+// as it comes. InvalidArgument as above, but keys may repeat; a visitor that returns false stops
+// the parse without an error.
 absl::Status VisitJson(absl::string_view text, absl::string_view what,
                        nlohmann::json_sax<nlohmann::json>& visitor);
 
-// Reads the fields of one object. The first error is kept and every read after it gives its fallback (or
-// the low end of the range), so a run of reads needs one look at status() at its end. A field that is
-// null counts as absent. Borrows the object.
+// Reads the fields of one object. The first error is kept and every read after it gives its
+// fallback (or the low end of the range), so a run of reads needs one look at status() at its end.
+// A field that is null counts as absent. Borrows the object.
 class JsonFields {
  public:
   // `where` names the object in errors: "models/x/config.json" or "models/x/config.json: model".

@@ -15,8 +15,8 @@ namespace cinnabar {
 // truncates the file meanwhile makes reads fault, as with every mapping.
 class MappedFile {
  public:
-  // NotFound, PermissionDenied or FailedPrecondition (not a regular file), naming the path. An empty
-  // file maps to an empty span.
+  // NotFound, PermissionDenied or FailedPrecondition (not a regular file), naming the path. An
+  // empty file maps to an empty span.
   static absl::StatusOr<MappedFile> Open(const std::string& path);
 
   MappedFile(MappedFile&& other) noexcept;
@@ -26,8 +26,8 @@ class MappedFile {
   const std::string& path() const { return path_; }
   absl::Span<const uint8_t> bytes() const { return {data_, size_}; }
 
-  // Tells the kernel that these bytes will not be read again soon: their pages may go. `data` must lie
-  // in the mapping; reading them later is still correct.
+  // Tells the kernel that these bytes will not be read again soon: their pages may go. `data` must
+  // lie in the mapping; reading them later is still correct.
   void Release(const void* data, size_t num_bytes) const;
 
  private:

@@ -63,9 +63,9 @@ struct NoiseKey {
 // (index / 4, position, step, stream) and the key (low, high half of the seed).
 CINNABAR_HOST_DEVICE inline uint32_t NoiseWord(const NoiseKey& key, NoiseStream stream,
                                                uint32_t index) {
-  const PhiloxWords words = Philox4x32(
-      {{index / 4, key.position, key.step, static_cast<uint32_t>(stream)}},
-      static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
+  const PhiloxWords words =
+      Philox4x32({{index / 4, key.position, key.step, static_cast<uint32_t>(stream)}},
+                 static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
   return words.word[index % 4];
 }
 

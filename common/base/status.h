@@ -31,22 +31,22 @@ absl::Status Annotate(const absl::Status& status, const Words&... words) {
 #define CINNABAR_STATUS_JOIN2(a, b) a##b
 #define CINNABAR_STATUS_JOIN(a, b) CINNABAR_STATUS_JOIN2(a, b)
 
-#define CINNABAR_RETURN_IF_ERROR(expression, ...)                                            \
-  do {                                                                                       \
-    const absl::Status cinnabar_status = (expression);                                       \
-    if (!cinnabar_status.ok()) {                                                             \
-      return ::cinnabar::internal::Annotate(cinnabar_status __VA_OPT__(, ) __VA_ARGS__);     \
-    }                                                                                        \
+#define CINNABAR_RETURN_IF_ERROR(expression, ...)                                        \
+  do {                                                                                   \
+    const absl::Status cinnabar_status = (expression);                                   \
+    if (!cinnabar_status.ok()) {                                                         \
+      return ::cinnabar::internal::Annotate(cinnabar_status __VA_OPT__(, ) __VA_ARGS__); \
+    }                                                                                    \
   } while (false)
 
 #define CINNABAR_ASSIGN_OR_RETURN(target, expression, ...)                                   \
   CINNABAR_ASSIGN_OR_RETURN_IMPL(CINNABAR_STATUS_JOIN(cinnabar_statusor_, __LINE__), target, \
                                  expression __VA_OPT__(, ) __VA_ARGS__)
-#define CINNABAR_ASSIGN_OR_RETURN_IMPL(result, target, expression, ...)                      \
-  auto result = (expression);                                                                \
-  if (!result.ok()) {                                                                        \
-    return ::cinnabar::internal::Annotate(result.status() __VA_OPT__(, ) __VA_ARGS__);       \
-  }                                                                                          \
+#define CINNABAR_ASSIGN_OR_RETURN_IMPL(result, target, expression, ...)                \
+  auto result = (expression);                                                          \
+  if (!result.ok()) {                                                                  \
+    return ::cinnabar::internal::Annotate(result.status() __VA_OPT__(, ) __VA_ARGS__); \
+  }                                                                                    \
   target = *std::move(result)
 
 #endif  // CINNABAR_COMMON_BASE_STATUS_H_

@@ -13,24 +13,25 @@ using TokenId = int32_t;
 // Settings of one generation. A sampler reads only the knobs that its SamplerEntry names
 // (sampler_catalog.h); setting another one is an error, not a no-op. Lengths count tokens.
 struct DecodingParams {
-  std::string sampler;        // canonical name; empty takes the model's default
-  int32_t num_steps = 0;      // denoising steps for the whole canvas; 0: one for each masked position
-  int32_t block_length = 0;   // blocks are decoded left to right; 0: the model's block, else the canvas
-  float temperature = 0.0F;   // >= 0; 0 takes the argmax
-  float top_p = 1.0F;         // in (0, 1]; 1 is off
-  int32_t top_k = 0;          // >= 0; 0 is off
-  float threshold = 0.9F;     // confidence, in [0, 1]
-  float factor = 1.0F;        // > 0
-  float entropy_bound = 0.1F; // nats, >= 0
-  float alg_temp = 0.0F;      // >= 0; randomises the order of transfers
-  float eps = 1e-3F;          // end of the time schedule, in (0, 1)
-  float cfg_scale = 0.0F;     // >= 0; classifier-free guidance, doubles the forward
+  std::string sampler;    // canonical name; empty takes the model's default
+  int32_t num_steps = 0;  // denoising steps for the whole canvas; 0: one for each masked position
+  int32_t block_length =
+      0;  // blocks are decoded left to right; 0: the model's block, else the canvas
+  float temperature = 0.0F;             // >= 0; 0 takes the argmax
+  float top_p = 1.0F;                   // in (0, 1]; 1 is off
+  int32_t top_k = 0;                    // >= 0; 0 is off
+  float threshold = 0.9F;               // confidence, in [0, 1]
+  float factor = 1.0F;                  // > 0
+  float entropy_bound = 0.1F;           // nats, >= 0
+  float alg_temp = 0.0F;                // >= 0; randomises the order of transfers
+  float eps = 1e-3F;                    // end of the time schedule, in (0, 1)
+  float cfg_scale = 0.0F;               // >= 0; classifier-free guidance, doubles the forward
   bool logits_eos_inf = false;          // EOS may never be predicted
   bool confidence_eos_eot_inf = false;  // EOS and EoT are transferred last
   float eos_penalty = 0.0F;             // nats taken off the logit of every EOS id
   std::vector<TokenId> forbidden_ids;   // removed from the distribution; at most kForbiddenIdsMax
-  // Ids at or above this are never picked: rows of a padded vocabulary that the tokenizer has no text for.
-  // 0: no limit. They stay in the softmax.
+  // Ids at or above this are never picked: rows of a padded vocabulary that the tokenizer has no
+  // text for. 0: no limit. They stay in the softmax.
   int32_t pickable_ids = 0;
   uint64_t seed = 0;
 };

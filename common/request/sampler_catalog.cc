@@ -42,8 +42,7 @@ constexpr std::array kCatalog = {
                  "the widest gap between the two best tokens first, by the time schedule",
                  kDream | Bits(Knob::kAlgTemp)},
     SamplerEntry{"entropy", "", "Dream, arXiv:2508.15487",
-                 "the lowest entropy first, by the time schedule",
-                 kDream | Bits(Knob::kAlgTemp)},
+                 "the lowest entropy first, by the time schedule", kDream | Bits(Knob::kAlgTemp)},
     SamplerEntry{"threshold", "", "Fast-dLLM, arXiv:2505.22618",
                  "every prediction at least as probable as the threshold, and the best one",
                  kFastDllm | Bits(Knob::kThreshold)},
@@ -80,8 +79,8 @@ constexpr std::array kCatalog = {
 constexpr int32_t kNumStepsMax = 1 << 16;
 // Smaller ones overflow what they divide; 0 is the way to say "none".
 constexpr float kTemperatureMin = 1e-6F;
-// The vocabulary head takes 16 exceptions for a row (kVocabularyRulesMax in kernels/backend.h, which
-// this folder does not see; worker/decoding asserts that they agree).
+// The vocabulary head takes 16 exceptions for a row (kVocabularyRulesMax in kernels/backend.h,
+// which this folder does not see; worker/decoding asserts that they agree).
 constexpr size_t kRulesMax = 16;
 
 std::string Normalized(absl::string_view name) {
@@ -176,8 +175,8 @@ absl::Status CheckUnread(const DecodingParams& p, const SamplerEntry& entry) {
     for (const SamplerEntry& other : kCatalog) {
       if (Reads(other, setting.knob)) readers.push_back(other.name);
     }
-    return Invalid(setting.field, ": sampler ", entry.name, " does not read it; leave it out or use ",
-                   absl::StrJoin(readers, ", "));
+    return Invalid(setting.field, ": sampler ", entry.name,
+                   " does not read it; leave it out or use ", absl::StrJoin(readers, ", "));
   }
   return absl::OkStatus();
 }
@@ -191,11 +190,13 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
                    model.default_sampler.empty() ? "low_confidence" : model.default_sampler);
   }
   if (!is_score_sampler && is_score_model) {
-    return Invalid("sampler: ", entry.name, " needs a model that predicts the token of a mask; this"
+    return Invalid("sampler: ", entry.name,
+                   " needs a model that predicts the token of a mask; this"
                    " one predicts scores: use sedd_analytic or sedd_euler");
   }
   if (is_score_sampler && p.temperature != 0 && p.temperature != 1) {
-    return Invalid("temperature: sampler ", entry.name, " draws from the scores as they are; leave "
+    return Invalid("temperature: sampler ", entry.name,
+                   " draws from the scores as they are; leave "
                    "it out or use 1");
   }
   if (p.cfg_scale > 0 && model.causal_block_length > 0) {
@@ -216,11 +217,12 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
     rules += model.eos_tokens.size() + (p.confidence_eos_eot_inf ? 1 : 0);
   }
   if (rules > kRulesMax && rules - kRulesMax > p.forbidden_ids.size()) {
-    return Invalid(p.eos_penalty != 0  ? "eos_penalty"
+    return Invalid(p.eos_penalty != 0 ? "eos_penalty"
                    : p.logits_eos_inf ? "logits_eos_inf"
                                       : "confidence_eos_eot_inf",
-                   ": the model's ", model.eos_tokens.size(), " EOS ids are more exceptions than the ",
-                   kRulesMax, " of the vocabulary head; leave it out");
+                   ": the model's ", model.eos_tokens.size(),
+                   " EOS ids are more exceptions than the ", kRulesMax,
+                   " of the vocabulary head; leave it out");
   }
   if (rules > kRulesMax) {
     return Invalid("forbidden_ids: with the model's ", model.eos_tokens.size(),
@@ -248,11 +250,11 @@ absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name) {
       if (entry.name == wanted || entry.alias == wanted) return &entry;
     }
   }
-  return absl::NotFoundError(absl::StrCat(
-      "no sampler \"", name, "\"; there are ",
-      absl::StrJoin(kCatalog, ", ", [](std::string* out, const SamplerEntry& entry) {
-        absl::StrAppend(out, entry.name);
-      })));
+  return absl::NotFoundError(
+      absl::StrCat("no sampler \"", name, "\"; there are ",
+                   absl::StrJoin(kCatalog, ", ", [](std::string* out, const SamplerEntry& entry) {
+                     absl::StrAppend(out, entry.name);
+                   })));
 }
 
 absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const ModelTraits& model,
@@ -290,8 +292,7 @@ absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const
   }
 
   if (Reads(entry, Knob::kNumSteps)) {
-    const int32_t num_blocks =
-        CountBlocks(model, result.block_length, canvas_begin, canvas_length);
+    const int32_t num_blocks = CountBlocks(model, result.block_length, canvas_begin, canvas_length);
     if (num_blocks > kNumStepsMax) {
       return Invalid("block_length: ", result.block_length, " makes ", num_blocks,
                      " blocks, each of one step or more, but ", kNumStepsMax,

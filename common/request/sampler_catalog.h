@@ -1,6 +1,6 @@
-// The samplers by name: which knobs each one reads, what they default to, and which models they fit.
-// The gateway validates with it, the command line prints it, worker/decoding implements it (a test
-// holds the two lists against each other).
+// The samplers by name: which knobs each one reads, what they default to, and which models they
+// fit. The gateway validates with it, the command line prints it, worker/decoding implements it (a
+// test holds the two lists against each other).
 #ifndef CINNABAR_COMMON_REQUEST_SAMPLER_CATALOG_H_
 #define CINNABAR_COMMON_REQUEST_SAMPLER_CATALOG_H_
 
@@ -40,28 +40,28 @@ enum class Parameterization : uint8_t {
 
 // What a model is, as far as decoding cares. Filled from the checkpoint; plain data.
 struct ModelTraits {
-  std::string family;              // "llada", "dream", "sdar", ...
-  int32_t vocab_size = 0;          // rows of the vocabulary head
-  int32_t tokenizer_size = 0;      // ids at or above it have no text; 0: unknown
-  TokenId mask_token = -1;         // -1: none (uniform noise)
-  std::vector<TokenId> eos_tokens; // end of text and end of turn; may be empty
-  TokenId eot_token = -1;           // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
-  bool shift_logits = false;       // the prediction for position i is row i-1 (row 0 for position 0)
-  int32_t causal_block_length = 0; // > 0: block-causal attention in blocks of this many positions
+  std::string family;               // "llada", "dream", "sdar", ...
+  int32_t vocab_size = 0;           // rows of the vocabulary head
+  int32_t tokenizer_size = 0;       // ids at or above it have no text; 0: unknown
+  TokenId mask_token = -1;          // -1: none (uniform noise)
+  std::vector<TokenId> eos_tokens;  // end of text and end of turn; may be empty
+  TokenId eot_token = -1;  // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
+  bool shift_logits = false;  // the prediction for position i is row i-1 (row 0 for position 0)
+  int32_t causal_block_length = 0;  // > 0: block-causal attention in blocks of this many positions
   Parameterization parameterization = Parameterization::kMaskPrediction;
   bool conditioned_on_sigma = false;  // the network reads the noise level
   float sigma_min = 0.0F;             // geometric noise (SEDD); both 0: log-linear
   float sigma_max = 0.0F;
-  int32_t positions_max = 0;          // longest sequence
+  int32_t positions_max = 0;  // longest sequence
   std::string default_sampler;
 };
 
 struct SamplerEntry {
-  absl::string_view name;          // canonical: "low_confidence"
-  absl::string_view alias;         // one other published name, or empty
-  absl::string_view source;        // paper or repository
-  absl::string_view summary;       // one line for --help
-  uint32_t knobs = 0;              // Knob bits
+  absl::string_view name;     // canonical: "low_confidence"
+  absl::string_view alias;    // one other published name, or empty
+  absl::string_view source;   // paper or repository
+  absl::string_view summary;  // one line for --help
+  uint32_t knobs = 0;         // Knob bits
 };
 
 // Every sampler, in the order in which help lists them.
@@ -72,10 +72,11 @@ absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name);
 
 // Checks `params` against ranges, the sampler's knobs and the model, and fills in what was left to
 // default (sampler, block length, steps). `num_masked` is how many positions are to be filled,
-// `canvas_length` the length of the span from the first to the last of them. InvalidArgument names the
-// field and the fix. A knob counts as set when it differs from DecodingParams{}. `canvas_begin`, where that
-// span starts, is read for block-causal models only: it decides how many blocks the span touches.
-// Idempotent: resolving a result again, for the same canvas and model, gives the same.
+// `canvas_length` the length of the span from the first to the last of them. InvalidArgument names
+// the field and the fix. A knob counts as set when it differs from DecodingParams{}.
+// `canvas_begin`, where that span starts, is read for block-causal models only: it decides how many
+// blocks the span touches. Idempotent: resolving a result again, for the same canvas and model,
+// gives the same.
 absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const ModelTraits& model,
                                              int32_t num_masked, int32_t canvas_length,
                                              int32_t canvas_begin = 0);

@@ -1,5 +1,6 @@
-// Whole denoising steps of dense models with random weights: GFLOP/s, the share of the FMA rate that this machine
-// reaches in the same minute, and tokens x steps a second; then block-cached against uncached decoding.
+// Whole denoising steps of dense models with random weights: GFLOP/s, the share of the FMA rate
+// that this machine reaches in the same minute, and tokens x steps a second; then block-cached
+// against uncached decoding.
 //
 //   engine_bench [--model small|medium|half|all] [--threads 1,2] [--rows 128,256,512] [--batch 1,8]
 //                [--dtype float32,bfloat16] [--isa auto] [--rounds 5] [--skip-cache]
@@ -30,9 +31,27 @@ struct Model {
 
 std::vector<Model> Models() {
   return {
-      {"small", {.num_layers = 12, .dim = 768, .ffn = 2048, .num_heads = 12, .num_kv_heads = 12, .vocabulary = 32000}},
-      {"medium", {.num_layers = 24, .dim = 1024, .ffn = 2816, .num_heads = 16, .num_kv_heads = 16, .vocabulary = 32000}},
-      {"half", {.num_layers = 24, .dim = 1024, .ffn = 4096, .num_heads = 16, .num_kv_heads = 16, .vocabulary = 50304}},
+      {"small",
+       {.num_layers = 12,
+        .dim = 768,
+        .ffn = 2048,
+        .num_heads = 12,
+        .num_kv_heads = 12,
+        .vocabulary = 32000}},
+      {"medium",
+       {.num_layers = 24,
+        .dim = 1024,
+        .ffn = 2816,
+        .num_heads = 16,
+        .num_kv_heads = 16,
+        .vocabulary = 32000}},
+      {"half",
+       {.num_layers = 24,
+        .dim = 1024,
+        .ffn = 4096,
+        .num_heads = 16,
+        .num_kv_heads = 16,
+        .vocabulary = 50304}},
   };
 }
 
@@ -40,20 +59,24 @@ double Parameters(const RandomCheckpoint& shape) {
   return static_cast<double>(shape.num_layers * shape.LayerProducts() + 2 * shape.HeadProducts());
 }
 
-// Floating-point operations of one step in which every position is computed and `answered` of them have logits.
+// Floating-point operations of one step in which every position is computed and `answered` of them
+// have logits.
 double StepFlops(const RandomCheckpoint& shape, int64_t batch, int64_t length, int64_t answered) {
   const double rows = static_cast<double>(batch * length);
   const double keys_values = 2.0 * shape.dim * shape.num_kv_heads * shape.head_dim();
   const double others = static_cast<double>(shape.LayerProducts()) - keys_values;
   const double attention = 2.0 * static_cast<double>(length) * shape.num_heads * shape.head_dim();
-  // The last layer computes keys and values of every row, and the rest for the rows that are answered.
+  // The last layer computes keys and values of every row, and the rest for the rows that are
+  // answered.
   double products = rows * keys_values * shape.num_layers;
-  products += (rows * (shape.num_layers - 1) + static_cast<double>(answered)) * (others + attention);
+  products +=
+      (rows * (shape.num_layers - 1) + static_cast<double>(answered)) * (others + attention);
   products += static_cast<double>(answered) * static_cast<double>(shape.HeadProducts());
   return 2.0 * products;
 }
 
-SequenceState MakeState(const Denoiser& denoiser, int32_t given, int32_t length, DecodingParams params) {
+SequenceState MakeState(const Denoiser& denoiser, int32_t given, int32_t length,
+                        DecodingParams params) {
   std::vector<TokenId> ids(length);
   std::vector<bool> flags(length);
   for (int32_t i = 0; i < given; ++i) {
@@ -81,10 +104,11 @@ struct Options {
   bool cache = true;
 };
 
-std::unique_ptr<Denoiser> Load(const std::string& directory, Backend& backend, const std::string& dtype,
-                               const ForwardLimits& limits) {
-  auto denoiser = LoadDenoiser(directory, backend,
-                               {.weight_dtype = dtype == "bfloat16" ? DType::kBf16 : DType::kF32}, limits);
+std::unique_ptr<Denoiser> Load(const std::string& directory, Backend& backend,
+                               const std::string& dtype, const ForwardLimits& limits) {
+  auto denoiser =
+      LoadDenoiser(directory, backend,
+                   {.weight_dtype = dtype == "bfloat16" ? DType::kBf16 : DType::kF32}, limits);
   CINNABAR_CHECK(denoiser.ok()) << denoiser.status();
   return *std::move(denoiser);
 }
@@ -109,7 +133,8 @@ void BenchSteps(const Model& model, const std::string& directory, const Options&
           Engine engine(*denoiser, {.limits = limits, .kv_bytes_max = int64_t{4} << 30});
           for (int32_t i = 0; i < batch; ++i) {
             const auto added = engine.Add(
-                MakeState(*denoiser, 1, length, {.sampler = "low_confidence", .seed = static_cast<uint64_t>(i)}));
+                MakeState(*denoiser, 1, length,
+                          {.sampler = "low_confidence", .seed = static_cast<uint64_t>(i)}));
             CINNABAR_CHECK(added.ok()) << added.status();
           }
           StepReport report;
@@ -122,20 +147,23 @@ void BenchSteps(const Model& model, const std::string& directory, const Options&
             const auto begin = Clock::now();
             CINNABAR_CHECK(engine.Step(absl::InfinitePast(), report).ok());
             const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-            const double flops =
-                StepFlops(model.shape, batch, length, engine.counters().rows_answered - answered_before);
+            const double flops = StepFlops(model.shape, batch, length,
+                                           engine.counters().rows_answered - answered_before);
             const double peak_after = bench::MeasurePeakFlops(threads);
             shares.push_back(flops / seconds / std::max(peak_before, peak_after));
             rates.push_back(flops / seconds);
             peak_before = peak_after;
           }
           const auto [low, high] = std::minmax_element(shares.begin(), shares.end());
-          const double step_flops = StepFlops(model.shape, batch, length, int64_t{batch} * (length - 1));
-          std::printf("%-6s %4.2fB  %-8s  %d thr  T=%-3d  batch %d   %6.1f GFLOP/s   %5.1f%% of peak (%.1f .. %.1f)   "
-                      "%7.0f tokens x steps/s\n",
-                      model.name, Parameters(model.shape) / 1e9, dtype.c_str(), threads, length, batch,
-                      Median(rates) / 1e9, 100 * Median(shares), 100 * *low, 100 * *high,
-                      batch * length * Median(rates) / step_flops);
+          const double step_flops =
+              StepFlops(model.shape, batch, length, int64_t{batch} * (length - 1));
+          std::printf(
+              "%-6s %4.2fB  %-8s  %d thr  T=%-3d  batch %d   %6.1f GFLOP/s   %5.1f%% of peak (%.1f "
+              ".. %.1f)   "
+              "%7.0f tokens x steps/s\n",
+              model.name, Parameters(model.shape) / 1e9, dtype.c_str(), threads, length, batch,
+              Median(rates) / 1e9, 100 * Median(shares), 100 * *low, 100 * *high,
+              batch * length * Median(rates) / step_flops);
           std::fflush(stdout);
         }
       }
@@ -143,18 +171,22 @@ void BenchSteps(const Model& model, const std::string& directory, const Options&
   }
 }
 
-// Decodes 512 tokens in blocks of 32 with four tokens a step, with and without the cache of finished blocks.
-void BenchCache(const std::string& directory, const RandomCheckpoint& shape, const Options& options) {
+// Decodes 512 tokens in blocks of 32 with four tokens a step, with and without the cache of
+// finished blocks.
+void BenchCache(const std::string& directory, const RandomCheckpoint& shape,
+                const Options& options) {
   constexpr int32_t kLength = 512;
   for (const std::string& threads_text : options.threads) {
-    auto backend = *MakeBackend(BackendKind::kCpu, {.num_threads = ToInt(threads_text), .isa = options.isa});
+    auto backend =
+        *MakeBackend(BackendKind::kCpu, {.num_threads = ToInt(threads_text), .isa = options.isa});
     const ForwardLimits limits{.rows_max = kLength, .sequences_max = 1, .positions_max = kLength};
     auto denoiser = Load(directory, *backend, "float32", limits);
     double seconds[2];
     std::vector<TokenId> tokens[2];
     for (const bool cached : {false, true}) {
       Engine engine(*denoiser, {.limits = limits, .block_cache = cached});
-      const auto added = engine.Add(MakeState(*denoiser, 4, kLength, {.sampler = "block_static", .num_steps = 128}));
+      const auto added = engine.Add(
+          MakeState(*denoiser, 4, kLength, {.sampler = "block_static", .num_steps = 128}));
       CINNABAR_CHECK(added.ok()) << added.status();
       StepReport report;
       const auto begin = Clock::now();
@@ -166,9 +198,11 @@ void BenchCache(const std::string& directory, const RandomCheckpoint& shape, con
       seconds[cached] = std::chrono::duration<double>(Clock::now() - begin).count();
       tokens[cached] = finished[0].second.canvas.tokens;
     }
-    std::printf("block cache  %.2fB, blocks of %d, %d tokens, %s thr:  uncached %.2f s, cached %.2f s, ratio %.1f, tokens %s\n",
-                Parameters(shape) / 1e9, shape.block_length, kLength, threads_text.c_str(), seconds[0], seconds[1],
-                seconds[0] / seconds[1], tokens[0] == tokens[1] ? "identical" : "DIFFER");
+    std::printf(
+        "block cache  %.2fB, blocks of %d, %d tokens, %s thr:  uncached %.2f s, cached %.2f s, "
+        "ratio %.1f, tokens %s\n",
+        Parameters(shape) / 1e9, shape.block_length, kLength, threads_text.c_str(), seconds[0],
+        seconds[1], seconds[0] / seconds[1], tokens[0] == tokens[1] ? "identical" : "DIFFER");
     CINNABAR_CHECK(tokens[0] == tokens[1]);
   }
 }
@@ -182,23 +216,34 @@ int Main(int argc, char** argv) {
       continue;
     }
     if (i + 1 == argc) {
-      std::fprintf(stderr, "engine_bench: %s needs a value; the head of engine_bench.cc lists the flags\n", argv[i]);
+      std::fprintf(stderr,
+                   "engine_bench: %s needs a value; the head of engine_bench.cc lists the flags\n",
+                   argv[i]);
       return 2;
     }
     const std::vector<std::string> value = absl::StrSplit(argv[++i], ',');
-    if (flag == "--model") options.models = value[0] == "all" ? std::vector<std::string>{"small", "medium", "half"} : value;
-    else if (flag == "--threads") options.threads = value;
-    else if (flag == "--rows") options.rows = value;
-    else if (flag == "--batch") options.batches = value;
-    else if (flag == "--dtype") options.dtypes = value;
-    else if (flag == "--isa") options.isa = value[0];
-    else if (flag == "--rounds") options.rounds = ToInt(value[0]);
+    if (flag == "--model")
+      options.models =
+          value[0] == "all" ? std::vector<std::string>{"small", "medium", "half"} : value;
+    else if (flag == "--threads")
+      options.threads = value;
+    else if (flag == "--rows")
+      options.rows = value;
+    else if (flag == "--batch")
+      options.batches = value;
+    else if (flag == "--dtype")
+      options.dtypes = value;
+    else if (flag == "--isa")
+      options.isa = value[0];
+    else if (flag == "--rounds")
+      options.rounds = ToInt(value[0]);
     else {
       std::fprintf(stderr, "engine_bench: unknown flag %s\n", flag.c_str());
       return 2;
     }
   }
-  const std::filesystem::path root = std::filesystem::temp_directory_path() / "cinnabar_engine_bench";
+  const std::filesystem::path root =
+      std::filesystem::temp_directory_path() / "cinnabar_engine_bench";
   const auto write = [&](const RandomCheckpoint& shape) {
     std::filesystem::remove_all(root);
     std::filesystem::create_directories(root);

@@ -3,8 +3,8 @@
 // Every sample stands beside a sample of the peak taken in the same moment: two threads' worth of
 // other work on the machine slows both. Rates are per second of processor time (of all threads,
 // divided by their number; idle threads of the pool spin first, so waiting mostly counts), which
-// other programs disturb least; "wall" is the best wall-clock rate. Prints the median share with its
-// quartiles. Inputs are random with a fixed seed.
+// other programs disturb least; "wall" is the best wall-clock rate. Prints the median share with
+// its quartiles. Inputs are random with a fixed seed.
 #include <time.h>
 
 #include <algorithm>
@@ -36,14 +36,16 @@ double WallSeconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// --- Peak ------------------------------------------------------------------------------------------
+// --- Peak
+// ------------------------------------------------------------------------------------------
 
 // Twelve independent chains of fused multiply-adds, in assembly so that they stay in registers.
 #if defined(__x86_64__)
 #define FMA_(reg, n) "vfmadd231ps %%" reg "14, %%" reg "15, %%" reg #n "\n\t"
-#define TWELVE(reg)                                                                             \
-  FMA_(reg, 0) FMA_(reg, 1) FMA_(reg, 2) FMA_(reg, 3) FMA_(reg, 4) FMA_(reg, 5) FMA_(reg, 6)    \
-      FMA_(reg, 7) FMA_(reg, 8) FMA_(reg, 9) FMA_(reg, 10) FMA_(reg, 11)
+#define TWELVE(reg)                                                                          \
+  FMA_(reg, 0)                                                                               \
+  FMA_(reg, 1) FMA_(reg, 2) FMA_(reg, 3) FMA_(reg, 4) FMA_(reg, 5) FMA_(reg, 6) FMA_(reg, 7) \
+      FMA_(reg, 8) FMA_(reg, 9) FMA_(reg, 10) FMA_(reg, 11)
 #define CLOBBERS                                                                           \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
       "xmm11", "xmm14", "xmm15"
@@ -85,11 +87,12 @@ double PeakRate(int32_t num_threads) {
   return flops_each * num_threads / seconds;
 }
 
-// --- Cases -----------------------------------------------------------------------------------------
+// --- Cases
+// -----------------------------------------------------------------------------------------
 
 struct Case {
   std::string name;
-  double flops = 0;   // 0: bytes count
+  double flops = 0;  // 0: bytes count
   double bytes = 0;
   std::function<absl::Status()> run;
 };
@@ -118,15 +121,15 @@ struct Bench {
   void AddLinear(const char* what, int64_t rows, int64_t dim, int64_t outputs, DType dtype,
                  Epilogue epilogue) {
     const bool paired = epilogue == Epilogue::kSwiGlu;
-    const std::string name = absl::StrCat("linear ", what, " ", rows, "x", dim, "x", outputs, " ",
-                                          NameOf(dtype));
+    const std::string name =
+        absl::StrCat("linear ", what, " ", rows, "x", dim, "x", outputs, " ", NameOf(dtype));
     if (!Wanted(name)) return;
     const float* w = Random(outputs * dim);
     const int64_t half = outputs / 2;
     std::vector<HostMatrix> parts = {{w, DType::kF32, outputs, dim}};
     if (paired) parts = {{w, DType::kF32, half, dim}, {w + half * dim, DType::kF32, half, dim}};
-    weights.push_back(*backend->LoadWeight(
-        parts, paired ? RowOrder::kGatedPairs : RowOrder::kStacked, dtype));
+    weights.push_back(
+        *backend->LoadWeight(parts, paired ? RowOrder::kGatedPairs : RowOrder::kStacked, dtype));
     buffers.pop_back();
     float* x = Random(rows * dim);
     float* out = Random(rows * outputs);
@@ -264,11 +267,16 @@ int Main(int argc, char** argv) {
       const size_t size = std::strlen(flag);
       return arg.compare(0, size, flag) == 0 ? arg.substr(size) : std::string();
     };
-    if (arg.rfind("--filter=", 0) == 0) filter = value("--filter=");
-    else if (arg.rfind("--rounds=", 0) == 0) rounds = std::atoi(value("--rounds=").c_str());
-    else if (arg.rfind("--isa=", 0) == 0) isas = absl::StrSplit(value("--isa="), ',');
-    else if (arg.rfind("--threads=", 0) == 0) thread_counts = absl::StrSplit(value("--threads="), ',');
-    else return std::fprintf(stderr, "unknown argument %s\n", argv[i]), 2;
+    if (arg.rfind("--filter=", 0) == 0)
+      filter = value("--filter=");
+    else if (arg.rfind("--rounds=", 0) == 0)
+      rounds = std::atoi(value("--rounds=").c_str());
+    else if (arg.rfind("--isa=", 0) == 0)
+      isas = absl::StrSplit(value("--isa="), ',');
+    else if (arg.rfind("--threads=", 0) == 0)
+      thread_counts = absl::StrSplit(value("--threads="), ',');
+    else
+      return std::fprintf(stderr, "unknown argument %s\n", argv[i]), 2;
   }
   for (const std::string& threads : thread_counts) {
     const int32_t num_threads = std::atoi(threads.c_str());
@@ -299,8 +307,8 @@ int Main(int argc, char** argv) {
           if (round == 0 && !test.run().ok()) return 1;
           const double work = test.flops > 0 ? test.flops : test.bytes;
           // About 6 ms of work a sample.
-          const int repeats = std::max(1, static_cast<int>(0.006 * 8e10 * num_threads /
-                                                           (test.flops > 0 ? work : 8 * work)));
+          const int repeats = std::max(
+              1, static_cast<int>(0.006 * 8e10 * num_threads / (test.flops > 0 ? work : 8 * work)));
           const double before = PeakRate(num_threads);
           const double cpu_begin = ProcessSeconds();
           const double wall_begin = WallSeconds();
@@ -326,7 +334,8 @@ int Main(int argc, char** argv) {
                     unit * Quantile(mine.shares, 0.75), mine.best_wall_rate * 1e-9,
                     test.flops > 0 ? "GFLOP/s" : "GB/s");
         if (test.flops > 0 && test.bytes > 0) {
-          std::printf(" = %.1f GB/s of weight", mine.best_wall_rate / test.flops * test.bytes * 1e-9);
+          std::printf(" = %.1f GB/s of weight",
+                      mine.best_wall_rate / test.flops * test.bytes * 1e-9);
         }
         std::printf("\n");
         std::fflush(stdout);

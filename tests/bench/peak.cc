@@ -18,8 +18,9 @@ using Clock = std::chrono::steady_clock;
 #define CINNABAR_FMA(n) "vfmadd231ps %%" REG "14, %%" REG "15, %%" REG #n "\n\t"
 #define CINNABAR_TWELVE                                                                           \
   CINNABAR_FMA(0)                                                                                 \
-  CINNABAR_FMA(1) CINNABAR_FMA(2) CINNABAR_FMA(3) CINNABAR_FMA(4) CINNABAR_FMA(5) CINNABAR_FMA(6) \
-      CINNABAR_FMA(7) CINNABAR_FMA(8) CINNABAR_FMA(9) CINNABAR_FMA(10) CINNABAR_FMA(11)
+  CINNABAR_FMA(1)                                                                                 \
+  CINNABAR_FMA(2) CINNABAR_FMA(3) CINNABAR_FMA(4) CINNABAR_FMA(5) CINNABAR_FMA(6) CINNABAR_FMA(7) \
+      CINNABAR_FMA(8) CINNABAR_FMA(9) CINNABAR_FMA(10) CINNABAR_FMA(11)
 #define CINNABAR_CLOBBERS                                                                  \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
       "xmm11", "xmm14", "xmm15"

@@ -1,6 +1,6 @@
-// Any text as the small files of a checkpoint folder: read without a fault, and a spec that is accepted has sizes
-// that can be computed with. Files are separated by lines "====": config.json, generation_config.json,
-// tokenizer.json, tokenizer_config.json, vocab.json, added_tokens.json.
+// Any text as the small files of a checkpoint folder: read without a fault, and a spec that is
+// accepted has sizes that can be computed with. Files are separated by lines "====": config.json,
+// generation_config.json, tokenizer.json, tokenizer_config.json, vocab.json, added_tokens.json.
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -29,7 +29,8 @@ CheckpointTexts Split(absl::string_view input) {
 
 void CheckSpec(const ModelSpec& spec) {
   const ModelTraits& traits = spec.traits;
-  CINNABAR_CHECK(spec.dim > 0 && spec.num_layers > 0 && spec.mlp_dim > 0 && traits.positions_max > 0);
+  CINNABAR_CHECK(spec.dim > 0 && spec.num_layers > 0 && spec.mlp_dim > 0 &&
+                 traits.positions_max > 0);
   CINNABAR_CHECK(spec.head_dim > 0 && spec.head_dim % 2 == 0);
   CINNABAR_CHECK(spec.num_heads % spec.num_kv_heads == 0);
   CINNABAR_CHECK(traits.mask_token >= -1 && traits.mask_token < traits.vocab_size);

@@ -1,5 +1,6 @@
 // Runs a fuzz target without libFuzzer: every file of the corpus folder as it is, then seeded
-// mutations of each (bytes flipped, cut, doubled, spliced). Deterministic; the same inputs on every run.
+// mutations of each (bytes flipped, cut, doubled, spliced). Deterministic; the same inputs on every
+// run.
 //   usage: TARGET CORPUS_DIR [mutations per file, default 300]
 #include <algorithm>
 #include <cstdint>
@@ -25,15 +26,23 @@ std::vector<uint8_t> Mutate(std::vector<uint8_t> input, std::mt19937& random) {
     const size_t at = random() % input.size();
     const size_t length = std::min<size_t>(random() % 16, input.size() - at);
     switch (random() % 5) {
-      case 0: input[at] = static_cast<uint8_t>(random()); break;
-      case 1: input[at] ^= static_cast<uint8_t>(1U << (random() % 8)); break;
-      case 2: input.erase(input.begin() + at, input.begin() + at + length); break;
+      case 0:
+        input[at] = static_cast<uint8_t>(random());
+        break;
+      case 1:
+        input[at] ^= static_cast<uint8_t>(1U << (random() % 8));
+        break;
+      case 2:
+        input.erase(input.begin() + at, input.begin() + at + length);
+        break;
       case 3: {
         const std::vector<uint8_t> piece(input.begin() + at, input.begin() + at + length);
         input.insert(input.begin() + at, piece.begin(), piece.end());
         break;
       }
-      case 4: input.resize(at); break;
+      case 4:
+        input.resize(at);
+        break;
     }
   }
   return input;
@@ -48,7 +57,8 @@ int main(int argc, char** argv) {
   }
   const int mutations = argc > 2 ? std::atoi(argv[2]) : 300;
   std::vector<std::filesystem::path> files;
-  for (const auto& entry : std::filesystem::directory_iterator(argv[1])) files.push_back(entry.path());
+  for (const auto& entry : std::filesystem::directory_iterator(argv[1]))
+    files.push_back(entry.path());
   std::sort(files.begin(), files.end());
   std::mt19937 random(1);
   int64_t runs = 0;

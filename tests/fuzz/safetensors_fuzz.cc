@@ -1,4 +1,5 @@
-// Any bytes as a safetensors file: read without a fault, and whatever is accepted keeps the format's promises.
+// Any bytes as a safetensors file: read without a fault, and whatever is accepted keeps the
+// format's promises.
 #include <cstdint>
 #include <limits>
 #include <vector>

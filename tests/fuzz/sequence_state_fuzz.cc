@@ -1,9 +1,10 @@
-// Any bytes as a SequenceState: an error or a state that decodes to its end under predictions of a toy network.
+// Any bytes as a SequenceState: an error or a state that decodes to its end under predictions of a
+// toy network.
+#include <google/protobuf/stubs/logging.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
-
-#include <google/protobuf/stubs/logging.h>
 
 #include "common/base/check.h"
 #include "worker/engine/sequence_state.h"
@@ -17,12 +18,14 @@ void Decode(SequenceState state, const ModelTraits& model) {
   StepOutcome outcome;
   std::vector<VocabularyAnswer> answers;
   for (int step = 0; !state.decoding.finished && step < 200; ++step) {
-    const BlockRange block = BlockAt(state.canvas, model, state.params.block_length, state.decoding.block_index);
+    const BlockRange block =
+        BlockAt(state.canvas, model, state.params.block_length, state.decoding.block_index);
     const StepContext context{state.canvas, state.decoding, state.params, model, block};
     plan.Clear();
     plan.visible_end = state.canvas.length();
     sampler->Plan(context, plan);
-    answers.assign(plan.queries.size(), {.token = 1, .probability = 0.5, .margin = 0.2, .entropy = 1.0});
+    answers.assign(plan.queries.size(),
+                   {.token = 1, .probability = 0.5, .margin = 0.2, .entropy = 1.0});
     outcome.Clear();
     sampler->Decide(context, plan, answers, outcome);
     ApplyOutcome(outcome, plan.forward, state.params, model, state.canvas, state.decoding);

@@ -37,7 +37,8 @@ class ShardWriter {
   }
 
   void WriteIndex() const {
-    std::ofstream(directory_ + "/model.safetensors.index.json") << nlohmann::json{{"weight_map", map_}};
+    std::ofstream(directory_ + "/model.safetensors.index.json")
+        << nlohmann::json{{"weight_map", map_}};
   }
 
  private:

@@ -1,4 +1,5 @@
-// Checkpoints with random weights of a given shape, in the layout of their authors: for benchmarks and load tests.
+// Checkpoints with random weights of a given shape, in the layout of their authors: for benchmarks
+// and load tests.
 #ifndef CINNABAR_TESTS_SUPPORT_RANDOM_CHECKPOINT_H_
 #define CINNABAR_TESTS_SUPPORT_RANDOM_CHECKPOINT_H_
 
@@ -27,7 +28,8 @@ struct RandomCheckpoint {
   int64_t HeadProducts() const { return int64_t{dim} * vocabulary; }
 };
 
-// Writes config.json and float32 safetensors (one shard a tensor, with their index) into `directory`, which exists.
+// Writes config.json and float32 safetensors (one shard a tensor, with their index) into
+// `directory`, which exists.
 absl::Status WriteRandomCheckpoint(const RandomCheckpoint& shape, const std::string& directory);
 
 }  // namespace cinnabar

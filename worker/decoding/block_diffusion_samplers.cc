@@ -1,6 +1,6 @@
-// SDAR (arXiv:2510.06303; github.com/JetAstra/SDAR, generate.py). The quota of a step is an even share
-// of a *full* block, however many of its positions are masked; unlike the published code it never
-// reaches past the masks.
+// SDAR (arXiv:2510.06303; github.com/JetAstra/SDAR, generate.py). The quota of a step is an even
+// share of a *full* block, however many of its positions are masked; unlike the published code it
+// never reaches past the masks.
 #include <algorithm>
 
 #include "worker/decoding/sampler_support.h"
@@ -60,8 +60,8 @@ class Sequential final : public Sampler {
     int32_t first = context.block.begin;
     while (first < context.block.end && !context.canvas.undecided(first)) ++first;
     // Given positions inside the window count against the quota.
-    const int32_t end = static_cast<int32_t>(
-        std::min<int64_t>(context.block.end, int64_t{first} + Quota(context)));
+    const int32_t end =
+        static_cast<int32_t>(std::min<int64_t>(context.block.end, int64_t{first} + Quota(context)));
     for (int32_t i = first; i < end; ++i) {
       if (context.canvas.undecided(i)) SetDistribution(context.params, AddQuery(i, plan));
     }

@@ -17,7 +17,8 @@ TokenId InitialNoise(const DecodingParams& params, int32_t position, int32_t voc
   const bool limited = params.pickable_ids > 0 && params.pickable_ids < vocab_size;
   const uint64_t num_ids = static_cast<uint64_t>(limited ? params.pickable_ids : vocab_size);
   const NoiseKey key{.seed = params.seed, .position = static_cast<uint32_t>(position), .step = 0};
-  constexpr uint32_t kDrawsMax = 256;  // ends when all ids are forbidden; such a request cannot end well
+  constexpr uint32_t kDrawsMax =
+      256;  // ends when all ids are forbidden; such a request cannot end well
   TokenId id = 0;
   for (uint32_t draw = 0; draw < kDrawsMax; ++draw) {
     const uint64_t word = NoiseWord(key, NoiseStream::kInitial, draw);
@@ -97,7 +98,8 @@ BlockRange BlockAt(const Canvas& canvas, const ModelTraits& model, int32_t block
   const int64_t begin = FirstBlockBegin(canvas, model) + index * block;
   if (begin >= canvas.end) return {canvas.end, canvas.end};
   const int32_t limit = model.causal_block_length > 0 ? canvas.length() : canvas.end;
-  return {static_cast<int32_t>(begin), static_cast<int32_t>(std::min<int64_t>(begin + block, limit))};
+  return {static_cast<int32_t>(begin),
+          static_cast<int32_t>(std::min<int64_t>(begin + block, limit))};
 }
 
 int32_t NumBlocks(const Canvas& canvas, const ModelTraits& model, int32_t block_length) {

@@ -26,8 +26,7 @@ class Origin final : public Sampler {
     const double chance =
         DreamTransferChance(StepsOf(context), context.state.block_step, context.params.eps);
     for (int32_t i = context.block.begin; i < context.block.end; ++i) {
-      if (context.canvas.undecided(i) &&
-          StepUniform(context, NoiseStream::kTransfer, i) < chance) {
+      if (context.canvas.undecided(i) && StepUniform(context, NoiseStream::kTransfer, i) < chance) {
         SetDistribution(context.params, AddQuery(i, plan));
       }
     }

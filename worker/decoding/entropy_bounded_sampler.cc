@@ -1,5 +1,5 @@
-// EB-Sampler (arXiv:2505.24857): positions by rising entropy, as many as keep the entropy of all but
-// the last within the bound, until the block is full.
+// EB-Sampler (arXiv:2505.24857): positions by rising entropy, as many as keep the entropy of all
+// but the last within the bound, until the block is full.
 #include "worker/decoding/sampler_support.h"
 #include "worker/decoding/selection.h"
 

@@ -1,5 +1,5 @@
-// Fast-dLLM (arXiv:2505.22618; github.com/NVlabs/Fast-dLLM, llada/generate.py): as many positions in
-// a step as are confident enough, until the block is full. Confidence is the clean softmax.
+// Fast-dLLM (arXiv:2505.22618; github.com/NVlabs/Fast-dLLM, llada/generate.py): as many positions
+// in a step as are confident enough, until the block is full. Confidence is the clean softmax.
 #include "worker/decoding/sampler_support.h"
 #include "worker/decoding/selection.h"
 

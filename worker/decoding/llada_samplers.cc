@@ -1,5 +1,5 @@
-// LLaDA (arXiv:2502.09992; github.com/ML-GSAI/LLaDA, generate.py): in each step an even share of the
-// masked positions of the open block is transferred, the most confident ones or random ones.
+// LLaDA (arXiv:2502.09992; github.com/ML-GSAI/LLaDA, generate.py): in each step an even share of
+// the masked positions of the open block is transferred, the most confident ones or random ones.
 // Confidence is the clean softmax, without the sampling temperature.
 #include <algorithm>
 
@@ -12,8 +12,8 @@ namespace {
 
 int32_t Quota(const StepContext& context, int32_t num_masked) {
   if (IsLastStep(context)) return num_masked;
-  return std::min(
-      EvenShare(context.state.block_masks, StepsOf(context), context.state.block_step), num_masked);
+  return std::min(EvenShare(context.state.block_masks, StepsOf(context), context.state.block_step),
+                  num_masked);
 }
 
 class LowConfidence final : public Sampler {

@@ -1,6 +1,7 @@
-// MDLM (arXiv:2406.07524; github.com/kuleshov-group/mdlm, diffusion.py). From time t to t - dt a masked
-// position is unmasked with chance dt / t, whatever the network says, and then takes a token of its
-// prediction; the closing step fills what is left with the argmax. S steps and the closing one.
+// MDLM (arXiv:2406.07524; github.com/kuleshov-group/mdlm, diffusion.py). From time t to t - dt a
+// masked position is unmasked with chance dt / t, whatever the network says, and then takes a token
+// of its prediction; the closing step fills what is left with the argmax. S steps and the closing
+// one.
 #include "worker/decoding/sampler_support.h"
 #include "worker/decoding/schedule.h"
 

@@ -101,7 +101,8 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   for (const Transfer& transfer : outcome.transfers) {
     const int32_t position = transfer.position;
     CINNABAR_CHECK(position > previous && position >= block.begin && position < block.end)
-        << "transfer to position " << position << " of block " << block.begin << " .. " << block.end;
+        << "transfer to position " << position << " of block " << block.begin << " .. "
+        << block.end;
     CINNABAR_CHECK(canvas.undecided(position)) << "position " << position << " is decided";
     CINNABAR_CHECK(transfer.token >= 0 && transfer.token < model.vocab_size &&
                    transfer.token != model.mask_token)

@@ -1,10 +1,11 @@
 // Samplers: pure functions from the canvas and per-position statistics to transfers.
 //
-// A denoising step of one sequence is: Plan() says which positions need which statistics, the engine runs
-// one forward pass for the whole batch and answers, Decide() turns the answers into transfers, and
-// ApplyOutcome() writes them and moves DecodingState on. No sampler keeps state of its own: everything is in
-// Canvas, DecodingState and DecodingParams, and randomness is NoiseWord(seed, position, step), so a sequence
-// runs the same alone or in any batch and resumes bit-exactly from any step.
+// A denoising step of one sequence is: Plan() says which positions need which statistics, the
+// engine runs one forward pass for the whole batch and answers, Decide() turns the answers into
+// transfers, and ApplyOutcome() writes them and moves DecodingState on. No sampler keeps state of
+// its own: everything is in Canvas, DecodingState and DecodingParams, and randomness is
+// NoiseWord(seed, position, step), so a sequence runs the same alone or in any batch and resumes
+// bit-exactly from any step.
 #ifndef CINNABAR_WORKER_DECODING_SAMPLER_H_
 #define CINNABAR_WORKER_DECODING_SAMPLER_H_
 
@@ -23,8 +24,8 @@
 
 namespace cinnabar {
 
-// Where a sequence stands between two denoising steps. With the canvas and the params it is all that is
-// needed to go on.
+// Where a sequence stands between two denoising steps. With the canvas and the params it is all
+// that is needed to go on.
 struct DecodingState {
   int32_t block_index = 0;
   int32_t block_step = 0;   // steps done in the open block
@@ -43,9 +44,9 @@ struct StepContext {
   BlockRange block;  // the open block
 };
 
-// Statistics wanted for one position: VocabularyQuery without rows. The engine adds rows, guidance and the
-// rules common to all (mask token not pickable, EOS penalty, forbidden ids); a rule given here for
-// the same id wins over the common one.
+// Statistics wanted for one position: VocabularyQuery without rows. The engine adds rows, guidance
+// and the rules common to all (mask token not pickable, EOS penalty, forbidden ids); a rule given
+// here for the same id wins over the common one.
 struct PositionQuery {
   int32_t position = 0;
   PickRule pick = PickRule::kSoftmax;
@@ -59,10 +60,10 @@ struct PositionQuery {
 };
 
 struct StepPlan {
-  bool forward = true;   // false: nothing to compute, Decide() is called with no answers
-  float sigma = 0.0F;    // noise level for networks that read it
-  // Positions [begin, end) that the network sees; positions restart from 0 at `begin`. Block-causal models
-  // ignore it (they see everything up to the end of the open block).
+  bool forward = true;  // false: nothing to compute, Decide() is called with no answers
+  float sigma = 0.0F;   // noise level for networks that read it
+  // Positions [begin, end) that the network sees; positions restart from 0 at `begin`. Block-causal
+  // models ignore it (they see everything up to the end of the open block).
   int32_t visible_begin = 0;
   int32_t visible_end = 0;
   std::vector<PositionQuery> queries;  // ascending positions, inside the open block
@@ -77,8 +78,8 @@ struct Transfer {
 };
 
 struct StepOutcome {
-  // Ascending positions. For kMasked positions the token becomes committed. For kNoise positions it replaces
-  // the token; `settled` says whether all kNoise positions of the block are now committed.
+  // Ascending positions. For kMasked positions the token becomes committed. For kNoise positions it
+  // replaces the token; `settled` says whether all kNoise positions of the block are now committed.
   std::vector<Transfer> transfers;
   bool settled = false;
 
@@ -89,12 +90,13 @@ class Sampler {
  public:
   virtual ~Sampler() = default;
 
-  // Fills `plan` (cleared before). Called at the start of each denoising step, with at least one undecided
-  // position in the open block. Pure; no allocation beyond growing plan's vectors.
+  // Fills `plan` (cleared before). Called at the start of each denoising step, with at least one
+  // undecided position in the open block. Pure; no allocation beyond growing plan's vectors.
   virtual void Plan(const StepContext& context, StepPlan& plan) const = 0;
 
-  // answers[i] belongs to plan.queries[i]; log_sum_exp already includes the network's output offset (SEDD).
-  // Every answer is finite (the engine fails a sequence whose row is not). Ties: the lower position.
+  // answers[i] belongs to plan.queries[i]; log_sum_exp already includes the network's output offset
+  // (SEDD). Every answer is finite (the engine fails a sequence whose row is not). Ties: the lower
+  // position.
   virtual void Decide(const StepContext& context, const StepPlan& plan,
                       absl::Span<const VocabularyAnswer> answers, StepOutcome& outcome) const = 0;
 };
@@ -103,13 +105,14 @@ class Sampler {
 absl::StatusOr<const Sampler*> GetSampler(absl::string_view name);
 std::vector<absl::string_view> RegisteredSamplers();
 
-// The state before the first step: block 0 open (blocks without undecided positions are passed over);
-// finished at once when nothing is undecided.
-DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params, const ModelTraits& model);
+// The state before the first step: block 0 open (blocks without undecided positions are passed
+// over); finished at once when nothing is undecided.
+DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
+                            const ModelTraits& model);
 
-// Writes the transfers (CHECKs that none touches a given or committed position and none writes the mask
-// token), counts the step (and the forward pass when `forward`), and opens the next block when the open one
-// has no undecided position left; finished after the last.
+// Writes the transfers (CHECKs that none touches a given or committed position and none writes the
+// mask token), counts the step (and the forward pass when `forward`), and opens the next block when
+// the open one has no undecided position left; finished after the last.
 void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
                   const ModelTraits& model, Canvas& canvas, DecodingState& state);
 

@@ -43,7 +43,8 @@ inline float TemperedStatistics(const DecodingParams& params) {
 
 // LLaDA's end-of-text switches, as rules for every query of the plan.
 void AddEosRules(const StepContext& context, StepPlan& plan);
-// Confidence under those switches: the probability, or exactly 0 for what is to be transferred last.
+// Confidence under those switches: the probability, or exactly 0 for what is to be transferred
+// last.
 double EosAwareConfidence(const StepContext& context, const VocabularyAnswer& answer);
 
 // Transfers of answers chosen[...] (ascending), or of all answers.

@@ -12,8 +12,8 @@ namespace cinnabar {
 // (LLaDA, SDAR).
 int32_t EvenShare(int32_t count, int32_t num_steps, int32_t step);
 
-// Dream: the time falls linearly from 1 to `eps`; chance of one masked position to be transferred in
-// `step`, 1 in the last.
+// Dream: the time falls linearly from 1 to `eps`; chance of one masked position to be transferred
+// in `step`, 1 in the last.
 double DreamTransferChance(int32_t num_steps, int32_t step, double eps);
 // How many of `num_masked` that makes, rounded down; all in the last step.
 int32_t DreamTransferCount(int32_t num_masked, int32_t num_steps, int32_t step, double eps);

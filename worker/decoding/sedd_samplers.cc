@@ -1,11 +1,12 @@
 // SEDD (arXiv:2310.16834; github.com/louaaron/Score-Entropy-Discrete-Diffusion, sampling.py and
 // graph_lib.py). S steps of the reverse process and the closing, noise-removing one.
 //
-// In every step a position moves to y with a weight k * score[y] and stays with 1 - k * Z, Z the sum
-// of the scores of all y that are not its own (log_sum_exp of the answer). Absorbing graph: k = dt * rate(t)
-// (Euler) or expm1(sigma(t) - sigma(t - dt)) (analytic, the staggered score times the transition, with
-// their common terms cancelled); uniform graph: k = dt * rate(t) / N (Euler), and the analytic step is a
-// pick rule of the vocabulary head, because its weights are not of this form. Negative weights count as 0.
+// In every step a position moves to y with a weight k * score[y] and stays with 1 - k * Z, Z the
+// sum of the scores of all y that are not its own (log_sum_exp of the answer). Absorbing graph: k =
+// dt * rate(t) (Euler) or expm1(sigma(t) - sigma(t - dt)) (analytic, the staggered score times the
+// transition, with their common terms cancelled); uniform graph: k = dt * rate(t) / N (Euler), and
+// the analytic step is a pick rule of the vocabulary head, because its weights are not of this
+// form. Negative weights count as 0.
 #include <cmath>
 #include <limits>
 
@@ -29,8 +30,9 @@ class Sedd final : public Sampler {
     const TimeStep at = TimeStepAt(num_steps, context.state.block_step);
     plan.sigma = static_cast<float>(SigmaAt(model, at.time));
     const bool tweedie = uniform && (analytic_ || closing);
-    const float sigma_step = static_cast<float>(
-        closing ? SigmaAt(model, at.time) : SigmaAt(model, at.time) - SigmaAt(model, at.time - at.length));
+    const float sigma_step =
+        static_cast<float>(closing ? SigmaAt(model, at.time)
+                                   : SigmaAt(model, at.time) - SigmaAt(model, at.time - at.length));
     const absl::Span<const TokenId> forbidden = context.params.forbidden_ids;
     QueryUndecided(context, plan);
     for (PositionQuery& query : plan.queries) {

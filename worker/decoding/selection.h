@@ -1,4 +1,5 @@
-// Which of the scored positions are transferred: the rules of the greedy samplers, on plain numbers.
+// Which of the scored positions are transferred: the rules of the greedy samplers, on plain
+// numbers.
 #ifndef CINNABAR_WORKER_DECODING_SELECTION_H_
 #define CINNABAR_WORKER_DECODING_SELECTION_H_
 

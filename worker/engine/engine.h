@@ -47,9 +47,9 @@ struct StepEvent {
   int32_t step = 0;  // index of the step that was made; events of a sequence count up without gaps
   int32_t transfers_begin = 0;  // range in StepReport::transfers
   int32_t transfers_end = 0;
-  bool forward = false;  // the step made a forward pass
-  bool settled = false;  // StepOutcome::settled
-  BlockRange block;      // the open block of the step
+  bool forward = false;   // the step made a forward pass
+  bool settled = false;   // StepOutcome::settled
+  BlockRange block;       // the open block of the step
   bool finished = false;  // the last event of this sequence: complete when `status` is OK
   absl::Status status;    // Cancelled, DeadlineExceeded, or DataLoss (the network gave NaN)
 };

@@ -157,7 +157,8 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
       std::count_if(state.canvas.states.begin(), state.canvas.states.end(),
                     [](PositionState s) { return s != PositionState::kGiven; }));
   CINNABAR_ASSIGN_OR_RETURN(
-      state.params, ResolveParams(params, model, num_open, state.canvas.end - state.canvas.begin, state.canvas.begin));
+      state.params, ResolveParams(params, model, num_open, state.canvas.end - state.canvas.begin,
+                                  state.canvas.begin));
   state.decoding = {.block_index = wire.block_index(),
                     .block_step = wire.block_step(),
                     .block_masks = wire.block_masks(),

@@ -24,9 +24,9 @@ struct SequenceState {
 };
 
 // A new sequence. Undecided positions are those with given[i] == false; their ids are ignored.
-// A canvas that reaches the end of a block-causal model's sequence is lengthened to whole blocks, as
-// SDAR does (what the added positions become is decided with the rest and not part of the answer).
-// InvalidArgument names the field and the fix.
+// A canvas that reaches the end of a block-causal model's sequence is lengthened to whole blocks,
+// as SDAR does (what the added positions become is decided with the rest and not part of the
+// answer). InvalidArgument names the field and the fix.
 absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
                                            const std::vector<bool>& given,
                                            const DecodingParams& params, const ModelTraits& model);

@@ -18,7 +18,8 @@ constexpr int64_t kLogitsFloats = 1 << 20;
 
 }  // namespace
 
-// --- Loading ---------------------------------------------------------------------------------------------
+// --- Loading
+// ---------------------------------------------------------------------------------------------
 
 absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Matrix(const std::vector<std::string>& names,
                                                              RowOrder row_order) {
@@ -32,8 +33,8 @@ absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Matrix(const std::vector<s
     if (part.dtype != dtype) dtype = DType::kF32;
   }
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Weight> weight,
-                            backend_.LoadWeight(parts, row_order, dtype_.value_or(dtype)),
-                            "load ", names[0]);
+                            backend_.LoadWeight(parts, row_order, dtype_.value_or(dtype)), "load ",
+                            names[0]);
   for (const std::string& name : names) checkpoint_.Release(name);
   loaded_bytes_ += weight->memory_bytes();
   return weight;
@@ -48,12 +49,15 @@ absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Embedding(const std::strin
   return weight;
 }
 
-absl::StatusOr<std::unique_ptr<Buffer>> WeightLoader::Vector(const std::vector<std::string>& names) {
-  // Small, so parts are joined on the host: through the backend, which knows how to widen each dtype.
+absl::StatusOr<std::unique_ptr<Buffer>> WeightLoader::Vector(
+    const std::vector<std::string>& names) {
+  // Small, so parts are joined on the host: through the backend, which knows how to widen each
+  // dtype.
   std::vector<float> joined;
   for (const std::string& name : names) {
     CINNABAR_ASSIGN_OR_RETURN(const HostMatrix part, checkpoint_.Matrix(name));
-    CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> vector, backend_.LoadVector(part), "load ", name);
+    CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> vector, backend_.LoadVector(part), "load ",
+                              name);
     if (names.size() == 1) {
       loaded_bytes_ += vector->size_bytes();
       return vector;
@@ -67,12 +71,11 @@ absl::StatusOr<std::unique_ptr<Buffer>> WeightLoader::Vector(const std::vector<s
 }
 
 absl::StatusOr<std::unique_ptr<Buffer>> WeightLoader::Vector(absl::Span<const float> values) {
-  CINNABAR_ASSIGN_OR_RETURN(
-      std::unique_ptr<Buffer> vector,
-      backend_.LoadVector({.data = values.data(),
-                           .dtype = DType::kF32,
-                           .rows = 1,
-                           .cols = static_cast<int64_t>(values.size())}));
+  CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> vector,
+                            backend_.LoadVector({.data = values.data(),
+                                                 .dtype = DType::kF32,
+                                                 .rows = 1,
+                                                 .cols = static_cast<int64_t>(values.size())}));
   loaded_bytes_ += vector->size_bytes();
   return vector;
 }
@@ -96,14 +99,14 @@ absl::Status Body::LoadHead(WeightLoader& loader) {
   const bool dit = spec_.body == BodyKind::kDiT;
   const std::string embedding =
       dit ? spec_.tensor_prefix + "vocab_embed.embedding" : spec_.names.embedding + ".weight";
-  const std::string head = dit             ? spec_.tensor_prefix + "output_layer.linear.weight"
+  const std::string head = dit               ? spec_.tensor_prefix + "output_layer.linear.weight"
                            : spec_.tied_head ? embedding
                                              : spec_.names.head + ".weight";
   CINNABAR_ASSIGN_OR_RETURN(head_, loader.Matrix({head}));
   CINNABAR_ASSIGN_OR_RETURN(embedding_, loader.Embedding(embedding));
   if (dit) {
-    CINNABAR_ASSIGN_OR_RETURN(
-        head_bias_, loader.Vector({spec_.tensor_prefix + "output_layer.linear.bias"}));
+    CINNABAR_ASSIGN_OR_RETURN(head_bias_,
+                              loader.Vector({spec_.tensor_prefix + "output_layer.linear.bias"}));
   }
   return absl::OkStatus();
 }
@@ -138,9 +141,9 @@ absl::Status Body::TakeWorkspace() {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
   const int64_t kv_dim = int64_t{spec_.num_kv_heads} * spec_.head_dim;
   const std::tuple<Rows*, int64_t, DType> wanted[] = {
-      {&residual_, spec_.dim, DType::kF32},  {&normed_, spec_.dim, activation},
+      {&residual_, spec_.dim, DType::kF32},    {&normed_, spec_.dim, activation},
       {&qkv_, q_dim + 2 * kv_dim, activation}, {&attention_, q_dim, activation},
-      {&mlp_, spec_.mlp_dim, activation},    {&wanted_residual_, spec_.dim, DType::kF32},
+      {&mlp_, spec_.mlp_dim, activation},      {&wanted_residual_, spec_.dim, DType::kF32},
       {&wanted_attention_, q_dim, activation}, {&hidden_, spec_.dim, activation}};
   for (const auto& [member, cols, dtype] : wanted) {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
@@ -172,14 +175,14 @@ absl::Status Body::MakeRotaryTable() {
     }
   }
   rotary_ = {.rotary_dim = spec_.head_dim, .positions_max = limits_.positions_max};
-  for (const auto& [table, member] : {std::pair{&cosine, &rotary_.cosine}, {&sine, &rotary_.sine}}) {
-    CINNABAR_ASSIGN_OR_RETURN(
-        std::unique_ptr<Buffer> buffer,
-        backend_.LoadVector({.data = table->data(),
-                             .dtype = DType::kF32,
-                             .rows = 1,
-                             .cols = static_cast<int64_t>(table->size())}),
-        "rotary table");
+  for (const auto& [table, member] :
+       {std::pair{&cosine, &rotary_.cosine}, {&sine, &rotary_.sine}}) {
+    CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer,
+                              backend_.LoadVector({.data = table->data(),
+                                                   .dtype = DType::kF32,
+                                                   .rows = 1,
+                                                   .cols = static_cast<int64_t>(table->size())}),
+                              "rotary table");
     *member = static_cast<const float*>(buffer->data());
     buffers_bytes_ += buffer->size_bytes();
     buffers_.push_back(std::move(buffer));
@@ -187,8 +190,8 @@ absl::Status Body::MakeRotaryTable() {
   return backend_.Synchronize();
 }
 
-absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string& directory, Backend& backend,
-                                                       const LoadOptions& options,
+absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string& directory,
+                                                       Backend& backend, const LoadOptions& options,
                                                        const ForwardLimits& limits) {
   CINNABAR_CHECK(limits.rows_max > 0 && limits.sequences_max > 0 && limits.positions_max > 0);
   CINNABAR_ASSIGN_OR_RETURN(const CheckpointFacts facts, ReadCheckpointFacts(directory));
@@ -212,7 +215,8 @@ absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string& direct
   return std::unique_ptr<Denoiser>(std::move(body));
 }
 
-// --- Running ---------------------------------------------------------------------------------------------
+// --- Running
+// ---------------------------------------------------------------------------------------------
 
 float Body::attention_scale() const {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(spec_.head_dim)));
@@ -231,7 +235,8 @@ absl::Status Body::CheckBatch(const ForwardBatch& batch) const {
   CINNABAR_CHECK(num_rows > 0 && num_rows <= limits_.rows_max) << num_rows << " rows";
   CINNABAR_CHECK(num_sequences > 0 && num_sequences <= limits_.sequences_max)
       << num_sequences << " sequences";
-  CINNABAR_CHECK(!spec_.traits.conditioned_on_sigma || batch.sigmas.size() == batch.sequences.size())
+  CINNABAR_CHECK(!spec_.traits.conditioned_on_sigma ||
+                 batch.sigmas.size() == batch.sequences.size())
       << "one sigma a sequence";
   int64_t row = 0;
   for (const SequenceSpan& sequence : batch.sequences) {
@@ -255,8 +260,8 @@ absl::Status Body::CheckBatch(const ForwardBatch& batch) const {
   // Ids come from requests.
   for (const TokenId id : batch.ids) {
     if (id < 0 || id >= spec_.traits.vocab_size) {
-      return absl::InvalidArgumentError(absl::StrCat("token id ", id, " is not below the ",
-                                                     spec_.traits.vocab_size, " of the vocabulary"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "token id ", id, " is not below the ", spec_.traits.vocab_size, " of the vocabulary"));
     }
   }
   return absl::OkStatus();
@@ -288,9 +293,9 @@ absl::Status Body::GatherWanted(const ForwardBatch& batch) {
                               .out = wanted_attention_});
 }
 
-absl::Status Body::Attention(absl::Span<const SequenceSpan> sequences, int64_t num_rows, int32_t layer,
-                             const Weight& qkv, const float* qkv_bias, const float* q_norm,
-                             const float* k_norm, bool keys_and_values_only) {
+absl::Status Body::Attention(absl::Span<const SequenceSpan> sequences, int64_t num_rows,
+                             int32_t layer, const Weight& qkv, const float* qkv_bias,
+                             const float* q_norm, const float* k_norm, bool keys_and_values_only) {
   const int32_t kv_layer = KvLayers(spec_) == 1 ? 0 : layer;
   CINNABAR_RETURN_IF_ERROR(backend_.Linear(
       {.x = normed_, .num_rows = num_rows, .weight = &qkv, .bias = qkv_bias, .out = qkv_}));
@@ -319,7 +324,8 @@ void Body::RememberWanted(const ForwardBatch& batch) {
   wanted_sigmas_.clear();
   size_t sequence = 0;
   for (const int32_t row : batch.wanted_rows) {
-    while (row >= batch.sequences[sequence].row_begin + batch.sequences[sequence].num_rows) ++sequence;
+    while (row >= batch.sequences[sequence].row_begin + batch.sequences[sequence].num_rows)
+      ++sequence;
     wanted_ids_.push_back(batch.ids[row]);
     wanted_sigmas_.push_back(batch.sigmas.empty() ? 0.0F : batch.sigmas[sequence]);
   }

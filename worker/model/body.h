@@ -1,5 +1,5 @@
-// What the two bodies share: reading weights into a backend, the embedding, the wanted rows, the vocabulary
-// head. A body adds its layers.
+// What the two bodies share: reading weights into a backend, the embedding, the wanted rows, the
+// vocabulary head. A body adds its layers.
 #ifndef CINNABAR_WORKER_MODEL_BODY_H_
 #define CINNABAR_WORKER_MODEL_BODY_H_
 
@@ -19,8 +19,8 @@
 
 namespace cinnabar {
 
-// Moves tensors of a checkpoint into a backend, letting go of the file's pages as it goes. Errors name the
-// tensor.
+// Moves tensors of a checkpoint into a backend, letting go of the file's pages as it goes. Errors
+// name the tensor.
 class WeightLoader {
  public:
   WeightLoader(const Checkpoint& checkpoint, Backend& backend, std::optional<DType> dtype)
@@ -65,7 +65,8 @@ class Body : public Denoiser {
   // `limits` is within what the model allows.
   Body(ModelSpec spec, Checkpoint checkpoint, Backend& backend, const ForwardLimits& limits);
 
-  // Runs the layers: residual_ holds the embedded rows, hidden_ gets the final state of wanted rows.
+  // Runs the layers: residual_ holds the embedded rows, hidden_ gets the final state of wanted
+  // rows.
   virtual absl::Status RunLayers(const ForwardBatch& batch) = 0;
   // Loads what the body itself needs. Runs once, before any Forward().
   virtual absl::Status LoadLayers(WeightLoader& loader) = 0;
@@ -73,7 +74,9 @@ class Body : public Denoiser {
   const ModelSpec& spec() const { return spec_; }
   const ForwardLimits& limits() const { return limits_; }
   HeadShape heads() const {
-    return {.num_heads = spec_.num_heads, .num_kv_heads = spec_.num_kv_heads, .head_dim = spec_.head_dim};
+    return {.num_heads = spec_.num_heads,
+            .num_kv_heads = spec_.num_kv_heads,
+            .head_dim = spec_.head_dim};
   }
   const RotaryTable& rotary() const { return rotary_; }
   float attention_scale() const;
@@ -81,8 +84,8 @@ class Body : public Denoiser {
   // A buffer for `rows` rows of `cols` activations (or floats), counted as workspace.
   absl::StatusOr<Rows> TakeRows(int64_t rows, int64_t cols, DType dtype);
 
-  // The sequences of the wanted rows alone, as they lie once gathered; for ops that only ask which modulation
-  // row a row has.
+  // The sequences of the wanted rows alone, as they lie once gathered; for ops that only ask which
+  // modulation row a row has.
   absl::Span<const SequenceSpan> WantedSequences(const ForwardBatch& batch,
                                                  absl::Span<const SequenceSpan> sequences);
 
@@ -91,18 +94,18 @@ class Body : public Denoiser {
                          const Weight& qkv, const float* qkv_bias, const float* q_norm,
                          const float* k_norm, bool keys_and_values_only);
 
-  // The wanted rows of residual_ and attention_ into wanted_residual_ and wanted_attention_: nobody reads the
-  // other rows of the last layer.
+  // The wanted rows of residual_ and attention_ into wanted_residual_ and wanted_attention_: nobody
+  // reads the other rows of the last layer.
   absl::Status GatherWanted(const ForwardBatch& batch);
 
-  Rows residual_;         // [rows_max, dim], float32
-  Rows normed_;           // [rows_max, dim]
-  Rows qkv_;              // [rows_max, q | k | v]
-  Rows attention_;        // [rows_max, heads * head_dim]
-  Rows mlp_;              // [rows_max, mlp_dim]
-  Rows wanted_residual_;  // [rows_max, dim], float32: the last layer's rows
-  Rows wanted_attention_; // [rows_max, heads * head_dim]
-  Rows hidden_;           // [rows_max, dim]
+  Rows residual_;          // [rows_max, dim], float32
+  Rows normed_;            // [rows_max, dim]
+  Rows qkv_;               // [rows_max, q | k | v]
+  Rows attention_;         // [rows_max, heads * head_dim]
+  Rows mlp_;               // [rows_max, mlp_dim]
+  Rows wanted_residual_;   // [rows_max, dim], float32: the last layer's rows
+  Rows wanted_attention_;  // [rows_max, heads * head_dim]
+  Rows hidden_;            // [rows_max, dim]
 
  private:
   friend absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string&, Backend&,
@@ -130,9 +133,9 @@ class Body : public Denoiser {
   int64_t weights_bytes_ = 0;
   int64_t buffers_bytes_ = 0;
 
-  int32_t num_wanted_ = 0;             // hidden rows of the last Forward()
-  std::vector<TokenId> wanted_ids_;    // their own tokens
-  std::vector<float> wanted_sigmas_;   // and noise levels
+  int32_t num_wanted_ = 0;            // hidden rows of the last Forward()
+  std::vector<TokenId> wanted_ids_;   // their own tokens
+  std::vector<float> wanted_sigmas_;  // and noise levels
   std::vector<SequenceSpan> wanted_sequences_;
 };
 

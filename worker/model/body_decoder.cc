@@ -55,8 +55,7 @@ class DecoderBody : public Body {
       }
       if (num_wanted == 0) return absl::OkStatus();
       CINNABAR_RETURN_IF_ERROR(GatherWanted(batch));
-      CINNABAR_RETURN_IF_ERROR(
-          FinishLayer(layer, num_wanted, wanted_residual_, wanted_attention_));
+      CINNABAR_RETURN_IF_ERROR(FinishLayer(layer, num_wanted, wanted_residual_, wanted_attention_));
     }
     return RmsNorm(wanted_residual_, num_wanted, final_norm_, hidden_);
   }
@@ -72,8 +71,8 @@ class DecoderBody : public Body {
       return LayerTensor(names.layer_prefix, index, leaf) + ".bias";
     };
     CINNABAR_ASSIGN_OR_RETURN(layer.attention_norm, loader.Vector({weight(names.attention_norm)}));
-    CINNABAR_ASSIGN_OR_RETURN(
-        layer.qkv, loader.Matrix({weight(names.q), weight(names.k), weight(names.v)}));
+    CINNABAR_ASSIGN_OR_RETURN(layer.qkv,
+                              loader.Matrix({weight(names.q), weight(names.k), weight(names.v)}));
     if (spec().qkv_bias) {
       CINNABAR_ASSIGN_OR_RETURN(layer.qkv_bias,
                                 loader.Vector({bias(names.q), bias(names.k), bias(names.v)}));
@@ -87,9 +86,8 @@ class DecoderBody : public Body {
       CINNABAR_ASSIGN_OR_RETURN(layer.o_bias, loader.Vector({bias(names.o)}));
     }
     CINNABAR_ASSIGN_OR_RETURN(layer.mlp_norm, loader.Vector({weight(names.mlp_norm)}));
-    CINNABAR_ASSIGN_OR_RETURN(
-        layer.gate_up,
-        loader.Matrix({weight(names.gate), weight(names.up)}, RowOrder::kGatedPairs));
+    CINNABAR_ASSIGN_OR_RETURN(layer.gate_up, loader.Matrix({weight(names.gate), weight(names.up)},
+                                                           RowOrder::kGatedPairs));
     CINNABAR_ASSIGN_OR_RETURN(layer.down, loader.Matrix({weight(names.down)}));
     if (spec().mlp_bias) {
       CINNABAR_ASSIGN_OR_RETURN(layer.gate_up_bias,

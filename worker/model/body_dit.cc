@@ -1,5 +1,5 @@
-// The body of SEDD and MDLM: a transformer whose layer norms and residuals are modulated by the noise level
-// (adaLN). With shift, scale and gate from the sequence's sigma, per layer
+// The body of SEDD and MDLM: a transformer whose layer norms and residuals are modulated by the
+// noise level (adaLN). With shift, scale and gate from the sequence's sigma, per layer
 //   x += gate1 * attn_out(attend(rotate(q), rotate(k), v)),  q | k | v = attn_qkv(modulate1(x))
 //   x += gate2 * mlp2(gelu(mlp0(modulate2(x))))
 // Sources: DiT (arXiv:2212.09748), SEDD (arXiv:2310.16834).
@@ -27,8 +27,8 @@ struct DiTLayer {
   std::unique_ptr<Buffer> mlp2_bias;
 };
 
-// sigma -> modulation of every layer, by three products. Kept in float32 on every backend: it is one row a
-// sequence, and everything hangs on it.
+// sigma -> modulation of every layer, by three products. Kept in float32 on every backend: it is
+// one row a sequence, and everything hangs on it.
 struct Conditioning {
   std::unique_ptr<Weight> mlp0;
   std::unique_ptr<Buffer> mlp0_bias;
@@ -72,8 +72,8 @@ class DiTBody : public Body {
     for (int32_t index = 0; index < spec().num_layers; ++index) {
       const DiTLayer& layer = layers_[index];
       const bool last = index + 1 == spec().num_layers;
-      CINNABAR_RETURN_IF_ERROR(Modulate(residual_, num_rows, layer.norm1, index, kShift1, sequences_,
-                                        normed_));
+      CINNABAR_RETURN_IF_ERROR(
+          Modulate(residual_, num_rows, layer.norm1, index, kShift1, sequences_, normed_));
       CINNABAR_RETURN_IF_ERROR(Attention(sequences_, num_rows, index, *layer.qkv, nullptr, nullptr,
                                          nullptr, last && num_wanted == 0));
       if (!last) {
@@ -146,8 +146,8 @@ class DiTBody : public Body {
   absl::Status ComputeModulation(absl::Span<const float> sigmas) {
     const auto num_rows = static_cast<int64_t>(sigmas.size());
     for (int64_t row = 0; row < num_rows; ++row) {
-      EmbedSigma(sigmas[row], absl::MakeSpan(sigma_host_)
-                                  .subspan(row * kSigmaFrequencies, kSigmaFrequencies));
+      EmbedSigma(sigmas[row],
+                 absl::MakeSpan(sigma_host_).subspan(row * kSigmaFrequencies, kSigmaFrequencies));
     }
     CINNABAR_RETURN_IF_ERROR(
         backend().Upload(absl::MakeConstSpan(sigma_host_).subspan(0, num_rows * kSigmaFrequencies),

@@ -20,15 +20,16 @@ constexpr size_t kTokenizerBytesMax = 256U << 20;
 constexpr int64_t kTokenIdMax = std::numeric_limits<int32_t>::max() - 1;
 
 // Texts under which checkpoints keep their mask token.
-constexpr absl::string_view kMaskTexts[] = {"<|mask|>",     "<|MASK|>", "<|mdm_mask|>", "<M>",
-                                            "[MASK]",       "<MASK>",   "<mask>"};
+constexpr absl::string_view kMaskTexts[] = {"<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<M>",
+                                            "[MASK]",   "<MASK>",   "<mask>"};
 
 void AddToken(absl::string_view text, int64_t id, TokenizerFacts& facts) {
   facts.size = std::max(facts.size, static_cast<int32_t>(id + 1));
   facts.added.emplace(text, static_cast<TokenId>(id));
 }
 
-// Walks a tokenizer file without keeping its vocabulary, which can have hundreds of thousands of entries.
+// Walks a tokenizer file without keeping its vocabulary, which can have hundreds of thousands of
+// entries.
 class TokenVisitor : public nlohmann::json_sax<json> {
  public:
   // kTokenizer: tokenizer.json (added_tokens, model.vocab). kVocabulary: an object text -> id.

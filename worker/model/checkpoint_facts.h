@@ -1,5 +1,6 @@
-// What the small files of a Hugging Face folder say: config.json, generation_config.json and the parts of
-// the tokenizer files that matter to a model (how many ids have text, which ids are special).
+// What the small files of a Hugging Face folder say: config.json, generation_config.json and the
+// parts of the tokenizer files that matter to a model (how many ids have text, which ids are
+// special).
 #ifndef CINNABAR_WORKER_MODEL_CHECKPOINT_FACTS_H_
 #define CINNABAR_WORKER_MODEL_CHECKPOINT_FACTS_H_
 
@@ -17,16 +18,16 @@
 namespace cinnabar {
 
 struct TokenizerFacts {
-  int32_t size = 0;                                  // largest id with text, plus 1; 0: no tokenizer
-  absl::flat_hash_map<std::string, TokenId> added;   // added tokens by their text
-  std::string mask_text;                             // what tokenizer_config.json calls the mask token
+  int32_t size = 0;                                 // largest id with text, plus 1; 0: no tokenizer
+  absl::flat_hash_map<std::string, TokenId> added;  // added tokens by their text
+  std::string mask_text;  // what tokenizer_config.json calls the mask token
 };
 
 struct CheckpointFacts {
-  std::string config_path;                // names config.json in errors
-  nlohmann::json config;                  // an object
-  std::vector<std::string> architectures; // of config; empty: it names none
-  std::vector<TokenId> eos_tokens;        // generation_config.json's, then config.json's; no duplicates
+  std::string config_path;                 // names config.json in errors
+  nlohmann::json config;                   // an object
+  std::vector<std::string> architectures;  // of config; empty: it names none
+  std::vector<TokenId> eos_tokens;  // generation_config.json's, then config.json's; no duplicates
   TokenizerFacts tokenizer;
 };
 
@@ -50,8 +51,8 @@ absl::StatusOr<CheckpointFacts> ReadCheckpointFacts(const std::string& directory
 // Id of the added token with the first of these texts that there is; -1: none.
 TokenId AddedToken(const TokenizerFacts& tokenizer, absl::Span<const absl::string_view> texts);
 
-// Id of the mask token as the tokenizer files tell it: the one tokenizer_config.json names, else an added
-// token with a text that is known to mean it ("<|mask|>", "<M>", ...); -1: none.
+// Id of the mask token as the tokenizer files tell it: the one tokenizer_config.json names, else an
+// added token with a text that is known to mean it ("<|mask|>", "<M>", ...); -1: none.
 TokenId TokenizerMask(const TokenizerFacts& tokenizer);
 
 }  // namespace cinnabar

@@ -1,5 +1,5 @@
-// A loaded diffusion transformer: token ids in, statistics over the vocabulary out. One forward pass serves
-// many sequences of different lengths, packed row after row.
+// A loaded diffusion transformer: token ids in, statistics over the vocabulary out. One forward
+// pass serves many sequences of different lengths, packed row after row.
 #ifndef CINNABAR_WORKER_MODEL_DENOISER_H_
 #define CINNABAR_WORKER_MODEL_DENOISER_H_
 
@@ -23,18 +23,19 @@ struct LoadOptions {
 
 // Largest forward pass that will be asked for; scratch is taken for it at load.
 struct ForwardLimits {
-  int32_t rows_max = 2048;       // packed rows of one forward pass
+  int32_t rows_max = 2048;  // packed rows of one forward pass
   int32_t sequences_max = 64;
   int32_t positions_max = 2048;  // longest sequence; at most the model's own limit
 };
 
 // One forward pass. Spans are host memory, borrowed for the call.
 struct ForwardBatch {
-  absl::Span<const TokenId> ids;              // [rows], packed
-  absl::Span<const SequenceSpan> sequences;   // rows in order, without gaps; `kv` set by the caller
+  absl::Span<const TokenId> ids;             // [rows], packed
+  absl::Span<const SequenceSpan> sequences;  // rows in order, without gaps; `kv` set by the caller
   // [sequences]; read by networks conditioned on it, else may be empty.
   absl::Span<const float> sigmas = {};
-  // Packed rows whose final hidden state is wanted, ascending. Empty: only keys and values are computed.
+  // Packed rows whose final hidden state is wanted, ascending. Empty: only keys and values are
+  // computed.
   absl::Span<const int32_t> wanted_rows = {};
 };
 
@@ -45,41 +46,45 @@ class Denoiser {
   virtual const ModelTraits& traits() const = 0;
   virtual Backend& backend() const = 0;
 
-  // Shape of the KvMemory that one sequence of up to `positions` needs. Block-causal models keep all layers
-  // (the cache); full-attention models one layer, overwritten by each layer in turn.
+  // Shape of the KvMemory that one sequence of up to `positions` needs. Block-causal models keep
+  // all layers (the cache); full-attention models one layer, overwritten by each layer in turn.
   virtual KvShape SequenceKvShape(int32_t positions) const = 0;
 
-  // Runs the network. Afterwards hidden row i of Answer() and Logits() is the final, normed state of packed
-  // row wanted_rows[i], until the next Forward(). For block-causal sequences the keys and values of all rows
-  // are in their KvMemory; a full-attention one starts at position 0. Synchronizes. InvalidArgument for an id
-  // outside the vocabulary; any other misfit of the batch is the caller's bug.
+  // Runs the network. Afterwards hidden row i of Answer() and Logits() is the final, normed state
+  // of packed row wanted_rows[i], until the next Forward(). For block-causal sequences the keys and
+  // values of all rows are in their KvMemory; a full-attention one starts at position 0.
+  // Synchronizes. InvalidArgument for an id outside the vocabulary; any other misfit of the batch
+  // is the caller's bug.
   virtual absl::Status Forward(const ForwardBatch& batch) = 0;
 
   // Fills answers for queries whose hidden rows index into wanted_rows. Synchronizes.
   virtual absl::Status Answer(absl::Span<const VocabularyQuery> queries,
                               absl::Span<VocabularyAnswer> answers) = 0;
 
-  // Float32 logits of hidden rows [begin, begin + count), unshifted, as the network gives them: for SEDD the
-  // log-scores (scaled, own entry 0). `out` is host memory, [count, vocab_size]. Synchronizes.
+  // Float32 logits of hidden rows [begin, begin + count), unshifted, as the network gives them: for
+  // SEDD the log-scores (scaled, own entry 0). `out` is host memory, [count, vocab_size].
+  // Synchronizes.
   virtual absl::Status Logits(int32_t begin, int32_t count, absl::Span<float> out) = 0;
 
-  // What the network subtracts from every logit at this noise level (SEDD with scale_by_sigma: ln(e^sigma - 1)
+  // What the network subtracts from every logit at this noise level (SEDD with scale_by_sigma:
+  // ln(e^sigma - 1)
   // + ln(V - 1)); else 0. Answer() leaves it out of log_sum_exp: the caller subtracts it.
   virtual double OutputOffset(float sigma) const = 0;
 
   struct Memory {
     int64_t weights_bytes = 0;
-    int64_t workspace_bytes = 0;       // activations and scratch for the limits given at load
-    int64_t kv_bytes_per_position = 0; // one sequence
+    int64_t workspace_bytes = 0;        // activations and scratch for the limits given at load
+    int64_t kv_bytes_per_position = 0;  // one sequence
   };
   virtual Memory memory() const = 0;
 };
 
-// Loads the Hugging Face folder `directory` (config.json, *.safetensors). Errors name file, tensor or field:
-// NotFound, InvalidArgument (broken files, shapes that do not fit), Unimplemented (an architecture or feature
-// that is not supported, saying which), ResourceExhausted. `backend` is borrowed and outlives the model.
-absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string& directory, Backend& backend,
-                                                       const LoadOptions& options,
+// Loads the Hugging Face folder `directory` (config.json, *.safetensors). Errors name file, tensor
+// or field: NotFound, InvalidArgument (broken files, shapes that do not fit), Unimplemented (an
+// architecture or feature that is not supported, saying which), ResourceExhausted. `backend` is
+// borrowed and outlives the model.
+absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string& directory,
+                                                       Backend& backend, const LoadOptions& options,
                                                        const ForwardLimits& limits);
 
 }  // namespace cinnabar

@@ -18,16 +18,16 @@ struct Family {
   std::vector<absl::string_view> architectures;
   // For families whose config names no architecture; may be null.
   bool (*claims)(const CheckpointFacts& facts) = nullptr;
-  // InvalidArgument (a field missing or out of range) or Unimplemented (a feature not computed), naming the
-  // field.
+  // InvalidArgument (a field missing or out of range) or Unimplemented (a feature not computed),
+  // naming the field.
   absl::StatusOr<ModelSpec> (*read)(const CheckpointFacts& facts) = nullptr;
 };
 
 // The supported families.
 const std::vector<const Family*>& Families();
 
-// The spec of a checkpoint. Unimplemented for an architecture that no family reads, saying what is missing
-// for those known.
+// The spec of a checkpoint. Unimplemented for an architecture that no family reads, saying what is
+// missing for those known.
 absl::StatusOr<ModelSpec> ReadModelSpec(const CheckpointFacts& facts);
 
 }  // namespace cinnabar

@@ -1,5 +1,6 @@
-// A2D ("tiny-a2d"): autoregressive checkpoints of Qwen2, Qwen3 and Llama trained on to denoise. Names and
-// weights stay, only the attention mask changes. Source: ZHZisZZ/dllm, dllm/pipelines/a2d.
+// A2D ("tiny-a2d"): autoregressive checkpoints of Qwen2, Qwen3 and Llama trained on to denoise.
+// Names and weights stay, only the attention mask changes. Source: ZHZisZZ/dllm,
+// dllm/pipelines/a2d.
 #include <algorithm>
 
 #include "absl/strings/match.h"
@@ -38,7 +39,8 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   traits.eos_tokens = ReadEosTokens(facts);
   traits.causal_block_length = static_cast<int32_t>(
       config.Int("block_size", 1, kBlockLengthMax, config.Int("bd_size", 1, kBlockLengthMax, 0)));
-  // Its authors evaluate with LLaDA's low-confidence remasking; a block-causal one is decoded like SDAR.
+  // Its authors evaluate with LLaDA's low-confidence remasking; a block-causal one is decoded like
+  // SDAR.
   traits.default_sampler = traits.causal_block_length > 0 ? "block_dynamic" : "low_confidence";
   if (!config.status().ok()) return config.status();
   return spec;

@@ -47,8 +47,9 @@ void SettleHeads(JsonFields& config, absl::string_view heads_key, ModelSpec& spe
                 absl::StrCat(spec.num_kv_heads, " key-value heads do not divide ", spec.num_heads,
                              " heads"));
   } else if (spec.head_dim % 2 != 0) {
-    config.Fail(absl::StatusCode::kInvalidArgument, heads_key,
-                absl::StrCat("a head dimension of ", spec.head_dim, " cannot be rotated: it is odd"));
+    config.Fail(
+        absl::StatusCode::kInvalidArgument, heads_key,
+        absl::StrCat("a head dimension of ", spec.head_dim, " cannot be rotated: it is odd"));
   }
 }
 

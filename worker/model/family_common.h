@@ -16,23 +16,25 @@ inline constexpr int64_t kHeadsMax = 4096;
 inline constexpr int64_t kPositionsMax = 1 << 24;
 inline constexpr int64_t kBlockLengthMax = 1 << 16;
 
-// The decoders of the transformers library: hidden_size, num_attention_heads, rope_theta and so on, with the
-// features that are not computed refused by name. Sets everything of kDecoder but biases, norms of heads
-// and traits other than vocabulary and positions. `head_dim_read`: the architecture obeys head_dim.
+// The decoders of the transformers library: hidden_size, num_attention_heads, rope_theta and so on,
+// with the features that are not computed refused by name. Sets everything of kDecoder but biases,
+// norms of heads and traits other than vocabulary and positions. `head_dim_read`: the architecture
+// obeys head_dim.
 void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec);
 
 // Refuses with Unimplemented, naming the field, unless `supported`.
 void Require(bool supported, JsonFields& config, absl::string_view key, absl::string_view problem);
 
-// Sets head_dim from dim / num_heads where the config does not say, and checks heads against each other.
+// Sets head_dim from dim / num_heads where the config does not say, and checks heads against each
+// other.
 void SettleHeads(JsonFields& config, absl::string_view heads_key, ModelSpec& spec);
 
 // The body of Qwen3 with block-causal attention and no shift, as SDAR and the second Dream have it.
 absl::StatusOr<ModelSpec> ReadBlockCausalQwen3(const CheckpointFacts& facts,
                                                int64_t block_length_default);
 
-// The mask token: config's mask_token_id, else the tokenizer's, else `fallback` if the vocabulary is large
-// enough to be the published model's (more than that id); -1: none found.
+// The mask token: config's mask_token_id, else the tokenizer's, else `fallback` if the vocabulary
+// is large enough to be the published model's (more than that id); -1: none found.
 TokenId ReadMaskToken(JsonFields& config, const CheckpointFacts& facts, int32_t vocab_size,
                       TokenId fallback);
 

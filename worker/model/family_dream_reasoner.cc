@@ -1,5 +1,5 @@
-// The block-causal Dream: the body of Qwen3, no shift. It shares its model_type with the first Dream and
-// nothing else. Source: SJTU-DENG-Lab/Diffulex.
+// The block-causal Dream: the body of Qwen3, no shift. It shares its model_type with the first
+// Dream and nothing else. Source: SJTU-DENG-Lab/Diffulex.
 #include "worker/model/family.h"
 #include "worker/model/family_common.h"
 

@@ -26,9 +26,8 @@ void RefuseWhatIsNotComputed(JsonFields& config) {
   Require(config.Bool("layer_norm_with_affine", true), config, "layer_norm_with_affine",
           "norms without weights are not computed");
   Require(!config.Has("clip_qkv"), config, "clip_qkv", "clipping of q, k and v is not computed");
-  for (const absl::string_view key :
-       {"alibi", "attention_layer_norm", "bias_for_layer_norm", "include_bias", "input_emb_norm",
-        "scale_logits"}) {
+  for (const absl::string_view key : {"alibi", "attention_layer_norm", "bias_for_layer_norm",
+                                      "include_bias", "input_emb_norm", "scale_logits"}) {
     Require(!config.Bool(key, false), config, key, "true is not computed");
   }
 }
@@ -44,27 +43,27 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
       config.Int("n_kv_heads", 1, kHeadsMax,
                  config.Bool("multi_query_attention", false) ? 1 : spec.num_heads));
   spec.mlp_dim = static_cast<int32_t>(
-      config.Int("mlp_hidden_size", 1, kDimMax,
-                 config.Int("mlp_ratio", 1, 64, 4) * spec.dim));
+      config.Int("mlp_hidden_size", 1, kDimMax, config.Int("mlp_ratio", 1, 64, 4) * spec.dim));
   spec.norm_eps = static_cast<float>(config.Number("rms_norm_eps", 0.0, 1.0, 1e-5));
   spec.rope_theta = config.Number("rope_theta", 1.0, 1e12);
   spec.tied_head = config.Bool("weight_tying");
   spec.qkv_bias = config.Bool("include_qkv_bias", false);
   RefuseWhatIsNotComputed(config);
   SettleHeads(config, "n_heads", spec);
-  spec.names = {.embedding = "model.transformer.wte",
-                .final_norm = "model.transformer.ln_f",
-                .head = "model.transformer.ff_out",  // not the ff_out inside a block, which is `down`
-                .layer_prefix = "model.transformer.blocks.",
-                .attention_norm = "attn_norm",
-                .q = "q_proj",
-                .k = "k_proj",
-                .v = "v_proj",
-                .o = "attn_out",
-                .mlp_norm = "ff_norm",
-                .gate = "ff_proj",  // the one SiLU applies to
-                .up = "up_proj",
-                .down = "ff_out"};
+  spec.names = {
+      .embedding = "model.transformer.wte",
+      .final_norm = "model.transformer.ln_f",
+      .head = "model.transformer.ff_out",  // not the ff_out inside a block, which is `down`
+      .layer_prefix = "model.transformer.blocks.",
+      .attention_norm = "attn_norm",
+      .q = "q_proj",
+      .k = "k_proj",
+      .v = "v_proj",
+      .o = "attn_out",
+      .mlp_norm = "ff_norm",
+      .gate = "ff_proj",  // the one SiLU applies to
+      .up = "up_proj",
+      .down = "ff_out"};
 
   ModelTraits& traits = spec.traits;
   const int64_t vocab_size = config.Int("vocab_size", 1, kVocabularyMax);
@@ -76,7 +75,8 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
     config.Fail(absl::StatusCode::kInvalidArgument, "mask_token_id",
                 "missing, and the tokenizer files name no mask token");
   }
-  // The end of a turn is kept apart from the end of text: LLaDA's EOS switches treat them differently.
+  // The end of a turn is kept apart from the end of text: LLaDA's EOS switches treat them
+  // differently.
   traits.eos_tokens = facts.eos_tokens;
   traits.eot_token = AddedToken(facts.tokenizer, {"<|eot_id|>"});
   traits.default_sampler = "low_confidence";

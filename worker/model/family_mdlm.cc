@@ -26,9 +26,10 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   ModelTraits& traits = spec.traits;
   traits.vocab_size = static_cast<int32_t>(config.Int("vocab_size", 2, kVocabularyMax));
   traits.positions_max = static_cast<int32_t>(config.Int("model_length", 1, kPositionsMax));
-  // The mask token is the row after the tokenizer's; a [PAD] that the tokenizer files may show there is it.
-  traits.mask_token = static_cast<TokenId>(
-      config.Int("mask_token_id", 0, kVocabularyMax, traits.vocab_size - 1));
+  // The mask token is the row after the tokenizer's; a [PAD] that the tokenizer files may show
+  // there is it.
+  traits.mask_token =
+      static_cast<TokenId>(config.Int("mask_token_id", 0, kVocabularyMax, traits.vocab_size - 1));
   traits.eos_tokens = ReadEosTokens(facts);
   if (traits.eos_tokens.empty() && traits.vocab_size == kGpt2Rows) {
     traits.eos_tokens = {kGpt2Rows - 2};

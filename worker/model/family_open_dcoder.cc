@@ -1,5 +1,5 @@
-// Open-dCoder: weights of a plain Qwen2ForCausalLM, trained to denoise, with Dream's shift. Only its mask token
-// tells it from the autoregressive model. Source: pengzhangzhi/Open-dLLM.
+// Open-dCoder: weights of a plain Qwen2ForCausalLM, trained to denoise, with Dream's shift. Only
+// its mask token tells it from the autoregressive model. Source: pengzhangzhi/Open-dLLM.
 #include "worker/model/family.h"
 #include "worker/model/family_common.h"
 
@@ -14,11 +14,12 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   ModelTraits& traits = spec.traits;
   traits.mask_token = ReadMaskToken(config, facts, traits.vocab_size, -1);
   if (traits.mask_token < 0) {
-    config.Fail(absl::StatusCode::kUnimplemented, "architectures",
-                "Qwen2ForCausalLM without a mask token is an autoregressive model, and this engine "
-                "denoises. Train it with masked diffusion first (as dLLM's A2D or Open-dLLM do), then add "
-                "the mask token to tokenizer_config.json or mask_token_id to config.json, or name the "
-                "architecture A2DQwen2LMHeadModel if its logits are not shifted");
+    config.Fail(
+        absl::StatusCode::kUnimplemented, "architectures",
+        "Qwen2ForCausalLM without a mask token is an autoregressive model, and this engine "
+        "denoises. Train it with masked diffusion first (as dLLM's A2D or Open-dLLM do), then add "
+        "the mask token to tokenizer_config.json or mask_token_id to config.json, or name the "
+        "architecture A2DQwen2LMHeadModel if its logits are not shifted");
   }
   traits.eos_tokens = ReadEosTokens(facts);
   traits.shift_logits = true;

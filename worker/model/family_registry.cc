@@ -49,7 +49,8 @@ constexpr Unsupported kUnsupported[] = {
     {"DiffusionGemmaForConditionalGeneration",
      "an encoder beside the decoder, sliding windows, experts and self-conditioning, which are not "
      "supported yet"},
-    {"BD3LM", "a cache that slides over the window and moves positions, which is not supported yet"},
+    {"BD3LM",
+     "a cache that slides over the window and moves positions, which is not supported yet"},
 };
 
 const Family* FindFamily(const CheckpointFacts& facts) {
@@ -84,9 +85,9 @@ absl::Status NoFamily(const CheckpointFacts& facts) {
   for (const Family* family : Families()) {
     supported.insert(supported.end(), family->architectures.begin(), family->architectures.end());
   }
-  return absl::UnimplementedError(
-      absl::StrCat(facts.config_path, ": architecture ", name.substr(0, 100),
-                   " is not supported; supported are ", absl::StrJoin(supported, ", "), " and SEDD"));
+  return absl::UnimplementedError(absl::StrCat(
+      facts.config_path, ": architecture ", name.substr(0, 100),
+      " is not supported; supported are ", absl::StrJoin(supported, ", "), " and SEDD"));
 }
 
 }  // namespace

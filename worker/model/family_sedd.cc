@@ -1,5 +1,5 @@
-// SEDD, absorbing and uniform graphs. Its config names no architecture: three nested objects tell it.
-// Source: louaaron/Score-Entropy-Discrete-Diffusion, arXiv:2310.16834.
+// SEDD, absorbing and uniform graphs. Its config names no architecture: three nested objects tell
+// it. Source: louaaron/Score-Entropy-Discrete-Diffusion, arXiv:2310.16834.
 #include "worker/model/family.h"
 #include "worker/model/family_common.h"
 
@@ -54,7 +54,8 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   traits.mask_token = absorb ? tokens : -1;
   traits.eos_tokens = ReadEosTokens(facts);
   if (traits.eos_tokens.empty() && tokens == kGpt2Size) traits.eos_tokens = {kGpt2Size - 1};
-  traits.parameterization = absorb ? Parameterization::kAbsorbScore : Parameterization::kUniformScore;
+  traits.parameterization =
+      absorb ? Parameterization::kAbsorbScore : Parameterization::kUniformScore;
   traits.conditioned_on_sigma = true;
   if (noise_type == "geometric") {
     traits.sigma_min = static_cast<float>(noise.Number("sigma_min", 1e-9, 1e3, 1e-3));

@@ -44,9 +44,12 @@ std::string FormatId(TokenId id) { return id < 0 ? "none" : absl::StrCat(id); }
 
 std::string ParameterizationName(Parameterization parameterization) {
   switch (parameterization) {
-    case Parameterization::kMaskPrediction: return "mask prediction";
-    case Parameterization::kAbsorbScore: return "absorbing score";
-    case Parameterization::kUniformScore: return "uniform score";
+    case Parameterization::kMaskPrediction:
+      return "mask prediction";
+    case Parameterization::kAbsorbScore:
+      return "absorbing score";
+    case Parameterization::kUniformScore:
+      return "uniform score";
   }
   return "";
 }
@@ -75,8 +78,8 @@ void ReadHeaders(const Checkpoint& checkpoint, ModelReport& report) {
   }
 }
 
-// Weights at 4 and 2 bytes. Vectors (norms, biases) are floats always; the embedding is read from the file, and
-// a tied head is packed beside it.
+// Weights at 4 and 2 bytes. Vectors (norms, biases) are floats always; the embedding is read from
+// the file, and a tied head is packed beside it.
 void EstimateMemory(const Checkpoint* checkpoint, ModelReport& report) {
   const ModelSpec& spec = *report.spec;
   const std::string embedding = spec.body == BodyKind::kDiT
@@ -119,10 +122,11 @@ void AddNotes(const Checkpoint* checkpoint, ModelReport& report) {
   if (checkpoint == nullptr) return;
   const std::vector<std::string> unused = UnusedTensors(*checkpoint, *report.spec);
   if (unused.empty()) return;
-  std::vector<std::string> shown(unused.begin(), unused.begin() + std::min<size_t>(unused.size(), 5));
-  report.notes.push_back(absl::StrCat(unused.size(), unused.size() == 1 ? " tensor is" : " tensors are",
-                                      " not read: ", absl::StrJoin(shown, ", "),
-                                      unused.size() > shown.size() ? ", ..." : ""));
+  std::vector<std::string> shown(unused.begin(),
+                                 unused.begin() + std::min<size_t>(unused.size(), 5));
+  report.notes.push_back(absl::StrCat(
+      unused.size(), unused.size() == 1 ? " tensor is" : " tensors are",
+      " not read: ", absl::StrJoin(shown, ", "), unused.size() > shown.size() ? ", ..." : ""));
 }
 
 // Lines "  label      value".
@@ -172,40 +176,44 @@ absl::StatusOr<ModelReport> InspectModel(const std::string& directory) {
 std::string FormatReport(const ModelReport& report) {
   Lines lines;
   lines.Title(report.directory);
-  lines.Add("architecture", report.architectures.empty() ? "(not named)"
-                                                         : Printable(absl::StrJoin(report.architectures, ", ")));
+  lines.Add("architecture", report.architectures.empty()
+                                ? "(not named)"
+                                : Printable(absl::StrJoin(report.architectures, ", ")));
   if (report.spec.has_value()) lines.Add("family", report.spec->traits.family);
   lines.Add("parameters", FormatCount(report.num_parameters));
   std::vector<std::string> dtypes;
   for (const auto& count : report.dtypes) {
     dtypes.push_back(absl::StrCat(count.dtype, " (", count.num_tensors, " tensors)"));
   }
-  lines.Add("stored as", absl::StrCat(dtypes.empty() ? "nothing readable" : absl::StrJoin(dtypes, ", "),
-                                      ", ", FormatBytes(report.file_bytes), " in ", report.num_files,
-                                      report.num_files == 1 ? " file" : " files"));
+  lines.Add("stored as",
+            absl::StrCat(dtypes.empty() ? "nothing readable" : absl::StrJoin(dtypes, ", "), ", ",
+                         FormatBytes(report.file_bytes), " in ", report.num_files,
+                         report.num_files == 1 ? " file" : " files"));
   if (report.spec.has_value()) {
     const ModelSpec& spec = *report.spec;
     const ModelTraits& traits = spec.traits;
     lines.Title("\nnetwork");
     lines.Add("layers", absl::StrCat(spec.num_layers));
     lines.Add("width", absl::StrCat(spec.dim, ", MLP ", spec.mlp_dim));
-    lines.Add("heads", absl::StrCat(spec.num_heads, " x ", spec.head_dim,
-                                    spec.num_kv_heads != spec.num_heads
-                                        ? absl::StrCat(", ", spec.num_kv_heads, " for keys and values")
-                                        : ""));
+    lines.Add("heads",
+              absl::StrCat(spec.num_heads, " x ", spec.head_dim,
+                           spec.num_kv_heads != spec.num_heads
+                               ? absl::StrCat(", ", spec.num_kv_heads, " for keys and values")
+                               : ""));
     lines.Add("attention", Attention(traits));
-    lines.Add("positions", absl::StrCat("up to ", traits.positions_max, ", rotary base ",
-                                        spec.rope_theta));
-    lines.Add("output", absl::StrCat(ParameterizationName(traits.parameterization),
-                                     traits.shift_logits ? ", shifted: row i - 1 predicts position i" : "",
-                                     spec.tied_head ? ", tied to the embedding" : "",
-                                     traits.conditioned_on_sigma ? ", conditioned on the noise level"
-                                                                 : ""));
+    lines.Add("positions",
+              absl::StrCat("up to ", traits.positions_max, ", rotary base ", spec.rope_theta));
+    lines.Add("output",
+              absl::StrCat(ParameterizationName(traits.parameterization),
+                           traits.shift_logits ? ", shifted: row i - 1 predicts position i" : "",
+                           spec.tied_head ? ", tied to the embedding" : "",
+                           traits.conditioned_on_sigma ? ", conditioned on the noise level" : ""));
     lines.Title("\ntokens");
-    lines.Add("vocabulary", absl::StrCat(traits.vocab_size, " rows",
-                                         traits.tokenizer_size > 0
-                                             ? absl::StrCat(", ", traits.tokenizer_size, " with text")
-                                             : ""));
+    lines.Add("vocabulary",
+              absl::StrCat(traits.vocab_size, " rows",
+                           traits.tokenizer_size > 0
+                               ? absl::StrCat(", ", traits.tokenizer_size, " with text")
+                               : ""));
     lines.Add("mask", FormatId(traits.mask_token));
     lines.Add("end of text",
               traits.eos_tokens.empty() ? "none" : absl::StrJoin(traits.eos_tokens, ", "));
@@ -216,8 +224,8 @@ std::string FormatReport(const ModelReport& report) {
     lines.Title("\nmemory (estimate)");
     lines.Add("weights", absl::StrCat(FormatBytes(report.weights_f32_bytes), " as F32, ",
                                       FormatBytes(report.weights_half_bytes), " as F16 or BF16"));
-    lines.Add("activations", absl::StrCat(FormatBytes(report.workspace_bytes), " for ", limits.rows_max,
-                                          " rows"));
+    lines.Add("activations",
+              absl::StrCat(FormatBytes(report.workspace_bytes), " for ", limits.rows_max, " rows"));
     lines.Add("keys and values",
               absl::StrCat(FormatBytes(report.kv_bytes_per_position), " a position, ",
                            FormatBytes(report.kv_bytes_per_position *
@@ -231,7 +239,8 @@ std::string FormatReport(const ModelReport& report) {
     absl::StrAppend(&text, "\nready to serve\n");
   } else {
     absl::StrAppend(&text, "\ncannot be served:\n");
-    for (const std::string& problem : report.problems) absl::StrAppend(&text, "  ", Printable(problem), "\n");
+    for (const std::string& problem : report.problems)
+      absl::StrAppend(&text, "  ", Printable(problem), "\n");
   }
   return text;
 }

@@ -85,8 +85,8 @@ std::string LayerPrefix(const ModelSpec& spec) {
   return spec.body == BodyKind::kDiT ? spec.tensor_prefix + "blocks." : spec.names.layer_prefix;
 }
 
-// Whether `name` belongs to one of the layers that are computed. A table of rotary frequencies is the
-// exception: it is computed here.
+// Whether `name` belongs to one of the layers that are computed. A table of rotary frequencies is
+// the exception: it is computed here.
 bool InsideALayer(const ModelSpec& spec, absl::string_view name) {
   const std::string prefix = LayerPrefix(spec);
   if (!absl::StartsWith(name, prefix) || absl::EndsWith(name, "inv_freq")) return false;
@@ -129,16 +129,18 @@ std::vector<std::string> CheckTensors(const Checkpoint& checkpoint, ModelSpec& s
                                       " in ", checkpoint.FileOf(*found), ", the config asks for [",
                                       absl::StrJoin(tensor.shape, ", "), "]"));
     } else if (!UsableDType(found->dtype).has_value()) {
-      problems.push_back(absl::StrCat("unsupported: ", tensor.name, " is ", found->dtype,
-                                      " in ", checkpoint.FileOf(*found), "; weights are read as F32, F16 or BF16"));
+      problems.push_back(absl::StrCat("unsupported: ", tensor.name, " is ", found->dtype, " in ",
+                                      checkpoint.FileOf(*found),
+                                      "; weights are read as F32, F16 or BF16"));
     }
     if (problems.size() == kProblemsMax) return problems;
   }
   const absl::flat_hash_set<std::string> names = NamesOf(expected);
   for (const TensorEntry& tensor : checkpoint.tensors()) {
     if (names.contains(tensor.name) || !InsideALayer(spec, tensor.name)) continue;
-    problems.push_back(absl::StrCat("unexpected tensor: ", tensor.name, " in ",
-                                    checkpoint.FileOf(tensor), " is part of a layer, and this architecture would leave it out"));
+    problems.push_back(
+        absl::StrCat("unexpected tensor: ", tensor.name, " in ", checkpoint.FileOf(tensor),
+                     " is part of a layer, and this architecture would leave it out"));
     if (problems.size() == kProblemsMax) return problems;
   }
   return problems;
@@ -159,10 +161,11 @@ int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequenc
                         int64_t positions_max, int64_t activation_bytes) {
   const int64_t q_dim = int64_t{spec.num_heads} * spec.head_dim;
   const int64_t kv_dim = int64_t{spec.num_kv_heads} * spec.head_dim;
-  // Body::TakeWorkspace: two residual streams, then normed, q | k | v, attention, MLP and what is gathered.
-  const int64_t a_row = 4 * 2 * int64_t{spec.dim} +
-                        activation_bytes * (2 * int64_t{spec.dim} + 3 * q_dim + 2 * kv_dim +
-                                            int64_t{spec.mlp_dim});
+  // Body::TakeWorkspace: two residual streams, then normed, q | k | v, attention, MLP and what is
+  // gathered.
+  const int64_t a_row =
+      4 * 2 * int64_t{spec.dim} +
+      activation_bytes * (2 * int64_t{spec.dim} + 3 * q_dim + 2 * kv_dim + int64_t{spec.mlp_dim});
   const int64_t rotary = 4 * positions_max * spec.head_dim;
   int64_t conditioning = 0;
   if (spec.body == BodyKind::kDiT) {

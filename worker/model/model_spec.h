@@ -1,5 +1,6 @@
-// A model as plain data: what the forward pass and the checks need to know, with nothing left of the family
-// it came from but names. Families (family_*.cc) write it, the bodies (body_*.cc) read it.
+// A model as plain data: what the forward pass and the checks need to know, with nothing left of
+// the family it came from but names. Families (family_*.cc) write it, the bodies (body_*.cc) read
+// it.
 #ifndef CINNABAR_WORKER_MODEL_MODEL_SPEC_H_
 #define CINNABAR_WORKER_MODEL_MODEL_SPEC_H_
 
@@ -19,8 +20,8 @@ enum class BodyKind : uint8_t {
   kDiT,      // layer norms modulated by the noise level, GELU (SEDD, MDLM)
 };
 
-// Where a decoder keeps its tensors, without ".weight" and ".bias". Those of a layer follow layer_prefix, the
-// layer's index and a dot.
+// Where a decoder keeps its tensors, without ".weight" and ".bias". Those of a layer follow
+// layer_prefix, the layer's index and a dot.
 struct DecoderNames {
   std::string embedding = "model.embed_tokens";
   std::string final_norm = "model.norm";
@@ -44,7 +45,7 @@ struct ModelSpec {
   std::string architecture;  // as config.json names it
   BodyKind body = BodyKind::kDecoder;
 
-  int32_t dim = 0;           // width of the residual stream
+  int32_t dim = 0;  // width of the residual stream
   int32_t num_layers = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;  // divides num_heads
@@ -57,8 +58,8 @@ struct ModelSpec {
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
-  bool qk_norm = false;      // RMSNorm of each head of q and k, before the rotation
-  bool tied_head = false;    // the head is the embedding
+  bool qk_norm = false;              // RMSNorm of each head of q and k, before the rotation
+  bool tied_head = false;            // the head is the embedding
   bool tied_unless_present = false;  // the config does not say: tied when there is no head tensor
   DecoderNames names;
 
@@ -79,16 +80,17 @@ struct ExpectedTensor {
 // Every tensor the forward pass reads, in the order of the network.
 std::vector<ExpectedTensor> ExpectedTensors(const ModelSpec& spec);
 
-// Settles what only the checkpoint can tell (tied_unless_present), then lists what stands in the way of
-// loading, one line each: a tensor missing, wrongly shaped or of a dtype that is not read, or one that lies
-// inside a layer and that this spec would leave out. Other extra tensors do no harm. At most 50 lines.
+// Settles what only the checkpoint can tell (tied_unless_present), then lists what stands in the
+// way of loading, one line each: a tensor missing, wrongly shaped or of a dtype that is not read,
+// or one that lies inside a layer and that this spec would leave out. Other extra tensors do no
+// harm. At most 50 lines.
 std::vector<std::string> CheckTensors(const Checkpoint& checkpoint, ModelSpec& spec);
 
 // Tensors the forward pass does not read, those of CheckTensors left out.
 std::vector<std::string> UnusedTensors(const Checkpoint& checkpoint, const ModelSpec& spec);
 
-// Device memory of activations (`activation_bytes` an element; the residual stream takes 4) for a forward
-// pass of these sizes, without the backend's own scratch.
+// Device memory of activations (`activation_bytes` an element; the residual stream takes 4) for a
+// forward pass of these sizes, without the backend's own scratch.
 int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequences_max,
                         int64_t positions_max, int64_t activation_bytes);
 

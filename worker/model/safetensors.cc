@@ -35,11 +35,11 @@ struct DTypeBits {
   int bits;
 };
 // Every dtype of the format; F4 and F6 elements are not whole bytes.
-constexpr DTypeBits kDTypes[] = {
-    {"BOOL", 8},    {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"U8", 8},   {"I8", 8},
-    {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"I16", 16},    {"U16", 16}, {"F16", 16},
-    {"BF16", 16},   {"I32", 32},    {"U32", 32},    {"F32", 32},    {"C64", 64}, {"F64", 64},
-    {"I64", 64},    {"U64", 64}};
+constexpr DTypeBits kDTypes[] = {{"BOOL", 8},    {"F4", 4},   {"F6_E2M3", 6}, {"F6_E3M2", 6},
+                                 {"U8", 8},      {"I8", 8},   {"F8_E5M2", 8}, {"F8_E4M3", 8},
+                                 {"F8_E8M0", 8}, {"I16", 16}, {"U16", 16},    {"F16", 16},
+                                 {"BF16", 16},   {"I32", 32}, {"U32", 32},    {"F32", 32},
+                                 {"C64", 64},    {"F64", 64}, {"I64", 64},    {"U64", 64}};
 
 std::string Shorten(absl::string_view text) {
   return text.size() <= 100 ? std::string(text) : absl::StrCat(text.substr(0, 100), "...");
@@ -111,8 +111,8 @@ absl::StatusOr<TensorEntry> ReadEntry(const std::string& name, const nlohmann::j
   }
   if (*end - *begin != bits / 8) {
     return Broken(what, name,
-                  absl::StrCat(DescribeTensor(entry), " takes ", bits / 8, " bytes, data_offsets give ",
-                               *end - *begin));
+                  absl::StrCat(DescribeTensor(entry), " takes ", bits / 8,
+                               " bytes, data_offsets give ", *end - *begin));
   }
   entry.begin_byte = data_begin + *begin;
   entry.end_byte = data_begin + *end;
@@ -151,7 +151,8 @@ absl::StatusOr<nlohmann::json> ReadIndex(const std::string& path) {
   for (const auto& [tensor, file] : map->items()) {
     // A shard lies beside its index: anything else would let a checkpoint read other files.
     const std::string name = file.is_string() ? file.get<std::string>() : "";
-    if (name.empty() || name.find('/') != std::string::npos || !absl::EndsWith(name, ".safetensors")) {
+    if (name.empty() || name.find('/') != std::string::npos ||
+        !absl::EndsWith(name, ".safetensors")) {
       return absl::InvalidArgumentError(absl::StrCat(
           path, ": tensor ", Shorten(tensor), ": its file is not the name of a .safetensors file"));
     }
@@ -179,8 +180,8 @@ absl::StatusOr<std::vector<TensorEntry>> ReadSafetensorsHeader(absl::Span<const 
   std::memcpy(&header_bytes, bytes.data(), sizeof(header_bytes));
   if (header_bytes > static_cast<uint64_t>(kHeaderBytesMax) ||
       header_bytes > bytes.size() - sizeof(header_bytes)) {
-    return Broken(what, "", absl::StrCat("a header of ", header_bytes, " bytes in a file of ",
-                                         bytes.size()));
+    return Broken(what, "",
+                  absl::StrCat("a header of ", header_bytes, " bytes in a file of ", bytes.size()));
   }
   const absl::string_view text(reinterpret_cast<const char*>(bytes.data()) + sizeof(header_bytes),
                                header_bytes);
@@ -209,14 +210,16 @@ absl::StatusOr<std::vector<TensorEntry>> ReadSafetensorsHeader(absl::Span<const 
   for (const TensorEntry& tensor : tensors) {
     if (tensor.begin_byte < expected) return Broken(what, tensor.name, "overlaps another tensor");
     if (tensor.begin_byte > expected) {
-      return Broken(what, tensor.name, absl::StrCat("a gap of ", tensor.begin_byte - expected,
-                                                    " bytes lies before its data"));
+      return Broken(
+          what, tensor.name,
+          absl::StrCat("a gap of ", tensor.begin_byte - expected, " bytes lies before its data"));
     }
     expected = tensor.end_byte;
   }
   if (expected != static_cast<int64_t>(bytes.size())) {
-    return Broken(what, "", absl::StrCat(static_cast<int64_t>(bytes.size()) - expected,
-                                         " bytes after the last tensor belong to none"));
+    return Broken(what, "",
+                  absl::StrCat(static_cast<int64_t>(bytes.size()) - expected,
+                               " bytes after the last tensor belong to none"));
   }
   return tensors;
 }
@@ -229,8 +232,9 @@ absl::Status Checkpoint::AddFile(const std::string& path) {
     tensor.file_index = static_cast<int32_t>(files_.size());
     const auto [slot, fresh] = index_.emplace(tensor.name, tensors_.size());
     if (!fresh) {
-      return Broken(path, tensor.name,
-                    absl::StrCat("is in ", files_[tensors_[slot->second].file_index].path(), " too"));
+      return Broken(
+          path, tensor.name,
+          absl::StrCat("is in ", files_[tensors_[slot->second].file_index].path(), " too"));
     }
     tensors_.push_back(std::move(tensor));
   }
@@ -246,7 +250,8 @@ absl::StatusOr<Checkpoint> Checkpoint::OpenFile(const std::string& path) {
 
 absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   const std::vector<std::string> names = ListFolder(directory);
-  if (names.empty()) return absl::NotFoundError(absl::StrCat(directory, " is not a readable folder"));
+  if (names.empty())
+    return absl::NotFoundError(absl::StrCat(directory, " is not a readable folder"));
   const auto has = [&](absl::string_view name) {
     return std::find(names.begin(), names.end(), name) != names.end();
   };
@@ -262,13 +267,13 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
     }
     Checkpoint checkpoint;
     for (const std::string& shard : shards) {
-      CINNABAR_RETURN_IF_ERROR(checkpoint.AddFile(absl::StrCat(directory, "/", shard)),
-                               "shard of ", index_path);
+      CINNABAR_RETURN_IF_ERROR(checkpoint.AddFile(absl::StrCat(directory, "/", shard)), "shard of ",
+                               index_path);
     }
     for (const auto& [tensor, file] : weight_map.items()) {
       const TensorEntry* entry = checkpoint.Find(tensor);
-      if (entry == nullptr || FileName(checkpoint.files_[entry->file_index].path()) !=
-                                  file.get<std::string>()) {
+      if (entry == nullptr ||
+          FileName(checkpoint.files_[entry->file_index].path()) != file.get<std::string>()) {
         return Broken(index_path, tensor, absl::StrCat("is not in ", file.get<std::string>()));
       }
     }
@@ -284,9 +289,9 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   }
   if (loose.size() == 1) return OpenFile(absl::StrCat(directory, "/", loose[0]));
   if (loose.size() > 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(directory, " has ", loose.size(),
-                     " .safetensors files and no model.safetensors.index.json to say which to read"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        directory, " has ", loose.size(),
+        " .safetensors files and no model.safetensors.index.json to say which to read"));
   }
   return absl::NotFoundError(absl::StrCat(
       directory, " has no .safetensors file",

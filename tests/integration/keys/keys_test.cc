@@ -1,8 +1,8 @@
-#include <memory>
-#include <string>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -26,7 +26,8 @@ Pepper PepperOf(uint8_t byte) {
 
 class KeysTest : public testing::Test {
  protected:
-  KeysTest() : server_(*RedisServer::Start()), redis_(server_->client_options()), store_(redis_, "p") {}
+  KeysTest()
+      : server_(*RedisServer::Start()), redis_(server_->client_options()), store_(redis_, "p") {}
 
   CreatedKey Make(const std::string& tenant, const Pepper& pepper) {
     absl::StatusOr<CreatedKey> created = store_.Create({.tenant = tenant}, pepper, absl::Now());

@@ -133,8 +133,8 @@ TEST_F(RewindTest, ALostEndIsRepeated) {
   ASSERT_TRUE(queue_->Enqueue(Request("r1"), {}).ok());
   const RowLease lease = Start("r1", "b1");
   const PublishReport report = {.lease_for = kLong,
-                             .progress = {Step(lease, 1)},
-                             .finished = {{.lease = lease, .last_step = 1}}};
+                                .progress = {Step(lease, 1)},
+                                .finished = {{.lease = lease, .last_step = 1}}};
   Keep();
   ASSERT_EQ(queue_->Publish("w1", report)->finished[0].verdict, RowVerdict::kOk);
   Restore();
@@ -192,8 +192,8 @@ TEST_F(RewindTest, AnEmptyOrForeignRedisIsRefused) {
   EXPECT_THAT(std::string(foreign.message()), HasSubstr("'site-2', not 'site-1'"));
 }
 
-// What one client of a process has seen, its other clients insist on, though they never greeted; and a
-// site that somebody made in the empty server meanwhile is another one.
+// What one client of a process has seen, its other clients insist on, though they never greeted;
+// and a site that somebody made in the empty server meanwhile is another one.
 TEST(SiteTest, AnEmptyRedisIsNoFreshStartForAProcessThatKnewItsSite) {
   const std::unique_ptr<RedisServer> server = *RedisServer::Start();
   RedisClient one(server->client_options()), two(server->client_options()),

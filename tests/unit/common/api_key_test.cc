@@ -1,5 +1,7 @@
 #include "common/keys/api_key.h"
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
 #include <sys/stat.h>
 
 #include <cstdio>
@@ -7,9 +9,6 @@
 #include <fstream>
 #include <set>
 #include <string>
-
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
 #include "common/keys/pepper.h"
@@ -74,13 +73,14 @@ TEST(ApiKeyTest, ADigestDependsOnTextAndPepper) {
 StoredKey Full() {
   StoredKey stored;
   stored.key.id = GenerateKeyText("live")->id;
-  stored.key.spec = {.environment = "test",
-                     .tenant = "acme",
-                     .name = "CI – nightly",
-                     .class_max = RequestClass::kBatch,
-                     .weight = 2.5,
-                     .limits = {.requests_per_minute = 10, .concurrency_max = 0, .budget_dollars_per_month = 1.5},
-                     .models = {"coder", "chat"}};
+  stored.key.spec = {
+      .environment = "test",
+      .tenant = "acme",
+      .name = "CI – nightly",
+      .class_max = RequestClass::kBatch,
+      .weight = 2.5,
+      .limits = {.requests_per_minute = 10, .concurrency_max = 0, .budget_dollars_per_month = 1.5},
+      .models = {"coder", "chat"}};
   stored.key.created = absl::FromUnixMillis(1'795'000'000'123);
   stored.digest = DigestOf(PepperOf(7), "x");
   stored.pepper_id = PepperOf(7).id();
@@ -89,7 +89,8 @@ StoredKey Full() {
 
 TEST(ApiKeyTest, ARecordComesBackAsItWas) {
   StoredKey stored = Full();
-  for (const absl::Time revoked : {absl::InfiniteFuture(), absl::FromUnixMillis(1'795'000'001'456)}) {
+  for (const absl::Time revoked :
+       {absl::InfiniteFuture(), absl::FromUnixMillis(1'795'000'001'456)}) {
     stored.key.revoked = revoked;
     const absl::StatusOr<StoredKey> back = ParseKeyRecord(SerializeKeyRecord(stored));
     ASSERT_TRUE(back.ok()) << back.status();
@@ -111,7 +112,8 @@ TEST(ApiKeyTest, ARecordComesBackAsItWas) {
 
 TEST(ApiKeyTest, ARecordOfSomethingElseIsNone) {
   const std::string good = SerializeKeyRecord(Full());
-  for (size_t i = 0; i < good.size(); ++i) (void)ParseKeyRecord(good.substr(0, i)).ok();  // no crash
+  for (size_t i = 0; i < good.size(); ++i)
+    (void)ParseKeyRecord(good.substr(0, i)).ok();  // no crash
   EXPECT_FALSE(ParseKeyRecord("").ok());
   EXPECT_FALSE(ParseKeyRecord("hello").ok());
   v1::ApiKeyRecord record;
@@ -124,7 +126,9 @@ TEST(ApiKeyTest, ARecordOfSomethingElseIsNone) {
 }
 
 TEST(ApiKeyTest, AWrongSpecNamesItsField) {
-  const auto error = [](const KeySpec& spec) { return std::string(ValidateKeySpec(spec).message()); };
+  const auto error = [](const KeySpec& spec) {
+    return std::string(ValidateKeySpec(spec).message());
+  };
   KeySpec good = {.tenant = "acme"};
   EXPECT_EQ(error(good), "");
   KeySpec spec = good;
@@ -152,9 +156,12 @@ TEST(ApiKeyTest, AWrongSpecNamesItsField) {
 }
 
 TEST(ApiKeyTest, AKeysOwnLimitsComeFirst) {
-  const KeyLimits cluster = {.requests_per_minute = 60, .tokens_per_minute = 1000, .concurrency_max = 4};
-  const KeyLimits key = {.requests_per_minute = 0, .token_steps_per_minute = 500, .budget_dollars_per_month = 2.5};
-  const absl::Time now = absl::FromCivil(absl::CivilSecond(2026, 12, 31, 23, 59, 59), absl::UTCTimeZone());
+  const KeyLimits cluster = {
+      .requests_per_minute = 60, .tokens_per_minute = 1000, .concurrency_max = 4};
+  const KeyLimits key = {
+      .requests_per_minute = 0, .token_steps_per_minute = 500, .budget_dollars_per_month = 2.5};
+  const absl::Time now =
+      absl::FromCivil(absl::CivilSecond(2026, 12, 31, 23, 59, 59), absl::UTCTimeZone());
   const AdmissionLimits limits = AdmissionLimitsFor(key, cluster, now);
   EXPECT_EQ(limits.requests.per_minute, 0);  // lifted for this key
   EXPECT_EQ(limits.tokens.per_minute, 1000);
@@ -198,8 +205,9 @@ TEST_F(PepperTest, AFileThatOthersReadOrThatHoldsSomethingElseIsRefused) {
   EXPECT_FALSE(LoadPepper(path_).ok());
   chmod(path_.c_str(), 0640);
   EXPECT_TRUE(LoadPepper(path_).ok());
-  for (const std::string& text : {std::string(), std::string("abc"), std::string(63, 'a'), std::string(65, 'a'),
-                                  std::string(64, 'g'), std::string(100000, 'a')}) {
+  for (const std::string& text :
+       {std::string(), std::string("abc"), std::string(63, 'a'), std::string(65, 'a'),
+        std::string(64, 'g'), std::string(100000, 'a')}) {
     const std::string other = folder_ + "/other";
     std::ofstream(other) << text;
     chmod(other.c_str(), 0600);

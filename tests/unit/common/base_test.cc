@@ -1,8 +1,8 @@
-#include <fstream>
-#include <string>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
 
 #include "common/base/check.h"
 #include "common/base/mapped_file.h"
@@ -43,8 +43,8 @@ TEST(PhiloxTest, AgreesWithThePublishedVectors) {
   EXPECT_THAT(zero.word, testing::ElementsAre(0x6627e8d5U, 0xe169c58dU, 0xbc57ac4cU, 0x9b00dbd8U));
   const PhiloxWords ones = Philox4x32({{~0U, ~0U, ~0U, ~0U}}, ~0U, ~0U);
   EXPECT_THAT(ones.word, testing::ElementsAre(0x408f276dU, 0x41c83b0eU, 0xa20bc7c6U, 0x6d5451fdU));
-  const PhiloxWords pi = Philox4x32({{0x243f6a88U, 0x85a308d3U, 0x13198a2eU, 0x03707344U}},
-                                    0xa4093822U, 0x299f31d0U);
+  const PhiloxWords pi =
+      Philox4x32({{0x243f6a88U, 0x85a308d3U, 0x13198a2eU, 0x03707344U}}, 0xa4093822U, 0x299f31d0U);
   EXPECT_THAT(pi.word, testing::ElementsAre(0xd16cfe09U, 0x94fdccebU, 0x5001e420U, 0x24126ea1U));
 }
 

@@ -1,6 +1,9 @@
-// The batched loop on the golden checkpoints: output that depends on the request alone, sequences that join, leave,
-// fail and resume without disturbing others, and no allocation while it runs.
+// The batched loop on the golden checkpoints: output that depends on the request alone, sequences
+// that join, leave, fail and resume without disturbing others, and no allocation while it runs.
 #include "worker/engine/engine.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -11,9 +14,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
 
@@ -48,8 +48,9 @@ Loaded Load(const std::string& model, int32_t num_threads = 1) {
   Loaded loaded;
   loaded.backend = *MakeBackend(BackendKind::kCpu, {.num_threads = num_threads});
   const char* source = std::getenv("CINNABAR_SOURCE_DIR");
-  auto denoiser = LoadDenoiser(absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", model),
-                               *loaded.backend, {}, kLimits);
+  auto denoiser =
+      LoadDenoiser(absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", model),
+                   *loaded.backend, {}, kLimits);
   EXPECT_TRUE(denoiser.ok()) << denoiser.status();
   loaded.denoiser = *std::move(denoiser);
   return loaded;
@@ -63,16 +64,18 @@ struct Family {
 
 std::vector<Family> Families() {
   const std::vector<const char*> mask_samplers = {
-      "low_confidence", "random",          "origin",       "maskgit_plus",  "topk_margin",      "entropy",
-      "threshold",      "factor",          "entropy_bounded", "block_static", "block_dynamic",  "block_sequential",
-      "mdlm_ancestral", "mdlm_cached", "mdlm_semi_ar"};
+      "low_confidence", "random",           "origin",         "maskgit_plus",    "topk_margin",
+      "entropy",        "threshold",        "factor",         "entropy_bounded", "block_static",
+      "block_dynamic",  "block_sequential", "mdlm_ancestral", "mdlm_cached",     "mdlm_semi_ar"};
   return {{"dream", mask_samplers},
           {"llada", mask_samplers},
           {"open_dcoder", {"threshold", "entropy"}},
           {"a2d_qwen3", {"low_confidence", "block_dynamic"}},
           {"a2d_llama", {"low_confidence", "factor"}},
           {"mdlm", {"mdlm_cached", "mdlm_ancestral", "low_confidence"}},
-          {"sdar_b4", {"block_static", "block_dynamic", "block_sequential", "low_confidence", "threshold", "entropy"}},
+          {"sdar_b4",
+           {"block_static", "block_dynamic", "block_sequential", "low_confidence", "threshold",
+            "entropy"}},
           {"sdar_b8", {"block_dynamic", "entropy_bounded"}},
           {"sedd_absorb", {"sedd_euler", "sedd_analytic"}},
           {"sedd_uniform", {"sedd_euler", "sedd_analytic"}}};
@@ -89,17 +92,21 @@ SequenceState RandomSequence(const ModelTraits& model, const std::string& sample
     do {
       ids[i] = static_cast<TokenId>(random() % std::min(model.vocab_size, 90));
     } while (ids[i] == model.mask_token);
-    given[i] = shape == 0 ? i < length / 3 : shape == 1 ? (i < length / 4 || i > length - 3) : random() % 2 == 0;
+    given[i] = shape == 0   ? i < length / 3
+               : shape == 1 ? (i < length / 4 || i > length - 3)
+                            : random() % 2 == 0;
   }
   given[0] = true;
   given[length - 1] = given[length - 1] && shape != 0;
   DecodingParams params;
   params.sampler = sampler;
   params.seed = random();
-  if (model.parameterization == Parameterization::kMaskPrediction && random() % 2 == 0) params.temperature = 0.8F;
+  if (model.parameterization == Parameterization::kMaskPrediction && random() % 2 == 0)
+    params.temperature = 0.8F;
   const SamplerEntry& entry = **FindSampler(sampler);
   const auto reads = [&](Knob knob) { return (entry.knobs & static_cast<uint32_t>(knob)) != 0; };
-  if (reads(Knob::kCfgScale) && random() % 3 == 0 && model.causal_block_length == 0) params.cfg_scale = 0.7F;
+  if (reads(Knob::kCfgScale) && random() % 3 == 0 && model.causal_block_length == 0)
+    params.cfg_scale = 0.7F;
   if (reads(Knob::kTopP) && random() % 2 == 0) params.top_p = 0.9F;
   if (reads(Knob::kTopK) && random() % 2 == 0) params.top_k = 20;
   if (reads(Knob::kThreshold)) params.threshold = 0.5F;
@@ -163,8 +170,8 @@ TEST_P(EngineTest, OutputDependsOnTheRequestAlone) {
       }
     }
   }
-  // All of them in one engine of two threads, joining at different turns; some leave in the middle, travel as bytes
-  // and come back.
+  // All of them in one engine of two threads, joining at different turns; some leave in the middle,
+  // travel as bytes and come back.
   Engine engine(*two.denoiser, {.limits = kLimits});
   std::mt19937 random(5);
   std::map<SequenceId, size_t> request_of;
@@ -188,7 +195,8 @@ TEST_P(EngineTest, OutputDependsOnTheRequestAlone) {
     }
     ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
     for (auto& [id, state] : engine.TakeFinished()) {
-      SCOPED_TRACE(absl::StrCat(requests[request_of[id]].params.sampler, " request ", request_of[id]));
+      SCOPED_TRACE(
+          absl::StrCat(requests[request_of[id]].params.sampler, " request ", request_of[id]));
       ExpectSameResult(state, alone[request_of[id]]);
       request_of.erase(id);
       ++num_done;
@@ -215,7 +223,8 @@ TEST(EngineCacheTest, TheBlockCacheChangesNoByte) {
   for (const char* name : {"sdar_b4", "sdar_b8", "sdar_b4_f16"}) {
     const Loaded loaded = Load(name);
     for (int seed = 0; seed < 6; ++seed) {
-      const SequenceState request = RandomSequence(loaded.denoiser->traits(), "block_dynamic", seed);
+      const SequenceState request =
+          RandomSequence(loaded.denoiser->traits(), "block_dynamic", seed);
       ExpectSameResult(RunAlone(*loaded.denoiser, request, /*block_cache=*/true),
                        RunAlone(*loaded.denoiser, request, /*block_cache=*/false));
     }
@@ -227,7 +236,8 @@ TEST(EngineCacheTest, ALongPromptIsEncodedInPieces) {
   std::vector<TokenId> ids(80, 5);
   std::vector<bool> given(80, true);
   for (int32_t i = 70; i < 80; ++i) given[i] = false;
-  const SequenceState request = *MakeSequence(ids, given, {.sampler = "block_dynamic"}, loaded.denoiser->traits());
+  const SequenceState request =
+      *MakeSequence(ids, given, {.sampler = "block_dynamic"}, loaded.denoiser->traits());
   ForwardLimits narrow = kLimits;
   narrow.rows_max = 17;
   Engine engine(*loaded.denoiser, {.limits = narrow});
@@ -250,10 +260,12 @@ TEST(EngineStepTest, AllocatesNothingOnceWarm) {
       // mdlm_cached makes a random number of steps a turn, and so of events in the report.
       if (model.family == "mdlm") params.sampler = "mdlm_ancestral";
       if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 5000;
-      ASSERT_TRUE(engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
+      ASSERT_TRUE(
+          engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
     }
     StepReport report;
-    for (int turn = 0; turn < 12; ++turn) ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    for (int turn = 0; turn < 12; ++turn)
+      ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
     const int64_t before = num_allocations.load();
     for (int turn = 0; turn < 12; ++turn) {
       const absl::Status status = engine.Step(absl::InfinitePast(), report);
@@ -273,7 +285,8 @@ TEST(EngineStepTest, CancelledAndExpiredSequencesLeaveAndDisturbNobody) {
   Engine engine(*loaded.denoiser, {.limits = kLimits});
   const SequenceId cancelled = *engine.Add(RandomSequence(model, "low_confidence", 2));
   const SequenceId kept = *engine.Add(request);
-  const SequenceId expired = *engine.Add(RandomSequence(model, "random", 4), start + absl::Seconds(1));
+  const SequenceId expired =
+      *engine.Add(RandomSequence(model, "random", 4), start + absl::Seconds(1));
   StepReport report;
   ASSERT_TRUE(engine.Step(start, report).ok());
   EXPECT_EQ(report.events.size(), 3U);
@@ -297,11 +310,15 @@ class PoisonedDenoiser : public Denoiser {
   explicit PoisonedDenoiser(Denoiser& real) : real_(real) {}
   const ModelTraits& traits() const override { return real_.traits(); }
   Backend& backend() const override { return real_.backend(); }
-  KvShape SequenceKvShape(int32_t positions) const override { return real_.SequenceKvShape(positions); }
-  absl::Status Forward(const ForwardBatch& batch) override {
-    return fail_next ? (fail_next = false, absl::UnavailableError("device lost")) : real_.Forward(batch);
+  KvShape SequenceKvShape(int32_t positions) const override {
+    return real_.SequenceKvShape(positions);
   }
-  absl::Status Answer(absl::Span<const VocabularyQuery> queries, absl::Span<VocabularyAnswer> answers) override {
+  absl::Status Forward(const ForwardBatch& batch) override {
+    return fail_next ? (fail_next = false, absl::UnavailableError("device lost"))
+                     : real_.Forward(batch);
+  }
+  absl::Status Answer(absl::Span<const VocabularyQuery> queries,
+                      absl::Span<VocabularyAnswer> answers) override {
     const absl::Status status = real_.Answer(queries, answers);
     for (size_t i = 0; i < queries.size(); ++i) {
       if (queries[i].noise.seed == bad_seed) answers[i].finite = false;
@@ -365,9 +382,11 @@ TEST(EngineAddTest, RefusesWhatCannotFitAndSaysWhether) {
   const Loaded loaded = Load("llada");
   const ModelTraits& model = loaded.denoiser->traits();
   const SequenceState request = RandomSequence(model, "low_confidence", 1);
-  Engine tiny(*loaded.denoiser, {.limits = {.rows_max = 2, .sequences_max = 1, .positions_max = 96}});
+  Engine tiny(*loaded.denoiser,
+              {.limits = {.rows_max = 2, .sequences_max = 1, .positions_max = 96}});
   EXPECT_EQ(tiny.Add(request).status().code(), absl::StatusCode::kInvalidArgument);
-  Engine one(*loaded.denoiser, {.limits = {.rows_max = 96, .sequences_max = 1, .positions_max = 96}});
+  Engine one(*loaded.denoiser,
+             {.limits = {.rows_max = 96, .sequences_max = 1, .positions_max = 96}});
   ASSERT_TRUE(one.Add(request).ok());
   EXPECT_EQ(one.Add(request).status().code(), absl::StatusCode::kResourceExhausted);
   Engine poor(*loaded.denoiser, {.limits = kLimits, .kv_bytes_max = 10});

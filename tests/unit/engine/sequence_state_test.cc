@@ -1,11 +1,11 @@
 #include "worker/engine/sequence_state.h"
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
 #include <functional>
 #include <string>
 #include <vector>
-
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
 
 namespace cinnabar {
 namespace {
@@ -26,7 +26,8 @@ SequenceState Example() {
   std::vector<bool> given(40, false);
   for (int i = 0; i < 11; ++i) given[i] = true;
   given[39] = true;
-  return *MakeSequence(ids, given, {.block_length = 8, .temperature = 0.5F, .seed = 123456789012345ULL}, Model());
+  return *MakeSequence(
+      ids, given, {.block_length = 8, .temperature = 0.5F, .seed = 123456789012345ULL}, Model());
 }
 
 TEST(SequenceStateTest, TheWireFormLosesNothing) {
@@ -71,7 +72,8 @@ TEST(SequenceStateTest, ABrokenStateIsAnErrorThatSaysWhatIsWrong) {
       {"block_masks", [](auto& s) { s.set_block_masks(0); }},
       {"block_masks", [](auto& s) { s.set_block_masks(1000); }},
       {"finished", [](auto& s) { s.set_finished(true); }},
-      {"forbidden_ids", [](auto& s) { s.mutable_params()->mutable_forbidden_ids()->Resize(99, 1); }},
+      {"forbidden_ids",
+       [](auto& s) { s.mutable_params()->mutable_forbidden_ids()->Resize(99, 1); }},
   };
   for (const Case& c : cases) {
     v1::SequenceState wire = ToWire(Example(), "m");

@@ -1,11 +1,11 @@
 // From the small files of a folder to a ModelSpec.
 #include "worker/model/family.h"
 
-#include <string>
-#include <vector>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "worker/model/checkpoint_facts.h"
@@ -19,34 +19,64 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 json QwenConfig(const std::string& architecture) {
-  return {{"architectures", {architecture}}, {"hidden_size", 896},         {"intermediate_size", 4864},
-          {"num_hidden_layers", 24},         {"num_attention_heads", 14},  {"num_key_value_heads", 2},
-          {"vocab_size", 151936},            {"rms_norm_eps", 1e-6},       {"rope_theta", 1000000.0},
-          {"max_position_embeddings", 32768}, {"hidden_act", "silu"},      {"tie_word_embeddings", true},
+  return {{"architectures", {architecture}},
+          {"hidden_size", 896},
+          {"intermediate_size", 4864},
+          {"num_hidden_layers", 24},
+          {"num_attention_heads", 14},
+          {"num_key_value_heads", 2},
+          {"vocab_size", 151936},
+          {"rms_norm_eps", 1e-6},
+          {"rope_theta", 1000000.0},
+          {"max_position_embeddings", 32768},
+          {"hidden_act", "silu"},
+          {"tie_word_embeddings", true},
           {"eos_token_id", 151643}};
 }
 
 json LladaConfig() {
-  return {{"architectures", {"LLaDAModelLM"}}, {"d_model", 4096},       {"n_layers", 32},
-          {"n_heads", 32},                     {"n_kv_heads", 32},      {"mlp_hidden_size", 12288},
-          {"mlp_ratio", 4},                    {"vocab_size", 126464},  {"embedding_size", 126464},
-          {"max_sequence_length", 4096},       {"rms_norm_eps", 1e-5},  {"rope_theta", 500000.0},
-          {"weight_tying", false},             {"activation_type", "silu"}, {"block_type", "llama"},
-          {"layer_norm_type", "rms"},          {"eos_token_id", 126081}, {"mask_token_id", 126336}};
+  return {{"architectures", {"LLaDAModelLM"}},
+          {"d_model", 4096},
+          {"n_layers", 32},
+          {"n_heads", 32},
+          {"n_kv_heads", 32},
+          {"mlp_hidden_size", 12288},
+          {"mlp_ratio", 4},
+          {"vocab_size", 126464},
+          {"embedding_size", 126464},
+          {"max_sequence_length", 4096},
+          {"rms_norm_eps", 1e-5},
+          {"rope_theta", 500000.0},
+          {"weight_tying", false},
+          {"activation_type", "silu"},
+          {"block_type", "llama"},
+          {"layer_norm_type", "rms"},
+          {"eos_token_id", 126081},
+          {"mask_token_id", 126336}};
 }
 
 json SeddConfig() {
   return {{"tokens", 50257},
           {"graph", {{"type", "absorb"}}},
           {"noise", {{"type", "loglinear"}, {"sigma_min", 1e-4}, {"sigma_max", 20}}},
-          {"model", {{"hidden_size", 768}, {"n_blocks", 12}, {"n_heads", 12}, {"cond_dim", 128},
-                     {"length", 1024}, {"scale_by_sigma", true}}}};
+          {"model",
+           {{"hidden_size", 768},
+            {"n_blocks", 12},
+            {"n_heads", 12},
+            {"cond_dim", 128},
+            {"length", 1024},
+            {"scale_by_sigma", true}}}};
 }
 
 json MdlmConfig() {
-  return {{"architectures", {"MDLM"}}, {"hidden_dim", 768},  {"cond_dim", 128},
-          {"n_blocks", 12},            {"n_heads", 12},      {"vocab_size", 50258},
-          {"model_length", 1024},      {"time_conditioning", false}};
+  return {{"architectures", {"MDLM"}},
+          {"hidden_dim", 768},
+          {"cond_dim", 128},
+          {"n_blocks", 12},
+          {"n_heads", 12},
+          {"vocab_size", 50258},
+          {"model_length", 1024},
+          {"time_conditioning", false}};
 }
 
 absl::StatusOr<ModelSpec> Spec(const json& config, CheckpointTexts texts = {}) {
@@ -74,7 +104,8 @@ json Without(json config, const std::string& key) {
 CheckpointTexts TokenizerWith(const std::vector<std::pair<std::string, int>>& added) {
   json tokens = json::array();
   for (const auto& [content, id] : added) tokens.push_back({{"id", id}, {"content", content}});
-  const json file = {{"added_tokens", tokens}, {"model", {{"type", "BPE"}, {"vocab", {{"a", 0}, {"b", 1}}}}}};
+  const json file = {{"added_tokens", tokens},
+                     {"model", {{"type", "BPE"}, {"vocab", {{"a", 0}, {"b", 1}}}}}};
   return {.tokenizer = file.dump()};
 }
 
@@ -91,7 +122,8 @@ TEST(FamilyTest, DreamShifts) {
 }
 
 TEST(FamilyTest, TheBlockCausalDreamIsAnotherFamily) {
-  const absl::StatusOr<ModelSpec> spec = Spec(With(QwenConfig("DreamForCausalLM"), "model_type", "Dream"));
+  const absl::StatusOr<ModelSpec> spec =
+      Spec(With(QwenConfig("DreamForCausalLM"), "model_type", "Dream"));
   ASSERT_TRUE(spec.ok()) << spec.status();
   EXPECT_FALSE(spec->traits.shift_logits);
   EXPECT_FALSE(spec->qkv_bias);
@@ -102,10 +134,11 @@ TEST(FamilyTest, TheBlockCausalDreamIsAnotherFamily) {
 
 TEST(FamilyTest, APlainQwenNeedsAMaskToken) {
   EXPECT_THAT(Error(QwenConfig("Qwen2ForCausalLM")),
-              AllOf(HasSubstr("autoregressive"), HasSubstr("mask_token_id"), HasSubstr("here/config.json")));
+              AllOf(HasSubstr("autoregressive"), HasSubstr("mask_token_id"),
+                    HasSubstr("here/config.json")));
   EXPECT_EQ(Spec(QwenConfig("Qwen2ForCausalLM")).status().code(), absl::StatusCode::kUnimplemented);
-  const absl::StatusOr<ModelSpec> spec =
-      Spec(QwenConfig("Qwen2ForCausalLM"), TokenizerWith({{"<M>", 151665}, {"<|im_end|>", 151645}}));
+  const absl::StatusOr<ModelSpec> spec = Spec(
+      QwenConfig("Qwen2ForCausalLM"), TokenizerWith({{"<M>", 151665}, {"<|im_end|>", 151645}}));
   ASSERT_TRUE(spec.ok()) << spec.status();
   EXPECT_EQ(spec->traits.family, "open_dcoder");
   EXPECT_EQ(spec->traits.mask_token, 151665);
@@ -116,7 +149,8 @@ TEST(FamilyTest, APlainQwenNeedsAMaskToken) {
 
 TEST(FamilyTest, A2dAppendsItsMaskToken) {
   const absl::StatusOr<ModelSpec> spec =
-      Spec(QwenConfig("A2DQwen3LMHeadModel"), TokenizerWith({{"<|im_end|>", 151645}, {"</think>", 151668}}));
+      Spec(QwenConfig("A2DQwen3LMHeadModel"),
+           TokenizerWith({{"<|im_end|>", 151645}, {"</think>", 151668}}));
   ASSERT_TRUE(spec.ok()) << spec.status();
   EXPECT_EQ(spec->traits.mask_token, 151669);
   EXPECT_FALSE(spec->traits.shift_logits);
@@ -159,12 +193,15 @@ TEST(FamilyTest, LladaKeepsTheEndOfATurnApart) {
   EXPECT_EQ(spec->traits.tokenizer_size, 126349);
   EXPECT_EQ(spec->names.gate, "ff_proj");
   EXPECT_EQ(Spec(Without(LladaConfig(), "mlp_hidden_size"))->mlp_dim, 16384);
-  EXPECT_EQ(Spec(With(With(LladaConfig(), "n_kv_heads", nullptr), "multi_query_attention", true))->num_kv_heads, 1);
+  EXPECT_EQ(Spec(With(With(LladaConfig(), "n_kv_heads", nullptr), "multi_query_attention", true))
+                ->num_kv_heads,
+            1);
   EXPECT_EQ(Spec(Without(LladaConfig(), "mask_token_id"))->traits.mask_token, 126336);
 }
 
 TEST(FamilyTest, SdarIsBlockCausal) {
-  const absl::StatusOr<ModelSpec> spec = Spec(With(QwenConfig("SDARForCausalLM"), "block_size", 16));
+  const absl::StatusOr<ModelSpec> spec =
+      Spec(With(QwenConfig("SDARForCausalLM"), "block_size", 16));
   ASSERT_TRUE(spec.ok()) << spec.status();
   EXPECT_EQ(spec->traits.causal_block_length, 16);
   EXPECT_EQ(spec->traits.mask_token, 151669);
@@ -234,7 +271,9 @@ TEST(FamilyTest, WhatIsNotComputedIsRefusedByName) {
   }
   EXPECT_TRUE(Spec(With(qwen, "rope_scaling", {{"rope_type", "default"}})).ok());
   EXPECT_EQ(Spec(With(Without(qwen, "rope_theta"), "rope_parameters",
-                      {{"rope_type", "default"}, {"rope_theta", 5e5}}))->rope_theta, 5e5);
+                      {{"rope_type", "default"}, {"rope_theta", 5e5}}))
+                ->rope_theta,
+            5e5);
   EXPECT_TRUE(Spec(With(qwen, "sliding_window", 4096)).ok());  // there, and not used
 }
 
@@ -272,9 +311,13 @@ TEST(FamilyTest, AWrongFieldIsNamed) {
 
 TEST(FamilyTest, AKnownArchitectureSaysWhatIsMissing) {
   for (const auto& [architecture, word] :
-       {std::pair{"LLaDAMoEModelLM", "experts"}, {"LLaDA2MoeModelLM", "experts"}, {"RND1", "experts"},
-        {"SDARMoeForCausalLM", "experts"}, {"Fast_dLLM_QwenForCausalLM", "shifted inside a block"},
-        {"DiffusionGemmaForBlockDiffusion", "encoder"}, {"BD3LM", "window"},
+       {std::pair{"LLaDAMoEModelLM", "experts"},
+        {"LLaDA2MoeModelLM", "experts"},
+        {"RND1", "experts"},
+        {"SDARMoeForCausalLM", "experts"},
+        {"Fast_dLLM_QwenForCausalLM", "shifted inside a block"},
+        {"DiffusionGemmaForBlockDiffusion", "encoder"},
+        {"BD3LM", "window"},
         {"LlamaForCausalLM", "supported are A2DQwen2LMHeadModel"}}) {
     const json config = {{"architectures", {architecture}}};
     EXPECT_EQ(Spec(config).status().code(), absl::StatusCode::kUnimplemented);
@@ -295,22 +338,27 @@ TEST(CheckpointFactsTest, ReadsTokensFromEveryKindOfFile) {
     texts.config = "{}";
     return ReadCheckpointFacts(texts, "here");
   };
-  EXPECT_EQ(facts({.vocab = R"({"a":0,"b":6})", .added_tokens = R"({"<M>":9})"})->tokenizer.size, 10);
-  EXPECT_EQ(TokenizerMask(facts({.vocab = R"({"a":0})", .added_tokens = R"({"<M>":9})"})->tokenizer), 9);
+  EXPECT_EQ(facts({.vocab = R"({"a":0,"b":6})", .added_tokens = R"({"<M>":9})"})->tokenizer.size,
+            10);
+  EXPECT_EQ(
+      TokenizerMask(facts({.vocab = R"({"a":0})", .added_tokens = R"({"<M>":9})"})->tokenizer), 9);
   const absl::StatusOr<CheckpointFacts> decoder = facts(
       {.tokenizer_config =
            R"({"mask_token":{"content":"[X]"},"added_tokens_decoder":{"7":{"content":"[X]"},"8":{"content":"<M>"}}})"});
   ASSERT_TRUE(decoder.ok()) << decoder.status();
-  EXPECT_EQ(TokenizerMask(decoder->tokenizer), 7);  // what is called the mask goes before what looks like one
+  EXPECT_EQ(TokenizerMask(decoder->tokenizer),
+            7);  // what is called the mask goes before what looks like one
   EXPECT_EQ(decoder->tokenizer.size, 9);
   // A token called `added_tokens` inside the vocabulary is a token.
-  EXPECT_EQ(facts({.tokenizer = R"({"model":{"vocab":{"added_tokens":3,"id":4}}})"})->tokenizer.size, 5);
+  EXPECT_EQ(
+      facts({.tokenizer = R"({"model":{"vocab":{"added_tokens":3,"id":4}}})"})->tokenizer.size, 5);
 
   for (const CheckpointTexts& broken :
        {CheckpointTexts{.tokenizer = R"({"added_tokens":[{"id":-1,"content":"a"}]})"},
         CheckpointTexts{.tokenizer = R"({"added_tokens":[{"id":99999999999,"content":"a"}]})"},
         CheckpointTexts{.tokenizer = "{"}, CheckpointTexts{.vocab = R"({"a":2147483647})"},
-        CheckpointTexts{.tokenizer_config = "[]"}, CheckpointTexts{.tokenizer_config = R"({"mask_token":3})"},
+        CheckpointTexts{.tokenizer_config = "[]"},
+        CheckpointTexts{.tokenizer_config = R"({"mask_token":3})"},
         CheckpointTexts{.tokenizer_config = R"({"added_tokens_decoder":{"x":{"content":"a"}}})"},
         CheckpointTexts{.tokenizer_config = R"({"added_tokens_decoder":{"1":3}})"},
         CheckpointTexts{.generation_config = R"({"eos_token_id":"x"})"}}) {

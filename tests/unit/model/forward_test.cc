@@ -1,5 +1,8 @@
-// The forward pass of every family, on every backend: against the golden logits, alone against packed, cached
-// against uncached.
+// The forward pass of every family, on every backend: against the golden logits, alone against
+// packed, cached against uncached.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -7,9 +10,6 @@
 #include <memory>
 #include <string>
 #include <vector>
-
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/json.h"
@@ -27,7 +27,8 @@ std::string GoldenFolder() {
   return absl::StrCat(source == nullptr ? "." : source, "/tests/golden");
 }
 
-// "reference", "cpu" (two threads, the best instructions) or "cpu_generic" (one thread, plain code).
+// "reference", "cpu" (two threads, the best instructions) or "cpu_generic" (one thread, plain
+// code).
 std::unique_ptr<Backend> MakeTestBackend(const std::string& name) {
   if (name == "reference") return MakeReferenceBackend();
   const std::string isa = name == "cpu_generic" ? "generic" : "auto";
@@ -63,8 +64,8 @@ std::vector<std::vector<float>> RunParts(Denoiser& model, const std::vector<Part
     sigmas.push_back(part.sigma);
     for (const int32_t row : part.wanted) wanted.push_back(row_begin + row);
   }
-  const absl::Status status = model.Forward(
-      {.ids = ids, .sequences = sequences, .sigmas = sigmas, .wanted_rows = wanted});
+  const absl::Status status =
+      model.Forward({.ids = ids, .sequences = sequences, .sigmas = sigmas, .wanted_rows = wanted});
   EXPECT_TRUE(status.ok()) << status;
   std::vector<std::vector<float>> logits;
   int32_t begin = 0;
@@ -111,8 +112,9 @@ Loaded Load(const std::string& backend, const std::string& model, const LoadOpti
 
 const std::vector<std::string>& Models() {
   static const auto* const models = new std::vector<std::string>{
-      "a2d_llama", "a2d_qwen2", "a2d_qwen3", "dream",   "dream_bf16",  "llada",       "llada_gqa",
-      "mdlm",      "open_dcoder", "sdar_b4", "sdar_b8", "sdar_b4_f16", "sedd_absorb", "sedd_uniform"};
+      "a2d_llama", "a2d_qwen2",   "a2d_qwen3",   "dream",       "dream_bf16",
+      "llada",     "llada_gqa",   "mdlm",        "open_dcoder", "sdar_b4",
+      "sdar_b8",   "sdar_b4_f16", "sedd_absorb", "sedd_uniform"};
   return *models;
 }
 
@@ -148,8 +150,8 @@ TEST_P(ForwardTest, AgreesWithTheGoldenLogits) {
     const absl::StatusOr<json> input =
         ReadJsonFile(absl::StrCat(GoldenFolder(), "/", std::string(entry["input_file"])), 1U << 24);
     ASSERT_TRUE(input.ok()) << input.status();
-    const absl::StatusOr<Checkpoint> file = Checkpoint::OpenFile(
-        absl::StrCat(GoldenFolder(), "/", std::string(entry["logits_file"])));
+    const absl::StatusOr<Checkpoint> file =
+        Checkpoint::OpenFile(absl::StrCat(GoldenFolder(), "/", std::string(entry["logits_file"])));
     ASSERT_TRUE(file.ok()) << file.status();
     const absl::StatusOr<HostMatrix> want = file->Matrix("logits");
     ASSERT_TRUE(want.ok()) << want.status();
@@ -162,7 +164,8 @@ TEST_P(ForwardTest, AgreesWithTheGoldenLogits) {
     ASSERT_EQ(static_cast<int64_t>(got.size()), want->rows * want->cols);
     for (size_t i = 0; i < got.size(); ++i) {
       float reference;
-      std::memcpy(&reference, static_cast<const char*>(want->data) + i * sizeof(float), sizeof(float));
+      std::memcpy(&reference, static_cast<const char*>(want->data) + i * sizeof(float),
+                  sizeof(float));
       const double bound = std::max(1.0, std::abs(double{reference}));
       const double error = std::abs(double{got[i]} - reference) / bound;
       worst = std::max(worst, error);
@@ -216,9 +219,9 @@ TEST_P(ForwardTest, WhichRowsAreWantedDoesNotChangeThem) {
     second.wanted = {0, 3, 12};
     const std::vector<std::vector<float>> some = RunParts(*loaded.model, {first, second});
     for (size_t i = 0; i < second.wanted.size(); ++i) {
-      EXPECT_TRUE(SameBits(
-          absl::MakeConstSpan(some[1]).subspan(i * vocab_size, vocab_size),
-          absl::MakeConstSpan(all[1]).subspan(second.wanted[i] * vocab_size, vocab_size)))
+      EXPECT_TRUE(
+          SameBits(absl::MakeConstSpan(some[1]).subspan(i * vocab_size, vocab_size),
+                   absl::MakeConstSpan(all[1]).subspan(second.wanted[i] * vocab_size, vocab_size)))
           << "row " << second.wanted[i];
     }
   }
@@ -251,8 +254,8 @@ TEST_P(ForwardTest, ABlockReadsFinishedBlocksFromTheCache) {
       const std::vector<float> logits = RunParts(model, {part})[0];
       cached.insert(cached.end(), logits.begin(), logits.end());
     }
-    EXPECT_TRUE(SameBits(
-        cached, absl::MakeConstSpan(uncached).subspan(int64_t{prefix} * model.traits().vocab_size)));
+    EXPECT_TRUE(SameBits(cached, absl::MakeConstSpan(uncached).subspan(int64_t{prefix} *
+                                                                       model.traits().vocab_size)));
   }
 }
 
@@ -263,7 +266,8 @@ TEST(ForwardOnCpuTest, ThreadsAndInstructionsDoNotChangeBits) {
     for (const char* backend : {"cpu", "cpu_generic"}) {
       Loaded loaded = Load(backend, name);
       ASSERT_NE(loaded.model, nullptr);
-      Part part{.ids = SomeIds(*loaded.model, 23, 9), .kv = loaded.NewKv(23), .wanted = AllRows(23)};
+      Part part{
+          .ids = SomeIds(*loaded.model, 23, 9), .kv = loaded.NewKv(23), .wanted = AllRows(23)};
       logits.push_back(RunParts(*loaded.model, {part})[0]);
     }
     EXPECT_TRUE(SameBits(logits[0], logits[1]));

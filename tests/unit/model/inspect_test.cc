@@ -1,12 +1,12 @@
 #include "worker/model/inspect.h"
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <string>
-
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/json.h"
@@ -63,8 +63,9 @@ TEST(InspectTest, EveryGoldenModelLoads) {
 TEST(InspectTest, TellsWhatTheModelIs) {
   const ModelReport report = Inspect(GoldenModel("sdar_b4"));
   const std::string text = FormatReport(report);
-  EXPECT_THAT(text, AllOf(HasSubstr("SDARForCausalLM"), HasSubstr("block-causal, blocks of 4"),
-                          HasSubstr("block_dynamic"), HasSubstr("277 rows"), HasSubstr("in 2 files")));
+  EXPECT_THAT(text,
+              AllOf(HasSubstr("SDARForCausalLM"), HasSubstr("block-causal, blocks of 4"),
+                    HasSubstr("block_dynamic"), HasSubstr("277 rows"), HasSubstr("in 2 files")));
   const nlohmann::ordered_json json = ReportToJson(report);
   EXPECT_EQ(json["family"], "sdar");
   EXPECT_EQ(json["tokens"]["mask"], 272);
@@ -82,7 +83,8 @@ TEST(InspectTest, AnUnsupportedArchitectureStillReports) {
   EXPECT_FALSE(report.spec.has_value());
   EXPECT_THAT(report.problems, Contains(AllOf(HasSubstr("unsupported: "), HasSubstr("experts"))));
   EXPECT_GT(report.num_parameters, 10000);
-  EXPECT_THAT(FormatReport(report), AllOf(HasSubstr("cannot be served"), HasSubstr("LLaDAMoEModelLM")));
+  EXPECT_THAT(FormatReport(report),
+              AllOf(HasSubstr("cannot be served"), HasSubstr("LLaDAMoEModelLM")));
   EXPECT_EQ(ReportToJson(report)["family"], nullptr);
 }
 
@@ -90,17 +92,20 @@ TEST(InspectTest, NamesTensorsThatDoNotFit) {
   std::string folder = CopyOf("dream", "wrong_shape");
   EditConfig(folder, "intermediate_size", 47);
   EXPECT_THAT(Inspect(folder).problems,
-              Contains(AllOf(HasSubstr("wrong shape: model.layers.1.mlp.down_proj.weight is F32 [36, 46] in model.safetensors, "),
+              Contains(AllOf(HasSubstr("wrong shape: model.layers.1.mlp.down_proj.weight is F32 "
+                                       "[36, 46] in model.safetensors, "),
                              HasSubstr("[36, 47]"))));
   folder = CopyOf("dream", "missing");
   EditConfig(folder, "num_hidden_layers", 3);
-  EXPECT_THAT(Inspect(folder).problems,
-              Contains(HasSubstr("missing tensor: model.layers.2.self_attn.q_proj.weight [36, 36]")));
+  EXPECT_THAT(
+      Inspect(folder).problems,
+      Contains(HasSubstr("missing tensor: model.layers.2.self_attn.q_proj.weight [36, 36]")));
   // Biases that the architecture would leave out change every number.
   folder = CopyOf("dream", "unexpected");
   EditConfig(folder, "architectures", {"A2DLlamaLMHeadModel"});
   EXPECT_THAT(Inspect(folder).problems,
-              Contains(HasSubstr("unexpected tensor: model.layers.0.self_attn.q_proj.bias in model.safetensors")));
+              Contains(HasSubstr(
+                  "unexpected tensor: model.layers.0.self_attn.q_proj.bias in model.safetensors")));
 }
 
 // A shard of a wrong type, in a folder whose index splits the tensors over files.
@@ -129,7 +134,8 @@ TEST(InspectTest, NamesTheShardOfATensorThatDoesNotFit) {
   }
   std::ofstream(folder + "/model.safetensors.index.json") << index;
   EXPECT_THAT(Inspect(folder).problems,
-              Contains(HasSubstr("unsupported: model.norm.weight is I32 in model-00001-of-00001.safetensors")));
+              Contains(HasSubstr(
+                  "unsupported: model.norm.weight is I32 in model-00001-of-00001.safetensors")));
 }
 
 TEST(InspectTest, TensorsThatAreNotReadAreANote) {
@@ -154,7 +160,8 @@ TEST(InspectTest, BrokenWeightsAreAProblemAndABrokenConfigAnError) {
 TEST(InspectTest, ControlCharactersOfAFileAreNotPrinted) {
   const std::string folder = CopyOf("dream", "escape");
   EditConfig(folder, "architectures", {"Some\x1b[2JModel"});
-  EXPECT_THAT(FormatReport(Inspect(folder)), AllOf(Not(HasSubstr("\x1b")), HasSubstr("Some?[2JModel")));
+  EXPECT_THAT(FormatReport(Inspect(folder)),
+              AllOf(Not(HasSubstr("\x1b")), HasSubstr("Some?[2JModel")));
 }
 
 }  // namespace

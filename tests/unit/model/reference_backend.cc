@@ -215,8 +215,7 @@ class ReferenceBackend : public Backend {
     const int32_t dim = args.heads.head_dim, half = args.rotary.rotary_dim / 2;
     for (int64_t r = 0; r < args.num_rows; ++r) {
       const SequenceSpan& sequence = SequenceOf(args.sequences, r);
-      const auto position =
-          static_cast<int32_t>(sequence.first_position + r - sequence.row_begin);
+      const auto position = static_cast<int32_t>(sequence.first_position + r - sequence.row_begin);
       CINNABAR_CHECK(position < args.rotary.positions_max);
       float* heads = RowOf(args.qkv, r);
       const int32_t num_qk = args.heads.num_heads + args.heads.num_kv_heads;
@@ -246,8 +245,7 @@ class ReferenceBackend : public Backend {
     const int32_t dim = args.heads.head_dim, group = args.heads.num_heads / args.heads.num_kv_heads;
     for (int64_t r = 0; r < args.num_rows; ++r) {
       const SequenceSpan& sequence = SequenceOf(args.sequences, r);
-      const auto position =
-          static_cast<int32_t>(sequence.first_position + r - sequence.row_begin);
+      const auto position = static_cast<int32_t>(sequence.first_position + r - sequence.row_begin);
       int32_t visible = sequence.first_position + sequence.num_rows;
       if (const int32_t block = sequence.block_length; block > 0) {
         visible = std::min(visible, (position / block + 1) * block);
@@ -296,16 +294,23 @@ class ReferenceBackend : public Backend {
     float* out = RowOf(args.out, row);
     const int64_t size = static_cast<int64_t>(y.size());
     const int64_t half = size / 2;
-    const float* gate =
-        args.epilogue == Epilogue::kGatedAdd
-            ? RowOf(args.gate, SequenceOf(args.sequences, row).modulation_row)
-            : nullptr;
+    const float* gate = args.epilogue == Epilogue::kGatedAdd
+                            ? RowOf(args.gate, SequenceOf(args.sequences, row).modulation_row)
+                            : nullptr;
     for (int64_t c = 0; c < size; ++c) {
       switch (args.epilogue) {
-        case Epilogue::kStore: out[c] = static_cast<float>(y[c]); break;
-        case Epilogue::kAdd: out[c] = static_cast<float>(out[c] + y[c]); break;
-        case Epilogue::kGatedAdd: out[c] = static_cast<float>(out[c] + gate[c] * y[c]); break;
-        case Epilogue::kSilu: out[c] = static_cast<float>(Silu(y[c])); break;
+        case Epilogue::kStore:
+          out[c] = static_cast<float>(y[c]);
+          break;
+        case Epilogue::kAdd:
+          out[c] = static_cast<float>(out[c] + y[c]);
+          break;
+        case Epilogue::kGatedAdd:
+          out[c] = static_cast<float>(out[c] + gate[c] * y[c]);
+          break;
+        case Epilogue::kSilu:
+          out[c] = static_cast<float>(Silu(y[c]));
+          break;
         case Epilogue::kGeluTanh:
           out[c] = static_cast<float>(
               0.5 * y[c] *

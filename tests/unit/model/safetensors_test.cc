@@ -1,13 +1,13 @@
 #include "worker/model/safetensors.h"
 
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <string>
 #include <vector>
-
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
 
@@ -36,9 +36,7 @@ absl::StatusOr<std::vector<TensorEntry>> Read(const std::string& file) {
       absl::MakeConstSpan(reinterpret_cast<const uint8_t*>(file.data()), file.size()), "some file");
 }
 
-std::string Nested(int depth) {
-  return std::string(depth, '[') + std::string(depth, ']');
-}
+std::string Nested(int depth) { return std::string(depth, '[') + std::string(depth, ']'); }
 
 struct BrokenFile {
   std::string name;
@@ -66,64 +64,88 @@ std::vector<BrokenFile> BrokenFiles() {
       {"header_too_deep", File(absl::StrCat("{\"w\":", Nested(100000), "}"), 0), "nested deeper"},
       {"duplicate_tensor",
        File(R"({"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
-            R"("w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", 8),
+            R"("w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+            8),
        "\"w\" appears twice"},
       {"duplicate_field", one(R"({"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]})"),
        "\"dtype\" appears twice"},
       {"metadata_a_list", File(R"({"__metadata__":[1]})", 0), "__metadata__ is not an object"},
-      {"metadata_with_a_number", File(R"({"__metadata__":{"a":1}})", 0), "__metadata__ a is not a string"},
+      {"metadata_with_a_number", File(R"({"__metadata__":{"a":1}})", 0),
+       "__metadata__ a is not a string"},
       {"tensor_a_number", one("3"), "tensor w: not an object"},
-      {"nameless_tensor", File(R"({"":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", 8), "a name has"},
+      {"nameless_tensor", File(R"({"":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", 8),
+       "a name has"},
       {"endless_name",
        File(absl::StrCat("{\"", std::string(5000, 'n'),
-                         R"(":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})"), 8),
+                         R"(":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})"),
+            8),
        "a name has"},
       {"no_dtype", one(R"({"shape":[2],"data_offsets":[0,8]})"), "no dtype"},
       {"dtype_a_number", one(R"({"dtype":32,"shape":[2],"data_offsets":[0,8]})"), "no dtype"},
-      {"dtype_unknown", one(R"({"dtype":"F23","shape":[2],"data_offsets":[0,8]})"), "unknown dtype \"F23\""},
-      {"dtype_lower_case", one(R"({"dtype":"f32","shape":[2],"data_offsets":[0,8]})"), "unknown dtype"},
+      {"dtype_unknown", one(R"({"dtype":"F23","shape":[2],"data_offsets":[0,8]})"),
+       "unknown dtype \"F23\""},
+      {"dtype_lower_case", one(R"({"dtype":"f32","shape":[2],"data_offsets":[0,8]})"),
+       "unknown dtype"},
       {"no_shape", one(R"({"dtype":"F32","data_offsets":[0,8]})"), "no shape"},
       {"shape_a_number", one(R"({"dtype":"F32","shape":2,"data_offsets":[0,8]})"), "no shape"},
-      {"shape_negative", one(R"({"dtype":"F32","shape":[-2],"data_offsets":[0,8]})"), "not a natural number"},
-      {"shape_fraction", one(R"({"dtype":"F32","shape":[2.0],"data_offsets":[0,8]})"), "not a natural number"},
-      {"shape_text", one(R"({"dtype":"F32","shape":["2"],"data_offsets":[0,8]})"), "not a natural number"},
-      {"shape_beyond_int64", one(R"({"dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,8]})"),
+      {"shape_negative", one(R"({"dtype":"F32","shape":[-2],"data_offsets":[0,8]})"),
        "not a natural number"},
-      {"shape_overflows", one(R"({"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]})"),
-       "overflows"},
+      {"shape_fraction", one(R"({"dtype":"F32","shape":[2.0],"data_offsets":[0,8]})"),
+       "not a natural number"},
+      {"shape_text", one(R"({"dtype":"F32","shape":["2"],"data_offsets":[0,8]})"),
+       "not a natural number"},
+      {"shape_beyond_int64",
+       one(R"({"dtype":"F32","shape":[9223372036854775808],"data_offsets":[0,8]})"),
+       "not a natural number"},
+      {"shape_overflows",
+       one(R"({"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]})"), "overflows"},
       {"shape_wraps_to_the_size",
-       one(R"({"dtype":"F32","shape":[4611686018427387904,2,2],"data_offsets":[0,0]})", 0), "overflows"},
-      {"bits_overflow", one(R"({"dtype":"F64","shape":[1152921504606846976],"data_offsets":[0,8]})"),
+       one(R"({"dtype":"F32","shape":[4611686018427387904,2,2],"data_offsets":[0,0]})", 0),
        "overflows"},
+      {"bits_overflow",
+       one(R"({"dtype":"F64","shape":[1152921504606846976],"data_offsets":[0,8]})"), "overflows"},
       {"shape_of_many_dimensions",
        one(R"({"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]})"),
        "18 dimensions"},
       {"half_a_byte", one(R"({"dtype":"F4","shape":[3],"data_offsets":[0,8]})"), "whole bytes"},
       {"no_offsets", one(R"({"dtype":"F32","shape":[2]})"), "no data_offsets"},
       {"one_offset", one(R"({"dtype":"F32","shape":[2],"data_offsets":[0]})"), "no data_offsets"},
-      {"three_offsets", one(R"({"dtype":"F32","shape":[2],"data_offsets":[0,8,8]})"), "no data_offsets"},
-      {"offset_negative", one(R"({"dtype":"F32","shape":[2],"data_offsets":[-8,0]})"), "not natural numbers"},
-      {"offset_null", one(R"({"dtype":"F32","shape":[2],"data_offsets":[null,8]})"), "not natural numbers"},
-      {"offsets_turned", one(R"({"dtype":"F32","shape":[2],"data_offsets":[8,0]})"), "are not inside"},
-      {"offset_beyond_the_data", one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,12]})"), "are not inside"},
+      {"three_offsets", one(R"({"dtype":"F32","shape":[2],"data_offsets":[0,8,8]})"),
+       "no data_offsets"},
+      {"offset_negative", one(R"({"dtype":"F32","shape":[2],"data_offsets":[-8,0]})"),
+       "not natural numbers"},
+      {"offset_null", one(R"({"dtype":"F32","shape":[2],"data_offsets":[null,8]})"),
+       "not natural numbers"},
+      {"offsets_turned", one(R"({"dtype":"F32","shape":[2],"data_offsets":[8,0]})"),
+       "are not inside"},
+      {"offset_beyond_the_data", one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,12]})"),
+       "are not inside"},
       {"offset_beyond_int64",
-       one(R"({"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]})"), "not natural numbers"},
-      {"too_few_bytes", one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})"), "takes 12 bytes"},
-      {"too_many_bytes", one(R"({"dtype":"BF16","shape":[2],"data_offsets":[0,8]})"), "takes 4 bytes"},
-      {"bytes_for_an_empty_tensor", one(R"({"dtype":"F32","shape":[0],"data_offsets":[0,8]})"), "takes 0 bytes"},
+       one(R"({"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]})"),
+       "not natural numbers"},
+      {"too_few_bytes", one(R"({"dtype":"F32","shape":[3],"data_offsets":[0,8]})"),
+       "takes 12 bytes"},
+      {"too_many_bytes", one(R"({"dtype":"BF16","shape":[2],"data_offsets":[0,8]})"),
+       "takes 4 bytes"},
+      {"bytes_for_an_empty_tensor", one(R"({"dtype":"F32","shape":[0],"data_offsets":[0,8]})"),
+       "takes 0 bytes"},
       {"overlap",
        File(R"({"v":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
-            R"("w":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})", 12),
+            R"("w":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
+            12),
        "overlaps another"},
       {"the_same_place_twice",
        File(R"({"v":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
-            R"("w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", 8),
+            R"("w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+            8),
        "overlaps another"},
       {"gap",
        File(R"({"v":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
-            R"("w":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}})", 12),
+            R"("w":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}})",
+            12),
        "a gap of 4 bytes"},
-      {"gap_at_the_start", one(R"({"dtype":"F32","shape":[1],"data_offsets":[4,8]})"), "a gap of 4 bytes"},
+      {"gap_at_the_start", one(R"({"dtype":"F32","shape":[1],"data_offsets":[4,8]})"),
+       "a gap of 4 bytes"},
       {"bytes_left_over", one(R"({"dtype":"F32","shape":[1],"data_offsets":[0,4]})"),
        "4 bytes after the last tensor"},
       {"data_without_tensors", File("{}", 8), "8 bytes after the last tensor"},
@@ -145,19 +167,20 @@ TEST(SafetensorsTest, ABrokenFileIsAnErrorThatNamesIt) {
 
 TEST(SafetensorsTest, EveryPrefixOfAFileIsBroken) {
   const std::string file = File(
-      R"({"__metadata__":{"format":"pt"},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", 8);
+      R"({"__metadata__":{"format":"pt"},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",
+      8);
   ASSERT_TRUE(Read(file).ok());
   for (size_t size = 0; size < file.size(); ++size) EXPECT_FALSE(Read(file.substr(0, size)).ok());
 }
 
 TEST(SafetensorsTest, ReadsEveryDTypeScalarsAndEmptyTensors) {
-  const std::string file = File(
-      R"({"__metadata__":{},)"
-      R"("b":{"dtype":"BOOL","shape":[3],"data_offsets":[0,3]},)"
-      R"("scalar":{"dtype":"F64","shape":[],"data_offsets":[3,11]},)"
-      R"("empty":{"dtype":"F32","shape":[0,7],"data_offsets":[11,11]},)"
-      R"("w":{"dtype":"BF16","shape":[2,3],"data_offsets":[11,23]},)"
-      R"("packed":{"dtype":"F4","shape":[2],"data_offsets":[23,24]}}   )", 24);
+  const std::string file = File(R"({"__metadata__":{},)"
+                                R"("b":{"dtype":"BOOL","shape":[3],"data_offsets":[0,3]},)"
+                                R"("scalar":{"dtype":"F64","shape":[],"data_offsets":[3,11]},)"
+                                R"("empty":{"dtype":"F32","shape":[0,7],"data_offsets":[11,11]},)"
+                                R"("w":{"dtype":"BF16","shape":[2,3],"data_offsets":[11,23]},)"
+                                R"("packed":{"dtype":"F4","shape":[2],"data_offsets":[23,24]}}   )",
+                                24);
   const absl::StatusOr<std::vector<TensorEntry>> tensors = Read(file);
   ASSERT_TRUE(tensors.ok()) << tensors.status();
   std::vector<std::string> names;
@@ -179,7 +202,9 @@ class CheckpointTest : public testing::Test {
     std::ofstream(absl::StrCat(folder_, "/", name), std::ios::binary) << bytes;
   }
   void WriteTensor(const std::string& file, const std::string& tensor) {
-    Write(file, File(absl::StrCat("{\"", tensor, R"(":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})"), 8));
+    Write(file, File(absl::StrCat("{\"", tensor,
+                                  R"(":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})"),
+                     8));
   }
   std::string Error() {
     const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(folder_);
@@ -253,14 +278,15 @@ TEST_F(CheckpointTest, AFolderWithoutWeightsSaysWhatIsMissing) {
 }
 
 TEST_F(CheckpointTest, OnlyVectorsAndMatricesOfUsableDTypesAreRead) {
-  Write("model.safetensors",
-        File(R"({"i":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
-             R"("s":{"dtype":"F32","shape":[],"data_offsets":[8,12]},)"
-             R"("c":{"dtype":"F32","shape":[1,1,1],"data_offsets":[12,16]}})", 16));
+  Write("model.safetensors", File(R"({"i":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
+                                  R"("s":{"dtype":"F32","shape":[],"data_offsets":[8,12]},)"
+                                  R"("c":{"dtype":"F32","shape":[1,1,1],"data_offsets":[12,16]}})",
+                                  16));
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(folder_);
   ASSERT_TRUE(checkpoint.ok());
   EXPECT_EQ(checkpoint->Matrix("i").status().code(), absl::StatusCode::kUnimplemented);
-  EXPECT_THAT(std::string(checkpoint->Matrix("i").status().message()), HasSubstr("tensor i is I64"));
+  EXPECT_THAT(std::string(checkpoint->Matrix("i").status().message()),
+              HasSubstr("tensor i is I64"));
   EXPECT_EQ(checkpoint->Matrix("s").status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(checkpoint->Matrix("c").status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(checkpoint->Matrix("none").status().code(), absl::StatusCode::kNotFound);
