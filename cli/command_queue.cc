@@ -232,13 +232,7 @@ int RunQueue(const std::vector<std::string>& args) {
               "  cancel ID   ends it now; its client is told, what it used stays on the bill\n"
               "  dead        requests that failed for good, the newest first, with the reason");
   flags.Register(set);
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok()) status = Run(flags, set.positional());
-  return ReportError("queue", status);
+  return RunCommand("queue", set, args, [&] { return Run(flags, set.positional()); });
 }
 
 }  // namespace cinnabar
