@@ -1,0 +1,1 @@
+"""Training, converting and evaluating Cinnabar's models. See training/README.md."""
