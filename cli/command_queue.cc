@@ -8,7 +8,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
-#include "absl/types/span.h"
 #include "cli/commands.h"
 #include "cli/operator_queue.h"
 #include "cli/terminal.h"
@@ -22,20 +21,16 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int32_t kChoicesMax = 128;
-constexpr size_t kDropMax = 256;  // in one call
 
 struct QueueFlags {
   ProgramFlags program;
   int32_t entries_max = 50;
-  bool drop = false;
   bool json = false;
 
   void Register(FlagSet& flags) {
     program.RegisterCluster(flags);
-    flags.Section("Dead letters");
-    flags.Add("max", &entries_max, "N", "dead: so many of the newest");
-    flags.Add("drop", &drop, "dead: forget those shown, which are notes: none can be run again");
     flags.Section("Output");
+    flags.Add("max", &entries_max, "N", "dead: so many of the newest");
     flags.Add("json", &json, "JSON: one object, for dead and for several requests one a line");
     flags.Examples(
         "An ID is the one of the reply (cmpl-req_..., chatcmpl-req_...) or of its x-request-id "
@@ -43,7 +38,7 @@ struct QueueFlags {
         "examples:\n"
         "  cinnabar queue stats --redis 127.0.0.1:6379\n"
         "  cinnabar queue show cmpl-req_632eb6949a68d2808babd7b135d9e53c\n"
-        "  cinnabar queue dead --max 10 --drop\n");
+        "  cinnabar queue dead --max 10 --json\n");
   }
 };
 
@@ -122,16 +117,6 @@ absl::Status ShowDead(Queue& queue, const QueueFlags& flags) {
                 Printable(letter.why).c_str());
   }
   if (letters.empty() && !flags.json) std::puts("no dead letters");
-  if (!flags.drop) return absl::OkStatus();
-  std::vector<std::string> positions;
-  for (const DeadLetter& letter : letters) positions.push_back(letter.position);
-  int64_t dropped = 0;
-  for (size_t i = 0; i < positions.size(); i += kDropMax) {
-    const auto page = absl::MakeConstSpan(positions).subspan(i, kDropMax);
-    CINNABAR_ASSIGN_OR_RETURN(const int64_t count, queue.DropDeadLetters(page));
-    dropped += count;
-  }
-  if (!flags.json) std::printf("%s dropped\n", ShowWhole(dropped).c_str());
   return absl::OkStatus();
 }
 
@@ -214,9 +199,6 @@ absl::Status Run(const QueueFlags& flags, const std::vector<std::string>& words)
         absl::StrCat(words.empty() ? "say what" : absl::StrCat("no such word \"", verb, "\""),
                      ": stats, show ID, cancel ID or dead"));
   }
-  if (flags.drop && verb != "dead") {
-    return absl::InvalidArgumentError("--drop goes with dead: cinnabar queue dead --drop");
-  }
   if (names && words.size() < 2) {
     return absl::InvalidArgumentError(
         absl::StrCat("name the request: cinnabar queue ", verb, " cmpl-req_..."));
@@ -250,13 +232,7 @@ int RunQueue(const std::vector<std::string>& args) {
               "  cancel ID   ends it now; its client is told, what it used stays on the bill\n"
               "  dead        requests that failed for good, the newest first, with the reason");
   flags.Register(set);
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok()) status = Run(flags, set.positional());
-  return ReportError("queue", status);
+  return RunCommand("queue", set, args, [&] { return Run(flags, set.positional()); });
 }
 
 }  // namespace cinnabar

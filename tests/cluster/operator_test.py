@@ -261,7 +261,7 @@ class Operators(unittest.TestCase):
         self.assertIn("cancelled", run("queue", "cancel", request, *self.redis).stdout)
         self.assertEqual(json.loads(run("queue", "stats", *self.redis, "--json").stdout)["live"], 0)
 
-    def test_dead_letters_are_shown_and_dropped(self):
+    def test_dead_letters_are_shown(self):
         self.assertIn("no dead letters", run("queue", "dead", *self.redis).stdout)
         keys = subprocess.run(["redis-cli", "-p", str(self.cluster.redis_port), "--scan", "--pattern", "*:ledger"],
                               capture_output=True, text=True, check=True).stdout.split()
@@ -281,10 +281,7 @@ class Operators(unittest.TestCase):
         self.assertIn("3 dead letters", run("top", *self.redis, "--once").stdout)
         newest = run("queue", "dead", "--max", 1, "--json", *self.redis).stdout.splitlines()
         self.assertEqual([json.loads(line)["request"] for line in newest], ["r2"])
-        self.assertIn("1 dropped", run("queue", "dead", "--max", 1, "--drop", *self.redis).stdout)
-        self.assertNotIn("r2", run("queue", "dead", *self.redis).stdout)
-        self.assertIn("2 dropped", run("queue", "dead", "--drop", *self.redis).stdout)
-        self.assertIn("no dead letters", run("queue", "dead", *self.redis).stdout)
+        self.assertEqual(json.loads(run("queue", "stats", *self.redis, "--json").stdout)["dead_letters"], 3)
 
 
 class Errors(unittest.TestCase):
@@ -293,7 +290,7 @@ class Errors(unittest.TestCase):
         for args, code, words in [
                 (["queue"], 2, "stats, show ID, cancel ID or dead"), (["queue", "list"], 2, "no such word"),
                 (["queue", "show"], 2, "cmpl-req_"), (["queue", "stats", "now"], 2, "one word too many"),
-                (["queue", "stats", "--drop"], 2, "goes with dead"), (["queue", "dead", "--max", 0], 2, "--max"),
+                (["queue", "dead", "--max", 0], 2, "--max"),
                 (["queue", "stats", *nobody], 1, "cinnabar up"), (["queue", "stats", "--redis", "x"], 2, "127.0.0.1:6379"),
                 (["top", "--json"], 2, "--once"), (["top"], 2, "--once"), (["top", "--once", "--interval", 0], 2, "0.1"),
                 (["top", "--once", *nobody], 1, "cinnabar up"), (["top", "here"], 2, "--redis")]:
