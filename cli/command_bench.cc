@@ -363,19 +363,15 @@ int RunBench(const std::vector<std::string>& args) {
       "cinnabar bench load --url URL (--rate R | --trace FILE | --concurrency C) [flags]",
       "Puts load on a running gateway and reports latency percentiles, goodput and tokens/s.");
   flags.Register(set);
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok() && set.positional() != std::vector<std::string>{"load"}) {
-    status = absl::InvalidArgumentError(
-        set.positional().empty()
-            ? "say what to measure: cinnabar bench load"
-            : absl::StrCat("no such benchmark \"", set.positional().back(), "\"; there is load"));
-  }
-  if (status.ok()) status = Load(flags, set);
-  return ReportError("bench", status);
+  return RunCommand("bench", set, args, [&]() -> absl::Status {
+    if (set.positional() != std::vector<std::string>{"load"}) {
+      return absl::InvalidArgumentError(
+          set.positional().empty()
+              ? "say what to measure: cinnabar bench load"
+              : absl::StrCat("no such benchmark \"", set.positional().back(), "\"; there is load"));
+    }
+    return Load(flags, set);
+  });
 }
 
 }  // namespace cinnabar

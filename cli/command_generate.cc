@@ -357,17 +357,10 @@ int RunGenerate(const std::vector<std::string>& args) {
       "Fills a canvas with a diffusion language model: one on this machine, or one that a gateway "
       "serves.");
   flags.Register(set);
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok() && !set.positional().empty()) {
-    status = absl::InvalidArgumentError(absl::StrCat(
-        "\"", set.positional()[0], "\" is not a flag; text goes behind --prompt or --chat"));
-  }
-  if (status.ok()) status = Generate(flags, set);
-  return ReportError("generate", status);
+  return RunCommand("generate", set, args, [&]() -> absl::Status {
+    CINNABAR_RETURN_IF_ERROR(TakesNoText(set, "text goes behind --prompt or --chat"));
+    return Generate(flags, set);
+  });
 }
 
 }  // namespace cinnabar

@@ -225,13 +225,8 @@ int RunKeys(const std::vector<std::string>& args) {
   if (verb == "create") RegisterCreate(flags, set);
   if (verb == "create" || verb == "list") set.Add("json", &flags.json, "one JSON document");
   flags.program.RegisterCluster(set);
-  absl::Status status = set.Parse({args.begin() + 1, args.end()});
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok()) status = Run(verb, flags, set);
-  return status.ok() ? 0 : ReportError("keys", status);
+  return RunCommand("keys", set, {args.begin() + 1, args.end()},
+                    [&] { return Run(verb, flags, set); });
 }
 
 }  // namespace cinnabar

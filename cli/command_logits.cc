@@ -71,17 +71,10 @@ int RunLogits(const std::vector<std::string>& args) {
   set.Add("input", &input, "FILE",
           "{\"ids\": [...], \"given\": [...], \"sigma\": number}; the last two may be left out");
   set.Add("output", &output, "FILE", "safetensors file to write");
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok() && !set.positional().empty()) {
-    status =
-        absl::InvalidArgumentError(absl::StrCat("\"", set.positional()[0], "\" is not a flag"));
-  }
-  if (status.ok()) status = WriteLogits(model, input, output);
-  return ReportError("logits", status);
+  return RunCommand("logits", set, args, [&]() -> absl::Status {
+    CINNABAR_RETURN_IF_ERROR(TakesNoText(set, "--help lists them"));
+    return WriteLogits(model, input, output);
+  });
 }
 
 }  // namespace cinnabar

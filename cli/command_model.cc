@@ -35,13 +35,7 @@ int RunModel(const std::vector<std::string>& args) {
       "and what is "
       "not\nsupported and why. Reads headers only; exits with 1 when the model does not load.");
   set.Add("json", &json, "the same as one JSON object");
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok()) status = Inspect(set, json);
-  return ReportError("model", status);
+  return RunCommand("model", set, args, [&] { return Inspect(set, json); });
 }
 
 }  // namespace cinnabar

@@ -4,6 +4,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "cli/commands.h"
+#include "common/base/status.h"
 #include "common/request/sampler_catalog.h"
 
 namespace cinnabar {
@@ -27,12 +28,7 @@ constexpr KnobName kKnobNames[] = {
     {Knob::kEosSwitches, "logits-eos-inf, confidence-eos-eot-inf"},
 };
 
-}  // namespace
-
-int RunSamplers(const std::vector<std::string>& args) {
-  if (!args.empty() && args[0] != "--help" && args[0] != "-h") {
-    return ReportError("samplers", absl::InvalidArgumentError("takes no arguments"));
-  }
+void PrintSamplers() {
   std::printf("Samplers, for --sampler. All read temperature, seed, eos-penalty and forbid.\n\n");
   for (const SamplerEntry& entry : SamplerCatalog()) {
     std::vector<std::string> knobs;
@@ -45,13 +41,17 @@ int RunSamplers(const std::vector<std::string>& args) {
                 knobs.empty() ? "no other" : absl::StrJoin(knobs, ", ").c_str(),
                 std::string(entry.source).c_str());
   }
-  return 0;
 }
 
-int ReportError(const std::string& command, const absl::Status& status) {
-  if (status.ok()) return 0;
-  std::fprintf(stderr, "cinnabar %s: %s\n", command.c_str(), std::string(status.message()).c_str());
-  return status.code() == absl::StatusCode::kInvalidArgument ? 2 : 1;
+}  // namespace
+
+int RunSamplers(const std::vector<std::string>& args) {
+  FlagSet set("cinnabar samplers", "Lists the samplers and the knobs that each one reads.");
+  return RunCommand("samplers", set, args, [&]() -> absl::Status {
+    CINNABAR_RETURN_IF_ERROR(TakesNoText(set, "it takes none"));
+    PrintSamplers();
+    return absl::OkStatus();
+  });
 }
 
 }  // namespace cinnabar

@@ -202,17 +202,10 @@ int RunTop(const std::vector<std::string>& args) {
       "Shows a running cluster, live: what waits in each class, what the workers do, tokens "
       "a second, forwards,\nwaste and cost. Looks only, changes nothing. Ctrl-C ends it.");
   flags.Register(set);
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok() && !set.positional().empty()) {
-    status = absl::InvalidArgumentError(
-        absl::StrCat("\"", set.positional()[0], "\" is not a flag; --redis names the cluster"));
-  }
-  if (status.ok()) status = Top(flags);
-  return ReportError("top", status);
+  return RunCommand("top", set, args, [&]() -> absl::Status {
+    CINNABAR_RETURN_IF_ERROR(TakesNoText(set, "--redis names the cluster"));
+    return Top(flags);
+  });
 }
 
 }  // namespace cinnabar

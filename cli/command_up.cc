@@ -398,17 +398,10 @@ int RunUp(const std::vector<std::string>& args) {
               "A whole cluster on this machine, in the foreground: Redis, scheduler, workers and "
               "gateway. Programs that\nend are started again; Ctrl-C stops all of them in order.");
   flags.Register(set);
-  absl::Status status = set.Parse(args);
-  if (set.help_asked()) {
-    std::fputs(set.Help().c_str(), stdout);
-    return 0;
-  }
-  if (status.ok() && !set.positional().empty()) {
-    status = absl::InvalidArgumentError(
-        absl::StrCat("\"", set.positional()[0], "\" is not a flag; --help lists them"));
-  }
-  if (status.ok()) status = Up(flags);
-  return status.ok() ? 0 : ReportError("up", status);
+  return RunCommand("up", set, args, [&]() -> absl::Status {
+    CINNABAR_RETURN_IF_ERROR(TakesNoText(set, "--help lists them"));
+    return Up(flags);
+  });
 }
 
 }  // namespace cinnabar

@@ -3,10 +3,13 @@
 #ifndef CINNABAR_CLI_COMMANDS_H_
 #define CINNABAR_CLI_COMMANDS_H_
 
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "common/config/flags.h"
 
 namespace cinnabar {
 
@@ -20,8 +23,12 @@ int RunSamplers(const std::vector<std::string>& args);
 int RunTop(const std::vector<std::string>& args);
 int RunUp(const std::vector<std::string>& args);
 
-// Prints "cinnabar COMMAND: MESSAGE" and returns the exit status for it.
-int ReportError(const std::string& command, const absl::Status& status);
+// What each of them does: parses the flags, answers --help, runs `body`, prints its error as
+// "cinnabar COMMAND: MESSAGE". The exit status.
+int RunCommand(const std::string& command, FlagSet& set, const std::vector<std::string>& args,
+               const std::function<absl::Status()>& body);
+// InvalidArgument with this hint when there is something that belongs to no flag.
+absl::Status TakesNoText(const FlagSet& set, absl::string_view hint);
 
 }  // namespace cinnabar
 
