@@ -46,7 +46,8 @@ TEST(MetricsTextTest, ErrorsNameTheLine) {
 }
 
 TEST(MetricsTextTest, QuantilesOfWhatCameBetween) {
-  const auto before = MetricsText::Parse("h_bucket{le=\"1\"} 100\nh_bucket{le=\"+Inf\"} 100\n");
+  const auto before = MetricsText::Parse(
+      "h_bucket{le=\"1\"} 100\nh_bucket{le=\"2\"} 100\nh_bucket{le=\"+Inf\"} 100\n");
   const auto now = MetricsText::Parse(
       "h_bucket{le=\"1\",model=\"m\"} 110\nh_bucket{le=\"2\",model=\"m\"} 120\n"
       "h_bucket{le=\"+Inf\",model=\"m\"} 120\nh_bucket{le=\"+Inf\",model=\"n\"} 1\n");
