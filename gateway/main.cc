@@ -168,8 +168,7 @@ absl::Status Serve(Flags flags) {
   std::atomic<bool> draining = false;
   const auto ready = [&watch, &draining] { return draining ? "draining" : watch.Missing(); };
   const auto wait_estimate = [&watch] { return watch.WaitEstimate(); };
-  HttpRoutes routes({}, context, authenticator, wait_estimate, ready,
-                    [&metrics] { return metrics.Render(); });
+  HttpRoutes routes({}, context, authenticator, wait_estimate, ready, metrics);
   HttpServerOptions options;
   options.listen = flags.listen;
   options.num_threads = flags.threads;

@@ -177,6 +177,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   class Exchange;
 
   asio::awaitable<void> Serve();
+  static asio::awaitable<void> ReadFor(std::shared_ptr<Connection> self);
   asio::awaitable<void> ReadAll();
   asio::awaitable<bool> AwaitBytes(size_t more_than, absl::Time until);
   asio::awaitable<bool> ServeOne();
@@ -320,17 +321,22 @@ asio::awaitable<bool> Connection::AwaitBytes(size_t more_than, absl::Time until)
   co_return true;
 }
 
+// Holds the connection until the reader has ended.
+asio::awaitable<void> Connection::ReadFor(std::shared_ptr<Connection> self) {
+  co_await self->ReadAll();
+}
+
 asio::awaitable<void> Connection::Serve() {
   const std::shared_ptr<Connection> self = shared_from_this();
   const HttpLimits& limits = server_->options.limits;
   const error_code handshake = co_await transport_->Handshake(limits.header_timeout);
   if (!handshake) {
     if (!server_->Admit(peer_)) {
-      co_await Answer(503, "server_overloaded", "too many connections; try again", NewRequestId());
+      const std::string request_id = NewRequestId();
+      co_await Answer(503, "server_overloaded", "too many connections; try again", request_id);
     } else {
       asio::co_spawn(
-          executor_, [self]() -> asio::awaitable<void> { co_await self->ReadAll(); },
-          asio::detached);
+          executor_, [self] { return ReadFor(self); }, asio::detached);
       while (co_await ServeOne()) {
       }
       server_->Leave(peer_);
@@ -385,22 +391,25 @@ asio::awaitable<bool> Connection::ReadHead(std::string& head) {
     }
     if (buffer_.size() > static_cast<size_t>(limits.header_bytes_max)) {
       ++server_->counters.too_large;
-      co_await Answer(431, "headers_too_large",
-                      absl::StrCat("at most ", limits.header_bytes_max, " bytes of headers"),
-                      NewRequestId());
+      const std::string message =
+          absl::StrCat("at most ", limits.header_bytes_max, " bytes of headers");
+      const std::string request_id = NewRequestId();
+      co_await Answer(431, "headers_too_large", message, request_id);
       co_return false;
     }
     // A bare LF where the head should end would wait for ever: it is refused when it is seen.
     if (buffer_.find("\n\n") != std::string::npos || buffer_.find("\n\r\n") == 0) {
       ++server_->counters.malformed;
-      co_await Answer(400, "bad_request", "a line end that is not CR LF", NewRequestId());
+      const std::string request_id = NewRequestId();
+      co_await Answer(400, "bad_request", "a line end that is not CR LF", request_id);
       co_return false;
     }
     searched = buffer_.size();
     if (!co_await AwaitBytes(searched, until)) {
       if (!read_ended_ && !closing_) {
         ++server_->counters.timeouts;
-        co_await Answer(408, "request_timeout", "the headers took too long", NewRequestId());
+        const std::string request_id = NewRequestId();
+        co_await Answer(408, "request_timeout", "the headers took too long", request_id);
       }
       co_return false;
     }
@@ -412,17 +421,15 @@ asio::awaitable<bool> Connection::ReadBody(const std::string& head, const Reques
                                            std::string& body, const std::string& request_id) {
   const HttpLimits& limits = server_->options.limits;
   const auto body_max = static_cast<uint64_t>(limits.body_bytes_max);
-  const auto too_large = [&]() -> asio::awaitable<void> {
-    ++server_->counters.too_large;
-    return Answer(413, "request_too_large",
-                  absl::StrCat("at most ", body_max, " bytes of body are taken"), request_id);
-  };
+  const std::string too_large = absl::StrCat("at most ", body_max, " bytes of body are taken");
   if (parsed.content_length.value_or(0) > body_max) {
-    co_await too_large();
+    ++server_->counters.too_large;
+    co_await Answer(413, "request_too_large", too_large, request_id);
     co_return false;
   }
   if (parsed.expects_continue && (parsed.chunked || parsed.content_length.value_or(0) > 0)) {
-    if (!(co_await Send("HTTP/1.1 100 Continue\r\n\r\n")).ok()) co_return false;
+    const absl::Status status = co_await Send("HTTP/1.1 100 Continue\r\n\r\n");
+    if (!status.ok()) co_return false;
   }
   beast::http::request_parser<beast::http::string_body> parser;
   parser.header_limit(static_cast<uint32_t>(limits.header_bytes_max) + 1024);
@@ -455,11 +462,12 @@ asio::awaitable<bool> Connection::ReadBody(const std::string& head, const Reques
       if (!error || error == beast::http::error::need_more) continue;
     }
     if (error == beast::http::error::body_limit) {
-      co_await too_large();
+      ++server_->counters.too_large;
+      co_await Answer(413, "request_too_large", too_large, request_id);
     } else {
       ++server_->counters.malformed;
-      co_await Answer(400, "bad_request", absl::StrCat("the body is broken: ", error.message()),
-                      request_id);
+      const std::string message = absl::StrCat("the body is broken: ", error.message());
+      co_await Answer(400, "bad_request", message, request_id);
     }
     co_return false;
   }

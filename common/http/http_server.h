@@ -39,6 +39,9 @@ struct HttpResponse {
   std::string body;
 };
 
+// Note for callers: g++ 12 may destroy a temporary twice that owns something and stands in the full
+// expression of a co_await. Give such an argument a name, and move it.
+//
 // The reply to one request. A coroutine at a time. After an error the client is gone.
 class HttpExchange {
  public:

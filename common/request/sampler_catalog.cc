@@ -215,6 +215,13 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
   if (p.eos_penalty != 0 || p.logits_eos_inf || p.confidence_eos_eot_inf) {
     rules += model.eos_tokens.size() + (p.confidence_eos_eot_inf ? 1 : 0);
   }
+  if (rules > kRulesMax && rules - kRulesMax > p.forbidden_ids.size()) {
+    return Invalid(p.eos_penalty != 0  ? "eos_penalty"
+                   : p.logits_eos_inf ? "logits_eos_inf"
+                                      : "confidence_eos_eot_inf",
+                   ": the model's ", model.eos_tokens.size(), " EOS ids are more exceptions than the ",
+                   kRulesMax, " of the vocabulary head; leave it out");
+  }
   if (rules > kRulesMax) {
     return Invalid("forbidden_ids: with the model's ", model.eos_tokens.size(),
                    " EOS ids these are more exceptions than the ", kRulesMax,
@@ -285,6 +292,12 @@ absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const
   if (Reads(entry, Knob::kNumSteps)) {
     const int32_t num_blocks =
         CountBlocks(model, result.block_length, canvas_begin, canvas_length);
+    if (num_blocks > kNumStepsMax) {
+      return Invalid("block_length: ", result.block_length, " makes ", num_blocks,
+                     " blocks, each of one step or more, but ", kNumStepsMax,
+                     " steps are the most; use at least ",
+                     (int64_t{canvas_length} + kNumStepsMax - 1) / kNumStepsMax);
+    }
     if (result.num_steps == 0) {
       // A block of B positions in B steps takes one position at a time, and ends early when fewer
       // are masked; a single block can be given just as many steps as it needs.
@@ -294,7 +307,7 @@ absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const
           one_block ? num_masked : int64_t{result.block_length} * std::max(num_blocks, 1);
       // Beyond the limit the same number of steps for each block, as many as fit.
       const int64_t most = kNumStepsMax / std::max(num_blocks, 1) * std::max(num_blocks, 1);
-      result.num_steps = static_cast<int32_t>(std::clamp<int64_t>(steps, 1, std::max<int64_t>(most, 1)));
+      result.num_steps = static_cast<int32_t>(std::clamp<int64_t>(steps, 1, most));
     }
     if (num_blocks > 1 && result.num_steps % num_blocks != 0) {
       const int32_t below = result.num_steps / num_blocks * num_blocks;

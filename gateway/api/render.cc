@@ -282,6 +282,11 @@ std::string SseEvent(absl::string_view json, absl::string_view id) {
   return absl::StrCat("id: ", id, "\ndata: ", json, "\n\n");
 }
 
+std::string RenderCancelled(absl::string_view request_id, absl::string_view state) {
+  return Dump(
+      {{"id", std::string(request_id)}, {"object", "request"}, {"state", std::string(state)}});
+}
+
 std::string RenderModel(const ServedModel& model) { return Dump(ModelJson(model)); }
 
 std::string RenderModelList(absl::Span<const ServedModel* const> models) {

@@ -95,6 +95,9 @@ std::string SseEvent(absl::string_view json, absl::string_view id = "");
 inline constexpr absl::string_view kSseKeepAlive = ": keep-alive\n\n";
 inline constexpr absl::string_view kSseDone = "data: [DONE]\n\n";
 
+// {"id": ..., "object": "request", "state": ...}: the answer to a cancel.
+std::string RenderCancelled(absl::string_view request_id, absl::string_view state);
+
 // An entry of the models list, and the list.
 std::string RenderModel(const ServedModel& model);
 std::string RenderModelList(absl::Span<const ServedModel* const> models);

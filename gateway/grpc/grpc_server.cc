@@ -123,8 +123,7 @@ class StreamCall : public grpc::ServerWriteReactor<v1::GenerateEvent>,
     options.body = wire.SerializeAsString();
     options.wait_estimate = shared_.wait_estimate();
     options.resume_after = std::move(resume_after);
-    const std::optional<ApiError> refused = co_await session_.Begin(
-        std::move(request).value(), std::move(caller).value(), std::move(options));
+    const std::optional<ApiError> refused = co_await session_.Begin(*request, *caller, options);
     if (refused.has_value()) {
       done(ErrorOutcome(*refused));
       co_return ToGrpc(*refused, call_);

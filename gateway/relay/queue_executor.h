@@ -15,10 +15,13 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "common/base/mutex.h"
-#include "common/queue/queue.h"
 #include "common/http/asio.h"
+#include "common/queue/queue.h"
 
 namespace cinnabar {
+
+template <typename T>
+using QueueCall = std::function<absl::StatusOr<T>(Queue&)>;
 
 struct QueueExecutorOptions {
   RedisOptions redis;
@@ -38,7 +41,7 @@ class QueueExecutor {
   // the coroutine's executor. `call` should not outlive what it refers to even when the coroutine
   // is destroyed meanwhile: it captures by value.
   template <typename T>
-  asio::awaitable<absl::StatusOr<T>> Run(std::function<absl::StatusOr<T>(Queue&)> call);
+  asio::awaitable<absl::StatusOr<T>> Run(QueueCall<T> call);
 
   // Without an answer. False when calls_max wait already, unless `must` is set (what gives back
   // something that is held: a cancel).
@@ -66,10 +69,11 @@ class QueueExecutor {
 };
 
 template <typename T>
-asio::awaitable<absl::StatusOr<T>> QueueExecutor::Run(
-    std::function<absl::StatusOr<T>(Queue&)> call) {
-  co_return co_await asio::async_initiate<const asio::use_awaitable_t<>, void(absl::StatusOr<T>)>(
-      [this](auto handler, std::function<absl::StatusOr<T>(Queue&)> body) {
+asio::awaitable<absl::StatusOr<T>> QueueExecutor::Run(QueueCall<T> call) {
+  // No coroutine itself: g++ 12 destroys temporaries of co_await expressions twice when they
+  // capture.
+  return asio::async_initiate<const asio::use_awaitable_t<>, void(absl::StatusOr<T>)>(
+      [this](auto handler, QueueCall<T> body) {
         // The handler can only be moved, a std::function only copied.
         auto executor = asio::get_associated_executor(handler);
         auto work = std::make_shared<asio::executor_work_guard<decltype(executor)>>(executor);

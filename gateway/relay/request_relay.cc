@@ -63,8 +63,10 @@ asio::awaitable<absl::StatusOr<EnqueueResult>> RequestRelay::Enqueue(EnqueueRequ
   request.gateway = hub_.gateway();
   // Listened for before it exists: its first event may come before the answer.
   hub_.Add(request.id, inbox_);
-  absl::StatusOr<EnqueueResult> result = co_await executor_.Run<EnqueueResult>(
-      [request, limits](Queue& queue) { return queue.Enqueue(request, limits); });
+  const QueueCall<EnqueueResult> enqueue = [request, limits](Queue& queue) {
+    return queue.Enqueue(request, limits);
+  };
+  absl::StatusOr<EnqueueResult> result = co_await executor_.Run<EnqueueResult>(enqueue);
   if (!result.ok() || result->outcome != EnqueueOutcome::kAccepted) {
     hub_.Remove(request.id);
     if (!result.ok()) {
@@ -75,9 +77,9 @@ asio::awaitable<absl::StatusOr<EnqueueResult>> RequestRelay::Enqueue(EnqueueRequ
       co_return result;
     }
     if (result->outcome == EnqueueOutcome::kDuplicate) {
-      if (absl::Status attached = co_await Attach(result->id, request.tenant); !attached.ok()) {
-        co_return attached;
-      }
+      std::string id = result->id;
+      const absl::Status attached = co_await Attach(std::move(id), request.tenant);
+      if (!attached.ok()) co_return attached;
     }
     co_return result;
   }
@@ -92,10 +94,10 @@ asio::awaitable<absl::StatusOr<EnqueueResult>> RequestRelay::Enqueue(EnqueueRequ
 
 asio::awaitable<absl::Status> RequestRelay::Attach(std::string request, std::string tenant) {
   hub_.Add(request, inbox_);
-  absl::StatusOr<RequestView> view = co_await executor_.Run<RequestView>(
-      [request, tenant, gateway = hub_.gateway()](Queue& queue) {
-        return queue.Attach(request, tenant, 0, 1, gateway);
-      });
+  const QueueCall<RequestView> attach = [request, tenant, gateway = hub_.gateway()](Queue& queue) {
+    return queue.Attach(request, tenant, 0, 1, gateway);
+  };
+  absl::StatusOr<RequestView> view = co_await executor_.Run<RequestView>(attach);
   if (!view.ok()) {
     hub_.Remove(request);
     co_return view.status();
@@ -143,13 +145,15 @@ asio::awaitable<absl::Status> RequestRelay::Look(int32_t index) {
   const std::string id = choices_[index].id;
   const std::string tenant = choices_[index].tenant;
   const int32_t after = choices_[index].next_step - 1;
-  absl::StatusOr<RequestView> view =
-      co_await executor_.Run<RequestView>([id, tenant, after](Queue& queue) {
-        return queue.Events(id, tenant, after, kEventsPerLook);
-      });
+  const QueueCall<RequestView> look = [id, tenant, after](Queue& queue) {
+    return queue.Events(id, tenant, after, kEventsPerLook);
+  };
+  absl::StatusOr<RequestView> view = co_await executor_.Run<RequestView>(look);
   Choice& choice = choices_[index];
-  if (absl::IsNotFound(view.status()) && choice.payload.has_value())
-    co_return co_await Replay(index);
+  if (absl::IsNotFound(view.status()) && choice.payload.has_value()) {
+    const absl::Status replayed = co_await Replay(index);
+    co_return replayed;
+  }
   if (!view.ok()) co_return view.status();
   const bool all = static_cast<int32_t>(view->events.size()) < kEventsPerLook;
   choice.look = !all;
@@ -177,8 +181,10 @@ asio::awaitable<absl::Status> RequestRelay::Replay(int32_t index) {
   EnqueueRequest request = *choices_[index].payload;
   request.replay = true;
   request.deadline = std::max(choices_[index].deadline - absl::Now(), absl::Milliseconds(1));
-  absl::StatusOr<EnqueueResult> result = co_await executor_.Run<EnqueueResult>(
-      [request](Queue& queue) { return queue.Enqueue(request, AdmissionLimits{}); });
+  const QueueCall<EnqueueResult> enqueue = [request](Queue& queue) {
+    return queue.Enqueue(request, AdmissionLimits{});
+  };
+  absl::StatusOr<EnqueueResult> result = co_await executor_.Run<EnqueueResult>(enqueue);
   if (!result.ok()) co_return result.status();
   ++replays_;
   Choice& choice = choices_[index];

@@ -14,8 +14,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "common/queue/types.h"
 #include "common/http/asio.h"
+#include "common/queue/types.h"
 #include "gateway/relay/event_hub.h"
 #include "gateway/relay/queue_executor.h"
 

@@ -75,8 +75,10 @@ asio::awaitable<ApiResult<std::string>> CancelRequestById(QueueExecutor& executo
         id.size() <= 64 && request_id.find_first_not_of(kNameCharacters) == std::string::npos;
     absl::StatusOr<RequestState> ended = absl::NotFoundError("no name");
     if (name) {
-      ended = co_await executor.Run<RequestState>(
-          [id, tenant](Queue& queue) { return queue.Cancel(id, tenant, "client_cancelled"); });
+      const QueueCall<RequestState> cancel = [id, tenant](Queue& queue) {
+        return queue.Cancel(id, tenant, "client_cancelled");
+      };
+      ended = co_await executor.Run<RequestState>(cancel);
     }
     if (absl::IsNotFound(ended.status())) {
       if (i == 0) co_return NotFound("no such request, or its result is no longer kept");
@@ -122,11 +124,15 @@ asio::awaitable<std::optional<ApiError>> GenerationSession::Begin(GenerationRequ
       warnings_.insert(warnings_.end(), choice.work.warnings.begin(), choice.work.warnings.end());
     }
   }
-  if (!options.resume_after.empty()) co_return co_await Reattach(caller, options);
+  if (!options.resume_after.empty()) {
+    std::optional<ApiError> refused = co_await Reattach(caller, options);
+    co_return refused;
+  }
   if (entry->num_workers == 0) {
     co_return Unavailable("no worker serves this model at the moment", absl::Seconds(5));
   }
-  co_return co_await Admit(caller, options);
+  std::optional<ApiError> refused = co_await Admit(caller, options);
+  co_return refused;
 }
 
 asio::awaitable<std::optional<ApiError>> GenerationSession::Admit(const Caller& caller,
@@ -189,8 +195,8 @@ asio::awaitable<std::optional<ApiError>> GenerationSession::Reattach(const Calle
   request_id_ = point->request_id;
   for (size_t i = 0; i < choices_.size(); ++i) {
     choices_[i].skip_to = point->steps[i];
-    const absl::Status status =
-        co_await relay_.Attach(absl::StrCat(request_id_, ".", i), caller.tenant);
+    std::string id = absl::StrCat(request_id_, ".", i);
+    const absl::Status status = co_await relay_.Attach(std::move(id), caller.tenant);
     if (absl::IsNotFound(status)) {
       co_return NotFound("no such request, or its events are no longer kept; send it anew");
     }

@@ -8,6 +8,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
+#include "common/base/check.h"
+#include "common/metrics/metrics_server.h"
 #include "gateway/api/render.h"
 
 namespace cinnabar {
@@ -16,16 +18,12 @@ namespace {
 using Headers = std::vector<std::pair<std::string, std::string>>;
 
 constexpr absl::Duration kLookForClient = absl::Seconds(30);
+constexpr char kOk[] = "ok";
+constexpr char kCancelled[] = "cancelled";
 
 HttpResponse Json(int status, std::string body, Headers headers = {}) {
   headers.emplace_back("content-type", "application/json");
   return {.status = status, .headers = std::move(headers), .body = std::move(body)};
-}
-
-HttpResponse Text(int status, std::string body) {
-  return {.status = status,
-          .headers = {{"content-type", "text/plain; charset=utf-8"}},
-          .body = std::move(body)};
 }
 
 ReplyInfo InfoOf(const GenerationSession& session) {
@@ -41,77 +39,94 @@ ReplyInfo InfoOf(const GenerationSession& session) {
   return info;
 }
 
-struct GenerationPath {
-  absl::string_view path;
-  GenerationRequest::Endpoint endpoint;
+struct Route {
+  enum class Kind { kNone, kGenerate, kModels, kRequest, kMetrics };
+  Kind kind = Kind::kNone;
+  absl::string_view method;
+  GenerationRequest::Endpoint endpoint = GenerationRequest::Endpoint::kCompletion;
+  std::string id;  // of a model or a request
 };
-constexpr GenerationPath kGenerationPaths[] = {
-    {"/v1/completions", GenerationRequest::Endpoint::kCompletion},
-    {"/v1/fim/completions", GenerationRequest::Endpoint::kFim},
-    {"/v1/chat/completions", GenerationRequest::Endpoint::kChat},
-};
+
+Route RouteOf(absl::string_view path) {
+  using Endpoint = GenerationRequest::Endpoint;
+  constexpr std::pair<absl::string_view, Endpoint> kGenerationPaths[] = {
+      {"/v1/completions", Endpoint::kCompletion},
+      {"/v1/fim/completions", Endpoint::kFim},
+      {"/v1/chat/completions", Endpoint::kChat},
+  };
+  for (const auto& [known, endpoint] : kGenerationPaths) {
+    absl::string_view rest = path;
+    if (!absl::ConsumePrefix(&rest, known)) continue;
+    if (rest.empty()) return {Route::Kind::kGenerate, "POST", endpoint, ""};
+    if (rest == "/models") return {Route::Kind::kModels, "GET", endpoint, ""};
+  }
+  if (path == "/v1/models") return {.kind = Route::Kind::kModels, .method = "GET"};
+  absl::string_view id = path;
+  if (absl::ConsumePrefix(&id, "/v1/models/") && !id.empty()) {
+    return {.kind = Route::Kind::kModels, .method = "GET", .id = std::string(id)};
+  }
+  if (absl::ConsumePrefix(&id, "/v1/requests/") && !id.empty()) {
+    return {.kind = Route::Kind::kRequest, .method = "DELETE", .id = std::string(id)};
+  }
+  if (path == "/healthz" || path == "/readyz" || path == "/metrics") {
+    return {.kind = Route::Kind::kMetrics, .method = "GET"};
+  }
+  return {};
+}
 
 }  // namespace
 
 HttpRoutes::HttpRoutes(HttpRoutesOptions options, const SessionContext& context,
                        const Authenticator& authenticator,
                        std::function<absl::Duration()> wait_estimate,
-                       std::function<std::string()> ready,
-                       std::function<std::string()> render_metrics)
+                       std::function<std::string()> ready, Metrics& metrics)
     : options_(std::move(options)),
       context_(context),
       authenticator_(authenticator),
       wait_estimate_(std::move(wait_estimate)),
       ready_(std::move(ready)),
-      render_metrics_(std::move(render_metrics)) {}
+      metrics_(metrics) {}
 
 asio::awaitable<void> HttpRoutes::Refuse(const ApiError& error, HttpExchange& exchange) {
-  (void)co_await exchange.Respond(Json(error.http_status, ErrorBody(error), ErrorHeaders(error)));
+  HttpResponse response = Json(error.http_status, ErrorBody(error), ErrorHeaders(error));
+  (void)co_await exchange.Respond(std::move(response));
 }
 
+// What g++ 12 does to temporaries in the full expression of a co_await (it may destroy them twice)
+// is avoided throughout: whatever owns something has a name.
 asio::awaitable<void> HttpRoutes::Handle(const HttpRequest& request, HttpExchange& exchange) {
   const std::string& path = request.path;
+  const Route route = RouteOf(path);
   const bool get = request.method == "GET" || request.method == "HEAD";
-  const auto method_error = [&](absl::string_view allowed) {
-    return Refuse(MethodNotAllowed(request.method, allowed), exchange);
-  };
-  for (const GenerationPath& known : kGenerationPaths) {
-    if (path == known.path) {
-      if (request.method != "POST") co_return co_await method_error("POST");
-      co_return co_await Generate(known.endpoint, request, exchange);
-    }
-    if (path == absl::StrCat(known.path, "/models")) {
-      if (!get) co_return co_await method_error("GET");
-      co_return co_await Models("", request, exchange);
-    }
-  }
-  if (path == "/v1/models" || absl::StartsWith(path, "/v1/models/")) {
-    if (!get) co_return co_await method_error("GET");
-    absl::string_view id = path;
-    id.remove_prefix(std::min<size_t>(id.size(), sizeof("/v1/models/") - 1));
-    co_return co_await Models(std::string(id), request, exchange);
-  }
-  if (absl::StartsWith(path, "/v1/requests/")) {
-    if (request.method != "DELETE") co_return co_await method_error("DELETE");
-    co_return co_await CancelRequest(path.substr(sizeof("/v1/requests/") - 1), request, exchange);
-  }
-  if (path == "/healthz" || path == "/readyz" || path == "/metrics") {
-    if (!get) co_return co_await method_error("GET");
-    HttpResponse response;
-    if (path == "/metrics") {
-      response = {.status = 200,
-                  .headers = {{"content-type", "text/plain; version=0.0.4; charset=utf-8"}},
-                  .body = render_metrics_()};
-    } else if (path == "/healthz") {
-      response = Text(200, "ok\n");
-    } else {
-      const std::string missing = ready_();
-      response = missing.empty() ? Text(200, "ready\n") : Text(503, absl::StrCat(missing, "\n"));
-    }
-    (void)co_await exchange.Respond(std::move(response));
+  if (route.kind != Route::Kind::kNone && request.method != route.method &&
+      !(get && route.method == "GET")) {
+    const ApiError error =
+        MethodNotAllowed(request.method, route.method == "GET" ? "GET, HEAD" : route.method);
+    co_await Refuse(error, exchange);
     co_return;
   }
-  co_await Refuse(NotFound("no such URL; the API begins at /v1/models"), exchange);
+  switch (route.kind) {
+    case Route::Kind::kGenerate:
+      co_await Generate(route.endpoint, request, exchange);
+      co_return;
+    case Route::Kind::kModels:
+      co_await Models(route.id, request, exchange);
+      co_return;
+    case Route::Kind::kRequest:
+      co_await CancelRequest(route.id, request, exchange);
+      co_return;
+    case Route::Kind::kMetrics: {
+      std::optional<HttpResponse> response = MetricsResponse(request, metrics_, ready_);
+      CINNABAR_CHECK(response.has_value());
+      (void)co_await exchange.Respond(*std::move(response));
+      co_return;
+    }
+    case Route::Kind::kNone: {
+      const ApiError error = NotFound("no such URL; the API begins at /v1/models");
+      co_await Refuse(error, exchange);
+      co_return;
+    }
+  }
 }
 
 asio::awaitable<void> HttpRoutes::Models(const std::string& id, const HttpRequest& request,
@@ -119,7 +134,8 @@ asio::awaitable<void> HttpRoutes::Models(const std::string& id, const HttpReques
   const ApiResult<Caller> caller = authenticator_.Check(request.Header("authorization"));
   if (!caller.ok()) {
     context_.metrics.AuthFailure("http");
-    co_return co_await Refuse(caller.error(), exchange);
+    co_await Refuse(caller.error(), exchange);
+    co_return;
   }
   const std::vector<ModelDirectory::Entry> entries = context_.models.List();
   std::vector<const ServedModel*> models;
@@ -129,21 +145,31 @@ asio::awaitable<void> HttpRoutes::Models(const std::string& id, const HttpReques
         std::count(caller->models.begin(), caller->models.end(), entry.model->name) > 0;
     if (allowed && (id.empty() || IsCalled(*entry.model, id))) models.push_back(entry.model.get());
   }
-  if (!id.empty() && models.empty()) co_return co_await Refuse(ModelNotFound(id), exchange);
-  (void)co_await exchange.Respond(
-      Json(200, id.empty() ? RenderModelList(models) : RenderModel(*models[0])));
+  if (!id.empty() && models.empty()) {
+    const ApiError error = ModelNotFound(id);
+    co_await Refuse(error, exchange);
+    co_return;
+  }
+  HttpResponse response = Json(200, id.empty() ? RenderModelList(models) : RenderModel(*models[0]));
+  (void)co_await exchange.Respond(std::move(response));
 }
 
 asio::awaitable<void> HttpRoutes::CancelRequest(const std::string& id, const HttpRequest& request,
                                                 HttpExchange& exchange) {
   const ApiResult<Caller> caller = authenticator_.Check(request.Header("authorization"));
-  if (!caller.ok()) co_return co_await Refuse(caller.error(), exchange);
+  if (!caller.ok()) {
+    context_.metrics.AuthFailure("http");
+    co_await Refuse(caller.error(), exchange);
+    co_return;
+  }
   const ApiResult<std::string> state =
       co_await CancelRequestById(context_.executor, id, caller->tenant);
-  if (!state.ok()) co_return co_await Refuse(state.error(), exchange);
-  (void)co_await exchange.Respond(Json(
-      200,
-      absl::StrCat("{\"id\":\"", id, "\",\"object\":\"request\",\"state\":\"", *state, "\"}")));
+  if (!state.ok()) {
+    co_await Refuse(state.error(), exchange);
+    co_return;
+  }
+  HttpResponse response = Json(200, RenderCancelled(id, *state));
+  (void)co_await exchange.Respond(std::move(response));
 }
 
 asio::awaitable<void> HttpRoutes::Generate(GenerationRequest::Endpoint endpoint,
@@ -158,15 +184,18 @@ asio::awaitable<void> HttpRoutes::Generate(GenerationRequest::Endpoint endpoint,
   if (!caller.ok()) {
     context_.metrics.AuthFailure("http");
     count(ErrorOutcome(caller.error()));
-    co_return co_await Refuse(caller.error(), exchange);
+    co_await Refuse(caller.error(), exchange);
+    co_return;
   }
   ApiResult<GenerationRequest> parsed =
       ParseGenerationRequest(endpoint, request.body, options_.limits);
   if (!parsed.ok()) {
     count(ErrorOutcome(parsed.error()));
-    co_return co_await Refuse(parsed.error(), exchange);
+    co_await Refuse(parsed.error(), exchange);
+    co_return;
   }
-  GenerationSession session(context_, co_await asio::this_coro::executor);
+  const asio::any_io_executor executor = co_await asio::this_coro::executor;
+  GenerationSession session(context_, executor);
   exchange.OnClientGone([&session] { session.Interrupt(); });
   const bool stream = parsed->stream;
   BeginOptions options;
@@ -175,17 +204,21 @@ asio::awaitable<void> HttpRoutes::Generate(GenerationRequest::Endpoint endpoint,
   options.body = request.body;
   options.wait_estimate = wait_estimate_();
   options.resume_after = request.Header("last-event-id");
-  const std::optional<ApiError> refused = co_await session.Begin(
-      std::move(parsed).value(), std::move(caller).value(), std::move(options));
+  const std::optional<ApiError> refused = co_await session.Begin(*parsed, *caller, options);
   if (refused.has_value()) {
     exchange.OnClientGone(nullptr);
     count(ErrorOutcome(*refused));
-    co_return co_await Refuse(*refused, exchange);
+    co_await Refuse(*refused, exchange);
+    co_return;
   }
   model = session.model().name;
   request_class = session.request_class();
-  const std::string outcome =
-      co_await (stream ? Stream(session, exchange) : Reply(session, exchange));
+  std::string outcome;
+  if (stream) {
+    outcome = co_await Stream(session, exchange);
+  } else {
+    outcome = co_await Reply(session, exchange);
+  }
   exchange.OnClientGone(nullptr);
   count(outcome);
 }
@@ -197,7 +230,7 @@ asio::awaitable<std::string> HttpRoutes::Reply(GenerationSession& session, HttpE
         co_await session.Next(absl::Now() + kLookForClient);
     if (exchange.client_gone()) {
       session.Abandon("client_gone");
-      co_return "cancelled";
+      co_return std::string(kCancelled);
     }
     if (!output.ok()) {
       co_await Refuse(output.error(), exchange);
@@ -209,10 +242,10 @@ asio::awaitable<std::string> HttpRoutes::Reply(GenerationSession& session, HttpE
     choices.push_back(
         {.index = i, .text = session.Text(i), .finish_reason = session.finish_reason(i)});
   }
-  (void)co_await exchange.Respond(Json(200,
-                                       RenderReply(InfoOf(session), choices, session.TotalUsage()),
-                                       session.rate_limit_headers()));
-  co_return "ok";
+  HttpResponse response = Json(200, RenderReply(InfoOf(session), choices, session.TotalUsage()),
+                               session.rate_limit_headers());
+  (void)co_await exchange.Respond(std::move(response));
+  co_return std::string(kOk);
 }
 
 asio::awaitable<std::string> HttpRoutes::Stream(GenerationSession& session,
@@ -243,16 +276,17 @@ asio::awaitable<std::string> HttpRoutes::Stream(GenerationSession& session,
       context_.metrics.OpenStreams("http", 1);
     }
     if (out.empty()) co_return true;
-    const absl::Status status = co_await exchange.Write(std::exchange(out, {}));
+    std::string piece = std::exchange(out, {});
+    const absl::Status status = co_await exchange.Write(std::move(piece));
     co_return status.ok();
   };
 
-  std::string outcome = "ok";
+  std::string outcome = kOk;
   while (!session.finished()) {
     const absl::Duration patience = started ? options_.keep_alive : options_.header_patience;
     ApiResult<std::optional<SessionOutput>> next = co_await session.Next(absl::Now() + patience);
     if (exchange.client_gone()) {
-      outcome = "cancelled";
+      outcome = kCancelled;
       break;
     }
     if (!next.ok()) {
@@ -269,7 +303,7 @@ asio::awaitable<std::string> HttpRoutes::Stream(GenerationSession& session,
       if (session.finished()) break;
       if (started) absl::StrAppend(&out, kSseKeepAlive);
       if (!co_await flush()) {
-        outcome = "cancelled";
+        outcome = kCancelled;
         break;
       }
       continue;
@@ -311,14 +345,14 @@ asio::awaitable<std::string> HttpRoutes::Stream(GenerationSession& session,
       }
     }
     if (!out.empty() && !co_await flush()) {
-      outcome = "cancelled";
+      outcome = kCancelled;
       break;
     }
   }
-  if (outcome == "cancelled") {
+  if (outcome == kCancelled) {
     session.Abandon("client_gone");
   } else {
-    if (outcome == "ok") {
+    if (outcome == kOk) {
       if (info.include_usage) {
         absl::StrAppend(&out, SseEvent(RenderUsageChunk(info, session.TotalUsage())));
       }

@@ -26,11 +26,10 @@ struct HttpRoutesOptions {
 // Thread-safe. What it is given is borrowed and outlives it.
 class HttpRoutes {
  public:
-  // `wait_estimate` is for Retry-After; `ready` empty means ready, else it says what is missing;
-  // `render_metrics` is the text of /metrics.
+  // `wait_estimate` is for Retry-After; `ready` says what is missing, nothing when all is there.
   HttpRoutes(HttpRoutesOptions options, const SessionContext& context,
              const Authenticator& authenticator, std::function<absl::Duration()> wait_estimate,
-             std::function<std::string()> ready, std::function<std::string()> render_metrics);
+             std::function<std::string()> ready, Metrics& metrics);
 
   // The handler of an HttpServer.
   asio::awaitable<void> Handle(const HttpRequest& request, HttpExchange& exchange);
@@ -51,7 +50,7 @@ class HttpRoutes {
   const Authenticator& authenticator_;
   const std::function<absl::Duration()> wait_estimate_;
   const std::function<std::string()> ready_;
-  const std::function<std::string()> render_metrics_;
+  Metrics& metrics_;
 };
 
 }  // namespace cinnabar

@@ -6,7 +6,6 @@ import threading
 import time
 import unittest
 
-import httpx
 import openai
 
 from cluster import Cluster, get, post, stream
@@ -14,7 +13,6 @@ from cluster import Cluster, get, post, stream
 MODEL = "cinnabar-tiny"
 PROMPT = 'def total_price(orders):\n    """Return the sum of price over all orders."""\n    return sum(order'
 SUFFIX = " for order in orders)\n"
-
 
 class OpenAiTest(unittest.TestCase):
     @classmethod
@@ -144,14 +142,14 @@ class OpenAiTest(unittest.TestCase):
     def test_a_deadline_passes(self):
         client = self.client.with_options(max_retries=0)
         with self.assertRaises(openai.APIStatusError) as caught:
-            client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=400,
+            client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=100,
                                       extra_body={"diffusion": {"deadline_seconds": 0.001}})
         self.assertIn(caught.exception.status_code, (422, 504))
 
     def test_a_client_timeout_cancels(self):
-        client = self.client.with_options(timeout=httpx.Timeout(5, read=0.05), max_retries=0)
+        client = self.client.with_options(timeout=openai.Timeout(5, read=0.02), max_retries=0)
         with self.assertRaises(openai.APITimeoutError):
-            client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=512)
+            client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=150)
         end = time.monotonic() + 20
         while time.monotonic() < end:
             if 'outcome="cancelled"' in get(self.port, "/metrics")[1].decode():
@@ -201,7 +199,6 @@ class OpenAiTest(unittest.TestCase):
         status, text, _ = get(self.port, "/metrics")
         self.assertEqual(status, 200)
         self.assertIn(b"cinnabar_gateway_requests_total", text)
-
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)

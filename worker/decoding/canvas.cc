@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/algorithm/container.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/check.h"
@@ -10,11 +11,20 @@
 namespace cinnabar {
 namespace {
 
-// Uniform over the vocabulary, by the upper half of a 64-bit product.
-TokenId InitialNoise(uint64_t seed, int32_t position, int32_t vocab_size) {
-  const NoiseKey key{.seed = seed, .position = static_cast<uint32_t>(position), .step = 0};
-  const uint64_t word = NoiseWord(key, NoiseStream::kInitial, 0);
-  return static_cast<TokenId>((word * static_cast<uint64_t>(vocab_size)) >> 32);
+// Uniform over the ids that may be picked, by the upper half of a 64-bit product and rejection. A
+// forbidden id would be a state that the reverse process may have to leave without any id to go to.
+TokenId InitialNoise(const DecodingParams& params, int32_t position, int32_t vocab_size) {
+  const bool limited = params.pickable_ids > 0 && params.pickable_ids < vocab_size;
+  const uint64_t num_ids = static_cast<uint64_t>(limited ? params.pickable_ids : vocab_size);
+  const NoiseKey key{.seed = params.seed, .position = static_cast<uint32_t>(position), .step = 0};
+  constexpr uint32_t kDrawsMax = 256;  // ends when all ids are forbidden; such a request cannot end well
+  TokenId id = 0;
+  for (uint32_t draw = 0; draw < kDrawsMax; ++draw) {
+    const uint64_t word = NoiseWord(key, NoiseStream::kInitial, draw);
+    id = static_cast<TokenId>((word * num_ids) >> 32);
+    if (!absl::c_linear_search(params.forbidden_ids, id)) break;
+  }
+  return id;
 }
 
 int32_t BlockLengthOf(const Canvas& canvas, const ModelTraits& model, int32_t block_length) {
@@ -30,7 +40,7 @@ int32_t FirstBlockBegin(const Canvas& canvas, const ModelTraits& model) {
 }  // namespace
 
 absl::StatusOr<Canvas> MakeCanvas(absl::Span<const TokenId> ids, const std::vector<bool>& given,
-                                  const ModelTraits& model, uint64_t seed) {
+                                  const ModelTraits& model, const DecodingParams& params) {
   if (ids.size() != given.size()) {
     return absl::InvalidArgumentError(
         absl::StrCat(ids.size(), " ids, but ", given.size(), " marks of which are given"));
@@ -63,7 +73,7 @@ absl::StatusOr<Canvas> MakeCanvas(absl::Span<const TokenId> ids, const std::vect
       canvas.tokens[i] = model.mask_token;
       canvas.states[i] = PositionState::kMasked;
     } else {
-      canvas.tokens[i] = InitialNoise(seed, i, model.vocab_size);
+      canvas.tokens[i] = InitialNoise(params, i, model.vocab_size);
       canvas.states[i] = PositionState::kNoise;
     }
     if (!any) canvas.begin = i;

@@ -33,11 +33,12 @@ struct Canvas {
 };
 
 // Undecided positions are those where given[i] is false; their ids are ignored. They become the mask
-// token, or noise drawn with (seed, position) when the model has none. InvalidArgument: lengths differ,
-// an empty sequence, more positions than the model takes, an id outside the vocabulary, or the mask
-// token at a given position.
+// token, or noise drawn with (params.seed, position) among the ids that may be picked
+// (params.forbidden_ids, params.pickable_ids) when the model has none. Nothing else of `params` is read.
+// InvalidArgument: lengths differ, an empty sequence, more positions than the model takes, an id outside
+// the vocabulary, or the mask token at a given position.
 absl::StatusOr<Canvas> MakeCanvas(absl::Span<const TokenId> ids, const std::vector<bool>& given,
-                                  const ModelTraits& model, uint64_t seed);
+                                  const ModelTraits& model, const DecodingParams& params);
 
 int32_t CountUndecided(const Canvas& canvas, int32_t begin, int32_t end);
 

@@ -55,7 +55,7 @@ struct PositionQuery {
   float top_p = 1.0F;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
   float sigma_step = 0.0F;
-  absl::InlinedVector<VocabularyRule, 4> rules;  // usually empty
+  absl::InlinedVector<VocabularyRule, kForbiddenIdsMax> rules;  // usually empty
 };
 
 struct StepPlan {

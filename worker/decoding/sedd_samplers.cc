@@ -7,7 +7,9 @@
 // their common terms cancelled); uniform graph: k = dt * rate(t) / N (Euler), and the analytic step is a
 // pick rule of the vocabulary head, because its weights are not of this form. Negative weights count as 0.
 #include <cmath>
+#include <limits>
 
+#include "absl/algorithm/container.h"
 #include "worker/decoding/sampler_support.h"
 #include "worker/decoding/schedule.h"
 
@@ -29,12 +31,22 @@ class Sedd final : public Sampler {
     const bool tweedie = uniform && (analytic_ || closing);
     const float sigma_step = static_cast<float>(
         closing ? SigmaAt(model, at.time) : SigmaAt(model, at.time) - SigmaAt(model, at.time - at.length));
+    const absl::Span<const TokenId> forbidden = context.params.forbidden_ids;
     QueryUndecided(context, plan);
     for (PositionQuery& query : plan.queries) {
       query.pick_temperature = 1.0F;
       if (tweedie) {
         query.pick = PickRule::kUniformTweedie;
         query.sigma_step = sigma_step;
+        // Forbidden ids leave the sum of the scores as well: an id whose score is above the mean of
+        // what is left then has a weight above 0, so that there always is one to pick.
+        for (size_t i = 0; i < forbidden.size(); ++i) {
+          if (absl::c_linear_search(forbidden.first(i), forbidden[i])) continue;
+          query.rules.push_back({.id = forbidden[i],
+                                 .bias = -std::numeric_limits<float>::infinity(),
+                                 .counted = false,
+                                 .pickable = false});
+        }
         continue;
       }
       // Staying is decided apart, so the own entry is neither in the sum nor in the draw.

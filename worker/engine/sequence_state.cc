@@ -92,7 +92,7 @@ absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
     all_given.resize(whole_blocks, false);
   }
   SequenceState state;
-  CINNABAR_ASSIGN_OR_RETURN(state.canvas, MakeCanvas(all_ids, all_given, model, params.seed));
+  CINNABAR_ASSIGN_OR_RETURN(state.canvas, MakeCanvas(all_ids, all_given, model, params));
   const Canvas& canvas = state.canvas;
   CINNABAR_ASSIGN_OR_RETURN(state.params,
                             ResolveParams(params, model, CountUndecided(canvas, 0, canvas.length()),

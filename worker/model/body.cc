@@ -277,6 +277,17 @@ absl::Span<const SequenceSpan> Body::WantedSequences(const ForwardBatch& batch,
   return wanted_sequences_;
 }
 
+absl::Status Body::GatherWanted(const ForwardBatch& batch) {
+  CINNABAR_RETURN_IF_ERROR(backend_.GatherRows({.x = residual_,
+                                                .dim = spec_.dim,
+                                                .row_indices = batch.wanted_rows,
+                                                .out = wanted_residual_}));
+  return backend_.GatherRows({.x = attention_,
+                              .dim = int64_t{spec_.num_heads} * spec_.head_dim,
+                              .row_indices = batch.wanted_rows,
+                              .out = wanted_attention_});
+}
+
 absl::Status Body::Attention(absl::Span<const SequenceSpan> sequences, int64_t num_rows, int32_t layer,
                              const Weight& qkv, const float* qkv_bias, const float* q_norm,
                              const float* k_norm, bool keys_and_values_only) {

@@ -91,6 +91,10 @@ class Body : public Denoiser {
                          const Weight& qkv, const float* qkv_bias, const float* q_norm,
                          const float* k_norm, bool keys_and_values_only);
 
+  // The wanted rows of residual_ and attention_ into wanted_residual_ and wanted_attention_: nobody reads the
+  // other rows of the last layer.
+  absl::Status GatherWanted(const ForwardBatch& batch);
+
   Rows residual_;         // [rows_max, dim], float32
   Rows normed_;           // [rows_max, dim]
   Rows qkv_;              // [rows_max, q | k | v]

@@ -81,16 +81,8 @@ class DiTBody : public Body {
             FinishLayer(layer, index, num_rows, sequences_, residual_, attention_));
         continue;
       }
-      // Nobody reads the other rows of the last layer.
       if (num_wanted == 0) return absl::OkStatus();
-      CINNABAR_RETURN_IF_ERROR(backend().GatherRows({.x = residual_,
-                                                     .dim = spec().dim,
-                                                     .row_indices = batch.wanted_rows,
-                                                     .out = wanted_residual_}));
-      CINNABAR_RETURN_IF_ERROR(backend().GatherRows({.x = attention_,
-                                                     .dim = spec().dim,
-                                                     .row_indices = batch.wanted_rows,
-                                                     .out = wanted_attention_}));
+      CINNABAR_RETURN_IF_ERROR(GatherWanted(batch));
       CINNABAR_RETURN_IF_ERROR(
           FinishLayer(layer, index, num_wanted, wanted, wanted_residual_, wanted_attention_));
     }

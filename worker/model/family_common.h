@@ -27,6 +27,10 @@ void Require(bool supported, JsonFields& config, absl::string_view key, absl::st
 // Sets head_dim from dim / num_heads where the config does not say, and checks heads against each other.
 void SettleHeads(JsonFields& config, absl::string_view heads_key, ModelSpec& spec);
 
+// The body of Qwen3 with block-causal attention and no shift, as SDAR and the second Dream have it.
+absl::StatusOr<ModelSpec> ReadBlockCausalQwen3(const CheckpointFacts& facts,
+                                               int64_t block_length_default);
+
 // The mask token: config's mask_token_id, else the tokenizer's, else `fallback` if the vocabulary is large
 // enough to be the published model's (more than that id); -1: none found.
 TokenId ReadMaskToken(JsonFields& config, const CheckpointFacts& facts, int32_t vocab_size,
