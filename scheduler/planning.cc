@@ -54,17 +54,11 @@ class Forecaster {
   absl::flat_hash_map<std::tuple<int32_t, int32_t, int32_t, int32_t>, Known> known_;
 };
 
-// The longest sequence that it can run.
-int64_t LongestOn(const WorkerState& worker) {
-  return worker.positions_max > 0 ? std::min(worker.positions_max, worker.tokens_max)
-                                  : worker.tokens_max;
-}
-
 // The workers of one model, as one machine.
 struct Pool {
   const StepTimeFit* step_time = nullptr;
   int32_t num_workers = 0;       // that accept
-  int64_t longest = 0;           // sequence that one of the workers can run, accepting or not
+  int64_t tokens_max = 0;        // of the largest worker, accepting or not
   double tokens_target = 0.0;    // mean over the accepting
   double rows_max = 0.0;         // mean over the accepting
   double backlog_seconds = 0.0;  // device time of all its requests
@@ -119,7 +113,6 @@ struct Slot {
   int64_t tokens = 0;  // sum over the rows
   int64_t tokens_longest = 0;
   double steps_longest = 0.0;  // median remaining steps of the row that stays longest
-  double steps_shortest = kInfinity;  // and of the one that leaves first
   double step_seconds_max =
       kInfinity;                // the slowest step at which every row that can be in time is
   bool closed = false;          // suspect on board, or being drained for somebody
@@ -149,7 +142,6 @@ struct Slot {
     tokens += more_tokens;
     tokens_longest = std::max(tokens_longest, more_tokens);
     steps_longest = std::max(steps_longest, steps_p50);
-    steps_shortest = std::min(steps_shortest, steps_p50);
     // A row that is late already at the present pace holds nobody back.
     const double bound = slack_seconds / (std::max(steps_p50, 1.0) * (1.0 + margin));
     if (bound > StepSeconds()) step_seconds_max = std::min(step_seconds_max, bound);
@@ -206,7 +198,6 @@ struct Planner {
   std::vector<int32_t> Order(const ShareState& before, std::vector<TenantShare>& tenants);
   void Place(const std::vector<int32_t>& order);
   void Write(const ShareState& before, std::vector<TenantShare> tenants);
-  void WriteLoads();
 };
 
 void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
@@ -218,7 +209,7 @@ void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
   for (const WorkerState& worker : workers) {
     const int32_t pool_index = PoolOf(worker.model);
     Pool& pool = pools[static_cast<size_t>(pool_index)];
-    pool.longest = std::max(pool.longest, LongestOn(worker));
+    pool.tokens_max = std::max(pool.tokens_max, worker.tokens_max);
     if (!worker.accepting) continue;
     ++pool.num_workers;
     pool.tokens_target += static_cast<double>(std::min(worker.tokens_target, worker.tokens_max));
@@ -243,7 +234,6 @@ void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
     std::sort(rows.begin(), rows.end(),
               [](const RunningRow* a, const RunningRow* b) { return a->id < b->id; });
     slot.rows = static_cast<int32_t>(rows.size());
-    slot.closed = slot.worker->full;
     for (const RunningRow* row : rows) {
       slot.tokens += row->sequence_tokens;
       slot.tokens_longest = std::max<int64_t>(slot.tokens_longest, row->sequence_tokens);
@@ -253,7 +243,6 @@ void Planner::TakeWorkers(absl::Span<const WorkerState> workers) {
       const StepsForecast steps =
           forecaster.Forecast(row->kind, row->canvas_tokens, row->steps_budget, row->steps_done);
       slot.steps_longest = std::max(slot.steps_longest, steps.p50);
-      slot.steps_shortest = std::min(slot.steps_shortest, steps.p50);
       const double slack = absl::ToDoubleSeconds(row->deadline - now);
       const double bound = slack / (std::max(steps.p50, 1.0) * (1.0 + options.deadline_margin));
       if (bound > pace) slot.step_seconds_max = std::min(slot.step_seconds_max, bound);
@@ -290,7 +279,7 @@ void Planner::TakeRequests(absl::Span<const PlanRequest> waiting) {
     const int32_t pool_index = PoolOf(request.kind.model);
     if (pool_index < 0) continue;
     Pool& pool = pools[static_cast<size_t>(pool_index)];
-    if (request.sequence_tokens > pool.longest) {
+    if (request.sequence_tokens > pool.tokens_max) {
       plan.refused.push_back({request.id, RefusalReason::kTooLong});
       continue;
     }
@@ -633,7 +622,7 @@ void Planner::Place(const std::vector<int32_t>& order) {
     bool held_back = false;
     for (Slot& slot : slots) {
       if (slot.pool != candidate.pool || slot.closed) continue;
-      if (LongestOn(*slot.worker) < tokens) continue;
+      if (slot.worker->tokens_max < tokens) continue;
       const double share = options.tokens_share[static_cast<size_t>(candidate.lane)];
       const int64_t limit = std::min<int64_t>(
           slot.worker->tokens_max,
@@ -691,7 +680,7 @@ void Planner::Place(const std::vector<int32_t>& order) {
     if (drains_left[static_cast<size_t>(candidate.pool)] <= 0) continue;
     Slot* soonest = nullptr;
     for (Slot& slot : slots) {
-      if (slot.pool != candidate.pool || slot.closed || LongestOn(*slot.worker) < tokens) continue;
+      if (slot.pool != candidate.pool || slot.closed || slot.worker->tokens_max < tokens) continue;
       if (soonest == nullptr || slot.DrainSeconds() < soonest->DrainSeconds()) soonest = &slot;
     }
     if (soonest == nullptr) continue;
@@ -764,32 +753,6 @@ void Planner::Write(const ShareState& before, std::vector<TenantShare> tenants) 
   plan.shares.tenants = std::move(merged);
 }
 
-void Planner::WriteLoads() {
-  std::vector<bool> placed(candidates.size(), false);
-  std::vector<double> next_free(pools.size(), kInfinity);
-  for (const Slot& slot : slots) {
-    for (const int32_t index : slot.placed) placed[static_cast<size_t>(index)] = true;
-    const bool room = slot.rows < slot.worker->rows_max && slot.tokens < slot.worker->tokens_target;
-    double& soonest = next_free[static_cast<size_t>(slot.pool)];
-    soonest = std::min(soonest, room || slot.rows == 0 ? 0.0
-                                                       : slot.steps_shortest * slot.StepSeconds());
-  }
-  plan.loads.resize(pools.size());
-  for (size_t i = 0; i < pools.size(); ++i) {
-    plan.loads[i].model = pool_models[i];
-    plan.loads[i].num_workers = pools[i].num_workers;
-    if (pools[i].num_workers == 0) continue;
-    plan.loads[i].backlog_seconds = pools[i].backlog_seconds / pools[i].num_workers;
-    plan.loads[i].next_free_seconds = next_free[i];
-  }
-  for (size_t i = 0; i < candidates.size(); ++i) {
-    if (placed[i]) continue;
-    PoolLoad& load = plan.loads[static_cast<size_t>(candidates[i].pool)];
-    load.waiting_seconds[static_cast<size_t>(candidates[i].lane)] +=
-        candidates[i].device_seconds / load.num_workers;
-  }
-}
-
 }  // namespace
 
 int32_t LengthBucket(int32_t sequence_tokens) {
@@ -799,21 +762,6 @@ int32_t LengthBucket(int32_t sequence_tokens) {
 
 int32_t StepsBucket(double remaining_steps) {
   return std::max(0, static_cast<int32_t>(std::ceil(std::log2(std::max(remaining_steps, 1.0)))));
-}
-
-double PredictWaitSeconds(const PoolLoad& load, PriorityClass priority,
-                          const PlanOptions& options) {
-  if (load.num_workers == 0) return kInfinity;
-  const size_t own = static_cast<size_t>(priority);
-  double wait = load.next_free_seconds + load.waiting_seconds[own];
-  for (size_t lane = 0; lane < kNumClasses; ++lane) {
-    if (lane == own) continue;
-    // What the other class gets while ours is served.
-    wait += std::min(load.waiting_seconds[lane], load.waiting_seconds[own] *
-                                                     options.class_weight[lane] /
-                                                     options.class_weight[own]);
-  }
-  return wait;
 }
 
 Plan PlanPacks(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerState> workers,
@@ -842,7 +790,6 @@ Plan PlanPacks(absl::Span<const PlanRequest> waiting, absl::Span<const WorkerSta
   const std::vector<int32_t> order = planner.Order(shares, tenants);
   planner.Place(order);
   planner.Write(shares, std::move(tenants));
-  planner.WriteLoads();
   return std::move(planner.plan);
 }
 

@@ -74,15 +74,11 @@ struct WorkerState {
   int32_t rows_max = 0;
   int64_t tokens_max =
       0;  // positions that a batch may hold (memory); longer sequences cannot run here
-  int64_t positions_max = 0;  // of one sequence; 0: tokens_max is the only limit
   int64_t tokens_target =
       0;  // positions of a step beyond which a larger batch gains nothing; <= tokens_max
   bool pads =
       false;  // computes every row at the length of the longest; false: ragged, nothing is padded
   bool accepting = true;  // false: draining, or silent
-  // It has been sent as much as it may be before it begins with it: it gets nothing from this plan,
-  // though it counts as accepting.
-  bool full = false;
   std::vector<RunningRow> rows;
 };
 
@@ -177,22 +173,6 @@ struct Refusal {
   RefusalReason reason = RefusalReason::kDeadlineInfeasible;
 };
 
-// How busy the workers of a model are after a plan.
-struct PoolLoad {
-  int32_t model = 0;
-  int32_t num_workers = 0;  // accepting; with none the rest is zero
-  // Predicted device time over those workers: of all that waits and runs, and, by class after
-  // ageing, of what the plan leaves waiting.
-  double backlog_seconds = 0.0;
-  std::array<double, kNumClasses> waiting_seconds = {};
-  double next_free_seconds = 0.0;  // until one of them has room for one more row
-};
-
-// How long a request of this class that comes now, of a tenant of its own and without a deadline,
-// will wait, predicted: its class is served in turn with the others by weight. Infinite without
-// workers.
-double PredictWaitSeconds(const PoolLoad& load, PriorityClass priority, const PlanOptions& options);
-
 struct Plan {
   std::vector<PlannedPack> packs;         // by worker, then in the order of service
   std::vector<Refusal> refused;    // ascending by id
@@ -203,7 +183,6 @@ struct Plan {
   absl::Duration backlog;
   double pressure = 0.0;    // backlog / pressure_backlog, in [0, 1]
   int32_t num_put_off = 0;  // by rule 3
-  std::vector<PoolLoad> loads;  // ascending by model; of the models that `workers` serve
   // When to plan again though nothing happened: the window of what was held back. InfiniteFuture:
   // on events only.
   absl::Time next = absl::InfiniteFuture();
