@@ -260,11 +260,11 @@ std::vector<std::string> FinishArgs(absl::string_view boot, const FinishRow& row
           row.result};
 }
 
-<<<<<<< HEAD
 std::string RandomSite() {
   std::random_device entropy;
   return absl::StrFormat("site-%08x%08x", entropy(), entropy());
-=======
+}
+
 std::vector<std::string> DispatchArgs(int64_t epoch, const PackOrder& order) {
   std::vector<std::string> args = {
       absl::StrCat(epoch),    order.batch, order.lane, absl::StrCat(order.ready_packs_max),
@@ -295,7 +295,6 @@ absl::StatusOr<DispatchResult> ReadDispatch(std::vector<RedisReply>& elements,
   if (code != "OK" || !reader.ok() || result.rows.size() != num_requests)
     return Malformed("dispatch");
   return result;
->>>>>>> wt-scheduler
 }
 
 // FCALL cinnabar_v1_<function> 1 <prefix> args...
