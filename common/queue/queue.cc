@@ -738,42 +738,24 @@ absl::StatusOr<std::vector<WorkerEntry>> Queue::Workers() {
   return workers;
 }
 
-absl::StatusOr<bool> Queue::PostNote(int64_t epoch, absl::string_view note, absl::Duration keep) {
-  CINNABAR_ASSIGN_OR_RETURN(const std::vector<RedisReply> elements,
-                            Call("note", {absl::StrCat(epoch), Ms(keep), std::string(note)}));
-  if (elements[0].text == "STALE_EPOCH") return false;
-  if (elements[0].text != "OK") return Malformed("note");
-  return true;
-}
-
-absl::StatusOr<std::optional<std::string>> Queue::ReadNote() {
-  const std::string key = Key("note");
-  CINNABAR_ASSIGN_OR_RETURN(RedisReply reply, redis_.Retry({"GET", key}), "read the note");
-  if (reply.is_nil()) return std::optional<std::string>();
-  if (!reply.is_text()) return Malformed("note");
-  return std::optional<std::string>(std::move(reply.text));
-}
-
-absl::StatusOr<absl::Time> Queue::ServerTime() {
-  CINNABAR_ASSIGN_OR_RETURN(RedisReply reply, redis_.Retry({"TIME"}), "read the clock");
-  Reader reader(reply.elements);
-  const int64_t seconds = reader.Integer();
-  const int64_t microseconds = reader.Integer();
-  if (!reader.ok()) return Malformed("time");
-  return absl::FromUnixSeconds(seconds) + absl::Microseconds(microseconds);
-}
-
 absl::StatusOr<std::optional<Pack>> Queue::TakePack(absl::string_view lane, absl::Duration block) {
   const std::string key = Key(absl::StrCat("ready:", lane));
   const std::string block_ms = Ms(std::max(block, absl::Milliseconds(1)));
   // One name for all: the lease set, not the group's pending list, knows who holds what. NOACK
   // keeps that list empty.
-  const absl::string_view words[] = {"XREADGROUP", "GROUP",  "w",     "w",       "COUNT", "1",
-                                     "BLOCK",      block_ms, "NOACK", "STREAMS", key,     ">"};
-  absl::StatusOr<RedisReply> reply = redis_.Block(words, block);
+  const auto read = [&] {
+    if (block <= absl::ZeroDuration()) {
+      return redis_.Command(
+          {"XREADGROUP", "GROUP", "w", "w", "COUNT", "1", "NOACK", "STREAMS", key, ">"});
+    }
+    return redis_.Block({"XREADGROUP", "GROUP", "w", "w", "COUNT", "1", "BLOCK", block_ms, "NOACK",
+                         "STREAMS", key, ">"},
+                        block);
+  };
+  absl::StatusOr<RedisReply> reply = read();
   if (absl::IsNotFound(reply.status())) {
     CINNABAR_RETURN_IF_ERROR(Call("lane", {std::string(lane)}).status());
-    reply = redis_.Block(words, block);
+    reply = read();
   }
   if (!reply.ok()) return internal::WithContext(reply.status(), "take a pack");
   if (reply->is_nil()) return std::optional<Pack>();

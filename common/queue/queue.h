@@ -8,9 +8,8 @@
 //     | expired
 //
 // Who calls what: the gateway Enqueue, Cancel, Events, Attach; the leading scheduler Lead,
-// Dispatch, Refuse, Reap, PostNote, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish,
-// HandBack, Beat, Leave;
-// operators the rest.
+// Dispatch, Refuse, Reap, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish, HandBack, Beat,
+// Leave; operators the rest.
 //
 // Safety: a scheduler is fenced by its epoch; a worker's writes by (boot, batch, attempt), where
 // `boot` names one start of one worker process and is never used again. Redis may lose acknowledged
@@ -107,8 +106,8 @@ class Queue {
   absl::StatusOr<Leadership> Lead(absl::string_view me, absl::Duration lease_for);
   absl::Status Resign(absl::string_view me);
   absl::StatusOr<DispatchResult> Dispatch(int64_t epoch, const PackOrder& order);
-  // In one round trip, in this order; a result for each. Unavailable leaves open whether that one
-  // happened.
+  // Several in one round trip, in this order; a result for each. Unavailable leaves open whether
+  // that one happened.
   std::vector<absl::StatusOr<DispatchResult>> DispatchAll(int64_t epoch,
                                                           absl::Span<const PackOrder> orders);
   // Ends requests that wait and cannot be served: cancelled for this reason, and free of charge.
@@ -124,16 +123,10 @@ class Queue {
   absl::StatusOr<Feed> ReadFeed(absl::string_view position, int32_t entries_max,
                                 absl::Duration block);
   absl::StatusOr<std::vector<WorkerEntry>> Workers();
-  // What the leader tells whoever asks (<= 4 KiB), forgotten after `keep`. False: the epoch is
-  // stale. The reader gets nothing when there is none.
-  absl::StatusOr<bool> PostNote(int64_t epoch, absl::string_view note, absl::Duration keep);
-  absl::StatusOr<std::optional<std::string>> ReadNote();
-  // The clock that deadlines and back-offs are written in.
-  absl::StatusOr<absl::Time> ServerTime();
 
   // Worker.
-  // Waits up to `block` for a pack. One whose answer is lost is dispatched again after
-  // start_within.
+  // Waits up to `block` for a pack (zero does not wait). One whose answer is lost is dispatched
+  // again after start_within.
   absl::StatusOr<std::optional<Pack>> TakePack(absl::string_view lane, absl::Duration block);
   absl::StatusOr<StartResult> Start(absl::string_view boot, absl::string_view batch,
                                     absl::Duration lease_for);

@@ -16,7 +16,6 @@ local LANE_KEEP_MS = 3600000     -- a ready stream that nobody dispatches to; lo
 local WORKERS_MAX = 4096         -- registered workers
 local WATCHERS_MAX = 4           -- gateways told of one request's events
 local EVENTS_MAX = 1024          -- events in one reply
-local NOTE_BYTES_MAX = 4096
 local FEED_MAX = 65536           -- entries of the scheduler's feed; a reader that lags rescans
 local DEAD_LETTERS_MAX = 10000
 local GENERATIONS_MAX = 64       -- remembered starts of Redis
@@ -457,17 +456,6 @@ local function refuse(K, A)
   flush(c)
   reply[2] = c.lsn
   return reply
-end
-
--- epoch keep_ms bytes -> OK | STALE_EPOCH 0 epoch.  What the leader tells whoever asks; gone when it falls silent.
-local function note(K, A)
-  local c = begin(K)
-  local epoch, keep = integer(A[1], 'epoch'), integer(A[2], 'keep')
-  if #A ~= 3 or #A[3] > NOTE_BYTES_MAX or keep < 1 then bad('note') end
-  local stale = stale_epoch(c, epoch)
-  if stale then return stale end
-  call('SET', c.P .. 'note', A[3], 'PX', keep)
-  return {'OK', 0}
 end
 
 -- epoch count_max no_progress_max crashes_max backoff_ms
@@ -973,7 +961,6 @@ register('open', open, 'allow-oom')
 register('lead', lead, 'allow-oom')
 register('resign', resign, 'allow-oom')
 register('refuse', refuse, 'allow-oom')
-register('note', note, 'allow-oom')
 register('reap', reap, 'allow-oom')
 register('lane', lane, 'allow-oom')
 register('start', start, 'allow-oom')

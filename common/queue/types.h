@@ -142,8 +142,8 @@ struct FeedEntry {
   Kind kind = Kind::kQueued;
   // kQueued: all; kTerminal: id, tenant, request_class, canvas_tokens (0: unknown), step, hint
   WaitingRequest request;
-  std::string batch;       // kPackStarted
-  std::string worker;      // kPackStarted
+  std::string batch;   // kPackStarted
+  std::string worker;  // kPackStarted
   RequestState state = RequestState::kQueued;
   Usage usage;  // kTerminal
 };
@@ -210,6 +210,9 @@ struct RowLease {
   std::string request;
   std::string batch;
   int64_t attempt = 0;
+
+  bool operator==(const RowLease&) const = default;
+  auto operator<=>(const RowLease&) const = default;
 };
 
 struct StartedRow {

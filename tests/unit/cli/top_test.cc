@@ -127,7 +127,9 @@ TEST(ClusterMeterTest, TheWindowForgets) {
     status.set_uptime_seconds(second);
     status.set_tokens_committed(1000 * std::min(second, 10));
     meter.Take(Look(second, {{"b", status}}));
-    if (second == 10) EXPECT_DOUBLE_EQ(*meter.Figures().tokens_per_second, 1000.0);
+    if (second == 10) {
+      EXPECT_DOUBLE_EQ(*meter.Figures().tokens_per_second, 1000.0);
+    }
   }
   EXPECT_DOUBLE_EQ(*meter.Figures().tokens_per_second, 0.0);
 }
@@ -247,7 +249,9 @@ TEST(TopViewTest, FitsAnyTerminal) {
           EXPECT_LE(DisplayWidth(line), columns) << line;
         }
         EXPECT_THAT(screen, Not(HasSubstr("\033[2J")));
-        if (!colour) EXPECT_THAT(screen, Not(HasSubstr("\033")));
+        if (!colour) {
+          EXPECT_THAT(screen, Not(HasSubstr("\033")));
+        }
       }
     }
   }
