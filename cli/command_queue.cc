@@ -94,9 +94,6 @@ absl::Status ShowStats(Queue& queue, const QueueFlags& flags) {
 }
 
 absl::Status ShowDead(Queue& queue, const QueueFlags& flags) {
-  if (flags.entries_max < 1 || flags.entries_max > 100'000) {
-    return absl::InvalidArgumentError("--max: take 1 to 100000");
-  }
   CINNABAR_ASSIGN_OR_RETURN(const std::vector<DeadLetter> letters,
                             queue.DeadLetters(flags.entries_max));
   for (const DeadLetter& letter : letters) {
@@ -198,6 +195,9 @@ absl::Status Run(const QueueFlags& flags, const std::vector<std::string>& words)
     return absl::InvalidArgumentError(
         absl::StrCat(words.empty() ? "say what" : absl::StrCat("no such word \"", verb, "\""),
                      ": stats, show ID, cancel ID or dead"));
+  }
+  if (flags.entries_max < 1 || flags.entries_max > 100'000) {
+    return absl::InvalidArgumentError("--max: take 1 to 100000");
   }
   if (names && words.size() < 2) {
     return absl::InvalidArgumentError(

@@ -71,18 +71,18 @@ void AddQueue(const ClusterFigures& figures, Screen& screen) {
     const double age = absl::ToDoubleSeconds(queue.oldest_age[i]);
     screen.Row(absl::StrCat("  ", RequestClassName(kRequestClasses[i])),
                absl::StrCat(
-                   screen.Field(FitRight(ShowWhole(queue.waiting[i]), 6), "waiting"),
+                   screen.Field(FitRight(ShowWhole(queue.waiting[i]), 9), "waiting"),
                    queue.waiting[i] > 0 ? absl::StrCat("the oldest for ", ShowSeconds(age)) : ""));
   }
-  std::string ended = absl::StrCat(screen.Field(Count(figures.done_per_second), "done/s"),
+  screen.Row("ended", absl::StrCat(screen.Field(Count(figures.done_per_second), "done/s"),
                                    screen.Field(Count(figures.cancelled_per_second), "cancelled/s"),
                                    screen.Field(Count(figures.expired_per_second), "expired/s"),
-                                   screen.Field(Count(figures.failed_per_second), "failed/s"));
+                                   screen.Field(Count(figures.failed_per_second), "failed/s")));
   if (queue.dead_letters > 0) {
-    absl::StrAppend(&ended, screen.Styled(ansi::kRed, absl::StrCat(ShowWhole(queue.dead_letters),
-                                                                   " dead letters")));
+    const std::string letters = absl::StrCat(ShowWhole(queue.dead_letters), " dead letters");
+    screen.Row(
+        "", absl::StrCat(screen.Styled(ansi::kRed, letters), ": `cinnabar queue dead` says why"));
   }
-  screen.Row("ended", ended);
 }
 
 void AddWork(const ClusterFigures& figures, int32_t columns, Screen& screen) {

@@ -104,6 +104,9 @@ class Fields {
     ok_ = false;
     return T{};
   }
+  bool Has(absl::string_view name) const {
+    return values_.find(std::string_view(name.data(), name.size())) != values_.end();
+  }
   bool ok() const { return ok_; }
 
  private:
@@ -217,6 +220,7 @@ absl::StatusOr<FeedEntry> ReadFeedEntry(std::vector<RedisReply>& pairs) {
     request.hint = fields.Text("hint");
     if (kind == "t") {
       entry.kind = FeedEntry::Kind::kTerminal;
+      if (fields.Has("lg")) request.canvas_tokens = fields.Integer("lg");  // since revision 2
       entry.state = fields.Parsed("st", &ParseRequestState);
       entry.usage = fields.Parsed("use", &ParseUsage);
     } else if (kind == "q") {
@@ -259,6 +263,38 @@ std::vector<std::string> FinishArgs(absl::string_view boot, const FinishRow& row
 std::string RandomSite() {
   std::random_device entropy;
   return absl::StrFormat("site-%08x%08x", entropy(), entropy());
+}
+
+std::vector<std::string> DispatchArgs(int64_t epoch, const PackOrder& order) {
+  std::vector<std::string> args = {
+      absl::StrCat(epoch),    order.batch, order.lane, absl::StrCat(order.ready_packs_max),
+      Ms(order.start_within), order.info};
+  args.insert(args.end(), order.requests.begin(), order.requests.end());
+  return args;
+}
+
+absl::StatusOr<DispatchResult> ReadDispatch(std::vector<RedisReply>& elements,
+                                            size_t num_requests) {
+  Reader reader(elements);
+  const std::string code = reader.Text();
+  (void)reader.Integer();
+  DispatchResult result;
+  if (code == "STALE_EPOCH") {
+    result.outcome = DispatchResult::Outcome::kStaleEpoch;
+    return result;
+  }
+  if (code == "READY_FULL") {
+    result.outcome = DispatchResult::Outcome::kReadyFull;
+    return result;
+  }
+  while (reader.more()) {
+    const DispatchVerdict verdict = reader.Parsed(&ParseDispatchVerdict);
+    const int64_t attempt = reader.Integer();
+    result.rows.push_back({.verdict = verdict, .attempt = attempt, .step = reader.Small()});
+  }
+  if (code != "OK" || !reader.ok() || result.rows.size() != num_requests)
+    return Malformed("dispatch");
+  return result;
 }
 
 // FCALL cinnabar_v1_<function> 1 <prefix> args...
@@ -546,31 +582,58 @@ absl::Status Queue::Resign(absl::string_view me) {
 }
 
 absl::StatusOr<DispatchResult> Queue::Dispatch(int64_t epoch, const PackOrder& order) {
-  std::vector<std::string> args = {
-      absl::StrCat(epoch),    order.batch, order.lane, absl::StrCat(order.ready_packs_max),
-      Ms(order.start_within), order.info};
-  args.insert(args.end(), order.requests.begin(), order.requests.end());
-  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("dispatch", args), "batch ",
-                            order.batch);
-  Reader reader(elements);
-  const std::string code = reader.Text();
-  (void)reader.Integer();
-  DispatchResult result;
-  if (code == "STALE_EPOCH") {
-    result.outcome = DispatchResult::Outcome::kStaleEpoch;
-    return result;
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
+                            Call("dispatch", DispatchArgs(epoch, order)), "batch ", order.batch);
+  return ReadDispatch(elements, order.requests.size());
+}
+
+std::vector<absl::StatusOr<DispatchResult>> Queue::DispatchAll(int64_t epoch,
+                                                               absl::Span<const PackOrder> orders) {
+  std::vector<absl::StatusOr<DispatchResult>> results(
+      orders.size(), absl::StatusOr<DispatchResult>(absl::UnavailableError("not sent")));
+  // As Publish: all of it again after a loss, for a repeated call changes nothing.
+  for (int32_t attempt = 1;; ++attempt) {
+    absl::Status status;
+    size_t num_sent = 0;
+    for (const PackOrder& order : orders) {
+      const std::vector<std::string> args = DispatchArgs(epoch, order);
+      const FunctionCall call("dispatch", prefix_, args);
+      if (!redis_.Append(call.words).ok()) break;  // a pipeline that is too long: the rest waits
+      ++num_sent;
+    }
+    std::vector<absl::StatusOr<RedisReply>> replies = redis_.Flush();
+    for (size_t i = 0; i < num_sent && i < replies.size(); ++i) {
+      results[i] = [&]() -> absl::StatusOr<DispatchResult> {
+        if (!replies[i].ok()) return internal::WithContext(replies[i].status(), "dispatch");
+        CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
+                                  Accept("dispatch", *std::move(replies[i])));
+        return ReadDispatch(elements, orders[i].requests.size());
+      }();
+      if (status.ok()) status = results[i].status();
+    }
+    const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
+    if (!again || attempt >= redis_.options().retry.attempts_max) return results;
+    if (absl::IsUnimplemented(status)) redis_.Close();
+    redis_.environment().Sleep(
+        RedisBackoff(redis_.options().retry, attempt + 1, redis_.environment().Uniform()));
   }
-  if (code == "READY_FULL") {
-    result.outcome = DispatchResult::Outcome::kReadyFull;
-    return result;
+}
+
+absl::StatusOr<RefuseResult> Queue::Refuse(int64_t epoch, absl::string_view why,
+                                           absl::Span<const std::string> requests) {
+  RefuseResult result;
+  for (size_t first = 0; first < requests.size(); first += kRowsPerCall) {
+    const absl::Span<const std::string> part =
+        requests.subspan(first, std::min(kRowsPerCall, requests.size() - first));
+    std::vector<std::string> args = {absl::StrCat(epoch), std::string(why)};
+    args.insert(args.end(), part.begin(), part.end());
+    CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("refuse", args));
+    if (elements[0].text == "STALE_EPOCH") return RefuseResult{.stale_epoch = true, .rows = {}};
+    Reader reader(elements, 2);
+    while (reader.more()) result.rows.push_back(reader.Parsed(&ParseDispatchVerdict));
+    if (elements[0].text != "OK" || !reader.ok() || result.rows.size() != first + part.size())
+      return Malformed("refuse");
   }
-  while (reader.more()) {
-    const DispatchVerdict verdict = reader.Parsed(&ParseDispatchVerdict);
-    const int64_t attempt = reader.Integer();
-    result.rows.push_back({.verdict = verdict, .attempt = attempt, .step = reader.Small()});
-  }
-  if (code != "OK" || !reader.ok() || result.rows.size() != order.requests.size())
-    return Malformed("dispatch");
   return result;
 }
 
@@ -633,10 +696,12 @@ absl::StatusOr<Feed> Queue::ReadFeed(absl::string_view position, int32_t entries
   const std::string key = Key("feed");
   const std::string count = absl::StrCat(entries_max);
   const std::string block_ms = Ms(std::max(block, absl::Milliseconds(1)));
-  CINNABAR_ASSIGN_OR_RETURN(
-      RedisReply reply,
-      redis_.Block({"XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", key, position}, block),
-      "read the feed");
+  absl::StatusOr<RedisReply> read =
+      block <= absl::ZeroDuration()
+          ? redis_.Command({"XREAD", "COUNT", count, "STREAMS", key, position})
+          : redis_.Block({"XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", key, position},
+                         block);
+  CINNABAR_ASSIGN_OR_RETURN(RedisReply reply, std::move(read), "read the feed");
   Feed feed;
   feed.position = std::string(position);
   if (reply.is_nil()) return feed;
@@ -678,12 +743,19 @@ absl::StatusOr<std::optional<Pack>> Queue::TakePack(absl::string_view lane, absl
   const std::string block_ms = Ms(std::max(block, absl::Milliseconds(1)));
   // One name for all: the lease set, not the group's pending list, knows who holds what. NOACK
   // keeps that list empty.
-  const absl::string_view words[] = {"XREADGROUP", "GROUP",  "w",     "w",       "COUNT", "1",
-                                     "BLOCK",      block_ms, "NOACK", "STREAMS", key,     ">"};
-  absl::StatusOr<RedisReply> reply = redis_.Block(words, block);
+  const auto read = [&] {
+    if (block <= absl::ZeroDuration()) {
+      return redis_.Command(
+          {"XREADGROUP", "GROUP", "w", "w", "COUNT", "1", "NOACK", "STREAMS", key, ">"});
+    }
+    return redis_.Block({"XREADGROUP", "GROUP", "w", "w", "COUNT", "1", "BLOCK", block_ms, "NOACK",
+                         "STREAMS", key, ">"},
+                        block);
+  };
+  absl::StatusOr<RedisReply> reply = read();
   if (absl::IsNotFound(reply.status())) {
     CINNABAR_RETURN_IF_ERROR(Call("lane", {std::string(lane)}).status());
-    reply = redis_.Block(words, block);
+    reply = read();
   }
   if (!reply.ok()) return internal::WithContext(reply.status(), "take a pack");
   if (reply->is_nil()) return std::optional<Pack>();
@@ -906,6 +978,7 @@ absl::StatusOr<std::vector<DeadLetter>> Queue::DeadLetters(int32_t entries_max) 
     if (!IsEntry(each)) return Malformed("dead letters");
     Fields fields(each.elements[1].elements);
     DeadLetter letter;
+    letter.position = each.elements[0].text;
     letter.request = fields.Text("rid");
     letter.tenant = fields.Text("tn");
     letter.tag = fields.Text("tag");
@@ -918,6 +991,14 @@ absl::StatusOr<std::vector<DeadLetter>> Queue::DeadLetters(int32_t entries_max) 
     letters.push_back(std::move(letter));
   }
   return letters;
+}
+
+absl::StatusOr<int64_t> Queue::DropDeadLetters(absl::Span<const std::string> positions) {
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("dlq_drop", positions));
+  Reader reader(elements, 2);
+  const int64_t dropped = reader.Integer();
+  if (!reader.ok()) return Malformed("dlq_drop");
+  return dropped;
 }
 
 }  // namespace cinnabar

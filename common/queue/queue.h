@@ -8,8 +8,8 @@
 //     | expired
 //
 // Who calls what: the gateway Enqueue, Cancel, Events, Attach; the leading scheduler Lead,
-// Dispatch, Reap, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish, HandBack, Beat, Leave;
-// operators the rest.
+// Dispatch, Refuse, Reap, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish, HandBack, Beat,
+// Leave; operators the rest.
 //
 // Safety: a scheduler is fenced by its epoch; a worker's writes by (boot, batch, attempt), where
 // `boot` names one start of one worker process and is never used again. Redis may lose acknowledged
@@ -106,20 +106,27 @@ class Queue {
   absl::StatusOr<Leadership> Lead(absl::string_view me, absl::Duration lease_for);
   absl::Status Resign(absl::string_view me);
   absl::StatusOr<DispatchResult> Dispatch(int64_t epoch, const PackOrder& order);
+  // Several in one round trip, in this order; a result for each. Unavailable leaves open whether
+  // that one happened.
+  std::vector<absl::StatusOr<DispatchResult>> DispatchAll(int64_t epoch,
+                                                          absl::Span<const PackOrder> orders);
+  // Ends requests that wait and cannot be served: cancelled for this reason, and free of charge.
+  absl::StatusOr<RefuseResult> Refuse(int64_t epoch, absl::string_view why,
+                                      absl::Span<const std::string> requests);
   // Takes back what dead workers hold and ends what is late. Call about once a second.
   absl::StatusOr<ReapResult> Reap(int64_t epoch, const ReapLimits& limits);
   // All waiting requests, oldest first within class and tenant, at most `requests_max`; `position`
   // is where to read the feed from. What arrives during the scan may come twice.
   absl::StatusOr<std::vector<WaitingRequest>> ScanWaiting(int64_t requests_max,
                                                           std::string& position);
-  // Waits up to `block` for entries after `position`.
+  // Waits up to `block` for entries after `position`; zero does not wait.
   absl::StatusOr<Feed> ReadFeed(absl::string_view position, int32_t entries_max,
                                 absl::Duration block);
   absl::StatusOr<std::vector<WorkerEntry>> Workers();
 
   // Worker.
-  // Waits up to `block` for a pack. One whose answer is lost is dispatched again after
-  // start_within.
+  // Waits up to `block` for a pack (zero does not wait). One whose answer is lost is dispatched
+  // again after start_within.
   absl::StatusOr<std::optional<Pack>> TakePack(absl::string_view lane, absl::Duration block);
   absl::StatusOr<StartResult> Start(absl::string_view boot, absl::string_view batch,
                                     absl::Duration lease_for);
@@ -148,6 +155,9 @@ class Queue {
   absl::Status AckLedger(absl::string_view position);
   // Newest first.
   absl::StatusOr<std::vector<DeadLetter>> DeadLetters(int32_t entries_max);
+  // Forgets up to 256 of them by position; how many there were. There is no way to run one again: a
+  // request's payload goes when it ends, so its client asks anew.
+  absl::StatusOr<int64_t> DropDeadLetters(absl::Span<const std::string> positions);
 
  private:
   absl::Status Greet(RedisClient& redis);

@@ -7,11 +7,12 @@
 -- tag. A reply is an array: a code, the partition's change number (0: nothing changed), then values.
 -- 'v1' in the names is the layout of keys and replies; REVISION counts texts within one layout, all
 -- of which work with each other. Any edit of this file raises REVISION.
-local REVISION = 1
+local REVISION = 2
 local DIGEST = '@CINNABAR_QUEUE_DIGEST@'
 
 local PACK_ROWS_MAX = 256        -- rows of one pack
-local LANES_MAX = 1024             -- ready streams of a partition
+local LANES_MAX = 4096           -- ready streams of a partition
+local LANE_KEEP_MS = 3600000     -- a ready stream that nobody dispatches to; longer than any pack waits
 local WORKERS_MAX = 4096         -- registered workers
 local WATCHERS_MAX = 4           -- gateways told of one request's events
 local EVENTS_MAX = 1024          -- events in one reply
@@ -134,8 +135,8 @@ end
 
 -- The only place where a request becomes terminal: state, final event, ledger entry and the release
 -- of everything it held, together. Nothing in here may fail midway. The caller has checked that the
--- request is live. `use` nil keeps what the last progress reported.
-local function settle(c, rid, st, why, use, result)
+-- request is live. `use` nil keeps what the last progress reported; `free` true charges nothing.
+local function settle(c, rid, st, why, use, result, free)
   local P, r = c.P, c.P .. 'r:' .. rid
   local h = call('HMGET', r, 'st', 'tn', 'cl', 'cost', 'lp', 'lg', 'steps', 'stp', 'bid', 'use', 'pin',
                  'pout', 'gw', 'keep', 'tag', 'att', 'own', 'bh', 'hint')
@@ -144,7 +145,7 @@ local function settle(c, rid, st, why, use, result)
   local stp, bid, pin, pout, keep = row and row.stp or tonumber(h[8]), h[9], tonumber(h[11]), tonumber(h[12]), tonumber(h[14])
   use = use or row and row.use or h[10]
   local charge = 0
-  if st == 'done' or (st == 'cancelled' and stp > 0) then
+  if not free and (st == 'done' or (st == 'cancelled' and stp > 0)) then
     local out = math.min(tonumber(string.match(use, '^%d+')), lg)
     charge = pin + math.ceil(pout * out / math.max(lg, 1))
   end
@@ -169,7 +170,7 @@ local function settle(c, rid, st, why, use, result)
     call('XADD', P .. 'dlq', 'MAXLEN', '~', DEAD_LETTERS_MAX, '*', 'rid', rid, 'tn', tn, 'tag', h[15], 'why', why,
          'own', h[17], 'att', h[16], 'stp', stp, 'bh', h[18])
   end
-  feed(c, 'k', 't', 'rid', rid, 'tn', tn, 'cl', cl, 'st', st, 'stp', stp, 'use', use, 'hint', h[19])
+  feed(c, 'k', 't', 'rid', rid, 'tn', tn, 'cl', cl, 'lg', h[6], 'st', st, 'stp', stp, 'use', use, 'hint', h[19])
   notify(c, h[13], rid, stp + 1, st, result ~= '' and result or why)
 end
 
@@ -419,6 +420,7 @@ local function dispatch(K, A)
   change(c)
   call('SADD', P .. 'lanes', lane)
   local entry = call('XADD', ready, '*', 'v', 1, 'bid', bid, 'rows', #taken, 'solo', suspect, 'info', A[6])
+  call('PEXPIRE', ready, LANE_KEEP_MS)
   call('HSET', b, '@e', entry, '@l', lane, '@w', '')
   for _, row in ipairs(taken) do
     call('ZREM', row.q, row.rid)
@@ -426,6 +428,32 @@ local function dispatch(K, A)
     call('HSET', b, row.rid, row.att)
   end
   call('ZADD', P .. 'lease', t + within, bid)
+  reply[2] = c.lsn
+  return reply
+end
+
+-- epoch why rid... -> OK lsn verdict... | STALE_EPOCH 0 epoch
+-- Verdicts: OK GONE NOT_QUEUED.  Ends those that wait, as cancelled for this reason and free of charge: what
+-- a planner knows cannot be served. Unlike cancel it is the leader's, and leaves alone what a worker has.
+local function refuse(K, A)
+  local c = begin(K)
+  local epoch, why = integer(A[1], 'epoch'), A[2]
+  if not why or why == '' or #why > 256 then bad('why') end
+  if #A < 3 or #A - 2 > PACK_ROWS_MAX then bad('rows') end
+  for i = 3, #A do name(A[i], 'rid') end
+  local stale = stale_epoch(c, epoch)
+  if stale then return stale end
+  local reply = {'OK', 0}
+  for i = 3, #A do
+    local h, verdict = call('HMGET', c.P .. 'r:' .. A[i], 'st', 'why'), 'NOT_QUEUED'
+    if not h[1] then verdict = 'GONE'
+    elseif h[1] == 'queued' then
+      settle(c, A[i], 'cancelled', why, nil, '', true)
+      verdict = 'OK'
+    elseif h[1] == 'cancelled' and h[2] == why then verdict = 'OK' end  -- a repeated call
+    reply[#reply + 1] = verdict
+  end
+  flush(c)
   reply[2] = c.lsn
   return reply
 end
@@ -488,6 +516,9 @@ local function reap(K, A)
       if call('EXISTS', P .. 'q:' .. class .. ':' .. tn) == 0 then call('SREM', P .. 'ten:' .. class, tn) end
     end
   end
+  for _, l in ipairs(call('SRANDMEMBER', P .. 'lanes', 16)) do
+    if call('EXISTS', P .. 'ready:' .. l) == 0 then call('SREM', P .. 'lanes', l) end
+  end
   if call('HEXISTS', P .. 'meta', 'bill') == 0 then call('XTRIM', P .. 'ledger', 'MAXLEN', '~', LEDGER_LOCAL_MAX) end
   flush(c)
   return {'OK', c.lsn, requeued, not_started, dead, expired}
@@ -539,6 +570,7 @@ local function lane(K, A)
     end
   end
   call('XGROUP', 'CREATE', stream, 'w', '0', 'MKSTREAM')
+  call('PEXPIRE', stream, LANE_KEEP_MS)
   return {'OK', 0}
 end
 
@@ -882,6 +914,16 @@ local function ledger_ack(K, A)
   return {'OK', 0, call('XTRIM', c.P .. 'ledger', 'MINID', ms .. '-' .. string.format('%.0f', tonumber(n) + 1))}
 end
 
+-- id... -> OK 0 removed.  Dead letters that somebody has looked at.
+local function dlq_drop(K, A)
+  local c = begin(K)
+  if #A < 1 or #A > PACK_ROWS_MAX then bad('ids') end
+  for i = 1, #A do
+    if not string.match(A[i], '^%d+%-%d+$') or #A[i] > 41 then bad('id') end
+  end
+  return {'OK', 0, call('XDEL', c.P .. 'dlq', unpack(A))}
+end
+
 -- -> OK 0 name value ...
 local function stats(K, A)
   local c = begin(K)
@@ -918,6 +960,7 @@ register('dispatch', dispatch)
 register('open', open, 'allow-oom')
 register('lead', lead, 'allow-oom')
 register('resign', resign, 'allow-oom')
+register('refuse', refuse, 'allow-oom')
 register('reap', reap, 'allow-oom')
 register('lane', lane, 'allow-oom')
 register('start', start, 'allow-oom')
@@ -930,6 +973,7 @@ register('drain', drain, 'allow-oom')
 register('cancel', cancel, 'allow-oom')
 register('attach', attach, 'allow-oom')
 register('ledger_ack', ledger_ack, 'allow-oom')
+register('dlq_drop', dlq_drop, 'allow-oom')
 register('version', version, 'no-writes')
 register('queues', queues, 'no-writes')
 register('waiting', waiting, 'no-writes')

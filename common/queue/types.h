@@ -140,9 +140,10 @@ struct WaitingRequest {
 struct FeedEntry {
   enum class Kind { kQueued, kPackStarted, kTerminal };
   Kind kind = Kind::kQueued;
-  WaitingRequest request;  // kQueued: all; kTerminal: id, tenant, request_class, step, hint
-  std::string batch;       // kPackStarted
-  std::string worker;      // kPackStarted
+  // kQueued: all; kTerminal: id, tenant, request_class, canvas_tokens (0: unknown), step, hint
+  WaitingRequest request;
+  std::string batch;   // kPackStarted
+  std::string worker;  // kPackStarted
   RequestState state = RequestState::kQueued;
   Usage usage;  // kTerminal
 };
@@ -170,6 +171,12 @@ struct DispatchResult {
     int32_t step = 0;
   };
   std::vector<Row> rows;  // as the order's requests; empty unless kOk
+};
+
+struct RefuseResult {
+  bool stale_epoch = false;
+  // kOk, kGone or kNotQueued, as the requests.
+  std::vector<DispatchVerdict> rows;
 };
 
 struct Leadership {
@@ -203,6 +210,9 @@ struct RowLease {
   std::string request;
   std::string batch;
   int64_t attempt = 0;
+
+  bool operator==(const RowLease&) const = default;
+  auto operator<=>(const RowLease&) const = default;
 };
 
 struct StartedRow {
@@ -318,6 +328,7 @@ struct LedgerEntry {
 };
 
 struct DeadLetter {
+  std::string position;  // for DropDeadLetters
   std::string request, tenant, tag, why, worker, body_digest;
   int64_t attempts = 0;
   int32_t step = 0;

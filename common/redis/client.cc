@@ -60,17 +60,8 @@ absl::Status ValidateRedisOptions(const RedisOptions& options) {
   return absl::OkStatus();
 }
 
-void RedisEnvironment::Sleep(absl::Duration duration) { absl::SleepFor(duration); }
-
-double RedisEnvironment::Uniform() {
-  // Spreads reconnects apart; nothing that is served depends on it.
-  thread_local std::minstd_rand generator{std::random_device{}()};
-  return std::uniform_real_distribution<double>(0.0, 1.0)(generator);
-}
-
-RedisClient::RedisClient(RedisOptions options, RedisEnvironment* environment)
-    : options_(std::move(options)),
-      environment_(environment != nullptr ? environment : &real_environment_) {
+RedisClient::RedisClient(RedisOptions options, Environment& environment)
+    : options_(std::move(options)), environment_(environment) {
   const absl::Status valid = ValidateRedisOptions(options_);
   CINNABAR_CHECK(valid.ok()) << valid.message();
 }
@@ -226,7 +217,7 @@ absl::StatusOr<RedisReply> RedisClient::Retry(RedisArgs args, absl::Duration tim
     if (!absl::IsUnavailable(reply.status()) || attempt >= options_.retry.attempts_max)
       return reply;
     ++counters_.retries;
-    environment_->Sleep(RedisBackoff(options_.retry, attempt + 1, environment_->Uniform()));
+    environment_.Sleep(RedisBackoff(options_.retry, attempt + 1, environment_.Uniform()));
   }
 }
 

@@ -16,6 +16,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "common/base/environment.h"
 #include "common/redis/connection.h"
 #include "common/redis/reply.h"
 
@@ -51,14 +52,6 @@ struct RedisOptions {
 // InvalidArgument naming the field.
 absl::Status ValidateRedisOptions(const RedisOptions& options);
 
-// Time and chance of the retries. The default sleeps and draws; tests inject.
-class RedisEnvironment {
- public:
-  virtual ~RedisEnvironment() = default;
-  virtual void Sleep(absl::Duration duration);
-  virtual double Uniform();  // in [0, 1)
-};
-
 struct RedisServerInfo {
   std::string version;
   std::string run_id;  // another one after each start of the server, and on another server
@@ -83,8 +76,8 @@ using RedisArgs = absl::Span<const absl::string_view>;
 // Connects on the first use and again after every loss. One thread at a time.
 class RedisClient {
  public:
-  // `environment` is borrowed and outlives the client; null means the real one.
-  explicit RedisClient(RedisOptions options, RedisEnvironment* environment = nullptr);
+  // `environment` (of the retries) is borrowed and outlives the client.
+  explicit RedisClient(RedisOptions options, Environment& environment = Environment::Real());
   ~RedisClient();
   RedisClient(const RedisClient&) = delete;
   RedisClient& operator=(const RedisClient&) = delete;
@@ -126,7 +119,7 @@ class RedisClient {
 
   const RedisCounters& counters() const { return counters_; }
   const RedisOptions& options() const { return options_; }
-  RedisEnvironment& environment() { return *environment_; }
+  Environment& environment() { return environment_; }
 
  private:
   absl::StatusOr<RedisAddress> FindPrimary();
@@ -134,8 +127,7 @@ class RedisClient {
   absl::StatusOr<RedisReply> Check(RedisReply reply);
 
   RedisOptions options_;
-  RedisEnvironment real_environment_;
-  RedisEnvironment* environment_;
+  Environment& environment_;
   std::function<absl::Status(RedisClient&)> on_connect_;
   std::unique_ptr<RedisConnection> connection_;
   bool connecting_ = false;

@@ -105,37 +105,23 @@ asio::awaitable<absl::Status> RequestRelay::Attach(std::string request, std::str
   Choice choice;
   choice.id = std::move(request);
   choice.tenant = std::move(tenant);
-  choice.look = true;
+  choice.order.Miss();
   choices_.push_back(std::move(choice));
   co_return absl::OkStatus();
 }
 
 void RequestRelay::Accept(QueueEvent event) {
   for (Choice& choice : choices_) {
-    if (choice.id != event.request) continue;
-    if (!choice.done && event.step >= choice.next_step) {
-      if (event.step > choice.next_step) choice.look = true;
-      choice.early.emplace(event.step, std::move(event));
-    }
-    return;
+    if (choice.id == event.request) return choice.order.Add(std::move(event));
   }
 }
 
 std::optional<RelayEvent> RequestRelay::Take() {
   for (size_t i = 0; i < choices_.size(); ++i) {
-    Choice& choice = choices_[i];
-    const auto first = choice.early.begin();
-    if (first == choice.early.end() || first->first != choice.next_step) continue;
-    RelayEvent next = {.choice = static_cast<int32_t>(i), .event = std::move(first->second)};
-    choice.early.erase(first);
-    ++choice.next_step;
-    if (next.event.final_state.has_value()) {
-      choice.done = true;
-      choice.early.clear();
-      choice.look = false;
-      Forget(choice);
-    }
-    return next;
+    std::optional<QueueEvent> next = choices_[i].order.Take();
+    if (!next.has_value()) continue;
+    if (next->final_state.has_value()) Forget(choices_[i]);
+    return RelayEvent{.choice = static_cast<int32_t>(i), .event = *std::move(next)};
   }
   return std::nullopt;
 }
@@ -144,7 +130,7 @@ std::optional<RelayEvent> RequestRelay::Take() {
 asio::awaitable<absl::Status> RequestRelay::Look(int32_t index) {
   const std::string id = choices_[index].id;
   const std::string tenant = choices_[index].tenant;
-  const int32_t after = choices_[index].next_step - 1;
+  const int32_t after = choices_[index].order.next_step() - 1;
   const QueueCall<RequestView> look = [id, tenant, after](Queue& queue) {
     return queue.Events(id, tenant, after, kEventsPerLook);
   };
@@ -156,22 +142,7 @@ asio::awaitable<absl::Status> RequestRelay::Look(int32_t index) {
   }
   if (!view.ok()) co_return view.status();
   const bool all = static_cast<int32_t>(view->events.size()) < kEventsPerLook;
-  choice.look = !all;
-  for (QueueEvent& event : view->events) {
-    if (event.step >= choice.next_step) choice.early.emplace(event.step, std::move(event));
-  }
-  // The events of a request that ended long ago are gone while its record is kept: the end is told
-  // from the record.
-  const bool ended = all && IsTerminal(view->state);
-  if (ended && (choice.early.empty() || choice.early.begin()->first != choice.next_step)) {
-    choice.early.clear();
-    QueueEvent last;
-    last.request = id;
-    last.step = choice.next_step;
-    last.final_state = view->state;
-    last.data = view->result.empty() ? view->why : view->result;
-    choice.early.emplace(last.step, std::move(last));
-  }
+  choice.order.AddView(*std::move(view), all);
   co_return absl::OkStatus();
 }
 
@@ -207,14 +178,11 @@ asio::awaitable<absl::StatusOr<std::optional<RelayEvent>>> RequestRelay::Next(ab
     bool away = false;
     if (inbox_->TakeMissed() || absl::Now() >= look_at) {
       look_at = absl::Now() + kLookEvery;
-      for (Choice& choice : choices_) choice.look = !choice.done;
+      for (Choice& choice : choices_) choice.order.Miss();
     }
     bool looked = false;
     for (int32_t i = 0; i < num_choices(); ++i) {
-      if (!choices_[i].look || choices_[i].done) continue;
-      if (!choices_[i].early.empty() && choices_[i].early.begin()->first == choices_[i].next_step) {
-        continue;
-      }
+      if (!choices_[i].order.missing()) continue;
       const absl::Status status = co_await Look(i);
       looked = true;
       if (absl::IsNotFound(status)) co_return status;
@@ -236,12 +204,11 @@ bool RequestRelay::interrupted() const { return inbox_->interrupted(); }
 
 void RequestRelay::Cancel(int32_t index, const std::string& why) {
   Choice& choice = choices_[index];
-  if (choice.done) return;
-  choice.done = true;
+  if (choice.order.done()) return;
   executor_.Post([id = choice.id, tenant = choice.tenant,
                   why](Queue& queue) { (void)queue.Cancel(id, tenant, why).ok(); },
                  /*must=*/true);
-  choice.early.clear();
+  choice.order.Close();
   Forget(choice);
 }
 
@@ -251,7 +218,7 @@ void RequestRelay::CancelAll(const std::string& why) {
 
 bool RequestRelay::finished() const {
   return std::all_of(choices_.begin(), choices_.end(),
-                     [](const Choice& choice) { return choice.done; });
+                     [](const Choice& choice) { return choice.order.done(); });
 }
 
 }  // namespace cinnabar

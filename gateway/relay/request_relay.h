@@ -17,6 +17,7 @@
 #include "common/http/asio.h"
 #include "common/queue/types.h"
 #include "gateway/relay/event_hub.h"
+#include "gateway/relay/event_order.h"
 #include "gateway/relay/queue_executor.h"
 
 namespace cinnabar {
@@ -68,10 +69,7 @@ class RequestRelay {
     std::string tenant;
     std::optional<EnqueueRequest> payload;  // of what was enqueued here, until its end
     absl::Time deadline;                    // by our clock, for a replay
-    int32_t next_step = 1;
-    std::map<int32_t, QueueEvent> early;  // came before what precedes them
-    bool look = false;                    // events may be missing: ask Redis
-    bool done = false;
+    EventOrder order;
   };
 
   asio::awaitable<absl::Status> Look(int32_t choice);

@@ -6,7 +6,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/time/clock.h"
 #include "common/base/log.h"
 #include "common/base/status.h"
 
@@ -14,10 +13,7 @@ namespace cinnabar {
 namespace {
 
 constexpr int32_t kFeedEntries = 1024;
-
-}  // namespace
-
-namespace {
+constexpr absl::Duration kFollowerPause = absl::Milliseconds(10);
 
 std::string NewBoot() {
   std::random_device entropy;
@@ -29,75 +25,86 @@ std::string NewBoot() {
 SchedulerLoop::SchedulerLoop(SchedulerOptions options, SchedulerMetrics& metrics)
     : options_(std::move(options)),
       metrics_(metrics),
-      redis_(options_.redis),
+      redis_(options_.redis, *options_.environment),
       queue_(redis_, options_.queue),
       view_(options_.view),
-      boot_(NewBoot()) {}
+      boot_(options_.boot.empty() ? NewBoot() : options_.boot) {}
 
 void SchedulerLoop::Run() {
   LogLimiter limiter(absl::Seconds(5));
   int32_t failures = 0;
   while (!stopping_) {
-    const absl::Status status = Serve();
-    if (status.ok()) continue;  // it stops, or lost the lead
-    connected_ = false;
-    metrics_.RedisError();
-    if (const int64_t held = limiter.Admit(absl::Now()); held >= 0) {
+    const absl::Status status = Turn(options_.block_max);
+    if (status.ok()) {
+      failures = 0;
+      if (!leading_) redis_.environment().Sleep(std::max(renew_at_ - Now(), kFollowerPause));
+      continue;
+    }
+    if (const int64_t held = limiter.Admit(Now()); held >= 0) {
       Log(LogLevel::kWarn, "redis_failed", {{"error", status.ToString()}, {"repeated", held}});
     }
-    // What was missed meanwhile is unknown: the lead is asked for again, and with it comes a scan.
-    leading_ = false;
-    metrics_.Leading(false);
-    renew_at_ = absl::InfinitePast();
     redis_.environment().Sleep(RedisBackoff(options_.redis.retry, std::min(++failures + 1, 6),
                                             redis_.environment().Uniform()));
   }
   if (leading_) (void)queue_.Resign(options_.name).ok();
 }
 
-absl::Status SchedulerLoop::Serve() {
-  while (!stopping_) {
-    const absl::Time now = absl::Now();
-    if (now >= renew_at_) CINNABAR_RETURN_IF_ERROR(Lead(now));
-    connected_ = true;
-    if (!leading_) {
-      absl::SleepFor(std::min(options_.renew_every, absl::Milliseconds(500)));
-      renew_at_ = absl::InfinitePast();
-      continue;
-    }
-    if (now >= look_at_) {
-      look_at_ = now + options_.look_every;
-      CINNABAR_ASSIGN_OR_RETURN(const std::vector<WorkerEntry> workers, queue_.Workers());
-      view_.SetWorkers(workers, now);
-      changed_ = true;
-      metrics_.Show(view_, now);
-    }
-    if (now >= reap_at_) {
-      reap_at_ = now + options_.reap_every;
-      CINNABAR_ASSIGN_OR_RETURN(const ReapResult reaped, queue_.Reap(epoch_, options_.reap));
-      if (reaped.stale_epoch) {
-        renew_at_ = absl::InfinitePast();
-        leading_ = false;
-        continue;
-      }
-      metrics_.Reaped(reaped);
-      if (reaped.requeued + reaped.not_started + reaped.dead + reaped.expired > 0) {
-        Log(LogLevel::kInfo, "reaped",
-            {{"lease_expired", reaped.requeued},
-             {"not_started", reaped.not_started},
-             {"dead_letters", reaped.dead},
-             {"expired", reaped.expired}});
-      }
-    }
-    if (changed_ || now >= plan_at_) CINNABAR_RETURN_IF_ERROR(Plan(now));
-    if (leading_) CINNABAR_RETURN_IF_ERROR(Follow(absl::Now()));
+absl::Status SchedulerLoop::Turn(absl::Duration block) {
+  absl::Status status = Serve(block);
+  connected_ = status.ok();
+  if (!status.ok()) metrics_.RedisError();
+  // What was missed meanwhile, or forgotten by a Redis that started anew behind a call that was
+  // repeated, is unknown: the lead is asked for again, and with it comes a scan.
+  if (!status.ok() || queue_.mark().restarts != restarts_) LoseLead();
+  restarts_ = queue_.mark().restarts;
+  return status;
+}
+
+absl::Time SchedulerLoop::next_due() const {
+  return leading_ ? std::min({renew_at_, look_at_, reap_at_, plan_at_}) : renew_at_;
+}
+
+void SchedulerLoop::LoseLead() {
+  leading_ = false;
+  metrics_.Leading(false);
+  renew_at_ = absl::InfinitePast();
+}
+
+absl::Status SchedulerLoop::Serve(absl::Duration block) {
+  const absl::Time now = Now();
+  if (now >= renew_at_) CINNABAR_RETURN_IF_ERROR(Lead(now));
+  if (!leading_) return absl::OkStatus();
+  if (now >= look_at_) {
+    look_at_ = now + options_.look_every;
+    CINNABAR_ASSIGN_OR_RETURN(const std::vector<WorkerEntry> workers, queue_.Workers());
+    view_.SetWorkers(workers, now);
+    changed_ = true;
+    metrics_.Show(view_, now);
   }
-  return absl::OkStatus();
+  if (now >= reap_at_) {
+    reap_at_ = now + options_.reap_every;
+    CINNABAR_ASSIGN_OR_RETURN(const ReapResult reaped, queue_.Reap(epoch_, options_.reap));
+    if (reaped.stale_epoch) {
+      LoseLead();
+      return absl::OkStatus();
+    }
+    metrics_.Reaped(reaped);
+    if (reaped.requeued + reaped.not_started + reaped.dead + reaped.expired > 0) {
+      Log(LogLevel::kInfo, "reaped",
+          {{"lease_expired", reaped.requeued},
+           {"not_started", reaped.not_started},
+           {"dead_letters", reaped.dead},
+           {"expired", reaped.expired}});
+    }
+  }
+  if (changed_ || now >= plan_at_) CINNABAR_RETURN_IF_ERROR(Plan(now));
+  return leading_ ? Follow(std::min(next_due() - Now(), block)) : absl::OkStatus();
 }
 
 absl::Status SchedulerLoop::Lead(absl::Time now) {
   CINNABAR_ASSIGN_OR_RETURN(const Leadership lead, queue_.Lead(options_.name, options_.lease_for));
-  renew_at_ = now + options_.renew_every;
+  renew_at_ = now + (lead.leading ? options_.renew_every
+                                  : std::min(options_.renew_every, absl::Milliseconds(500)));
   const bool was = leading_;
   leading_ = lead.leading;
   metrics_.Leading(leading_);
@@ -116,13 +123,10 @@ absl::Status SchedulerLoop::Lead(absl::Time now) {
   return absl::OkStatus();
 }
 
-absl::Status SchedulerLoop::Follow(absl::Time now) {
-  const absl::Time until = std::min({renew_at_, look_at_, reap_at_, plan_at_});
-  // A millisecond at least: 0 would block for ever.
-  const absl::Duration block = std::clamp(until - now, absl::Milliseconds(1), options_.block_max);
+absl::Status SchedulerLoop::Follow(absl::Duration block) {
   CINNABAR_ASSIGN_OR_RETURN(const Feed feed, queue_.ReadFeed(position_, kFeedEntries, block));
   position_ = feed.position;
-  const absl::Time came = absl::Now();
+  const absl::Time came = Now();
   for (const FeedEntry& entry : feed.entries) view_.Apply(entry, came);
   changed_ = changed_ || !feed.entries.empty();
   if (feed.gap) {
@@ -140,36 +144,58 @@ absl::Status SchedulerLoop::Plan(absl::Time now) {
   absl::Time next = absl::InfiniteFuture();
   const std::vector<PlanRequest> waiting = view_.Waiting(now, next);
   const std::vector<WorkerState> workers = view_.Workers(now);
-  const absl::Time begin = absl::Now();
+  const absl::Time begin = Now();
   ::cinnabar::Plan plan =
       PlanPacks(waiting, workers, view_.cost(), view_.shares(), options_.plan, now);
-  metrics_.Planned(absl::Now() - begin, plan);
+  metrics_.Planned(Now() - begin, plan);
   view_.shares() = plan.shares;
   plan_at_ = std::min(next, plan.next);
-  for (const PlannedPack& pack : plan.packs) {
-    CINNABAR_RETURN_IF_ERROR(Dispatch(pack, now));
+  std::vector<PackOrder> orders;
+  orders.reserve(plan.packs.size());
+  for (const PlannedPack& pack : plan.packs) orders.push_back(Order(pack));
+  if (!orders.empty()) {
+    const auto results = queue_.DispatchAll(epoch_, orders);
+    absl::Status status;
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (results[i].ok()) {
+        Dispatched(plan.packs[i], orders[i], *results[i], now);
+      } else {
+        status = results[i].status();
+      }
+    }
+    CINNABAR_RETURN_IF_ERROR(status);
     if (!leading_) return absl::OkStatus();
   }
   return Refuse(plan);
 }
 
 absl::Status SchedulerLoop::Refuse(const ::cinnabar::Plan& plan) {
-  for (const Refusal& refusal : plan.refused) {
-    const WaitingRequest request = view_.Request(refusal.id);
-    metrics_.Refused(refusal.reason);
-    // It ends as cancelled with this reason, which the gateway tells its client.
-    const absl::StatusOr<RequestState> ended = queue_.Cancel(
-        request.id, request.tenant,
-        refusal.reason == RefusalReason::kTooLong ? "too_long" : "deadline_infeasible");
-    if (!ended.ok() && !absl::IsNotFound(ended.status())) return ended.status();
-    view_.Forget(refusal.id);
+  // They end as cancelled with this reason, which the gateway tells their clients, free of charge.
+  for (const RefusalReason reason : {RefusalReason::kTooLong, RefusalReason::kDeadlineInfeasible}) {
+    std::vector<std::string> requests;
+    for (const Refusal& refusal : plan.refused) {
+      if (refusal.reason != reason) continue;
+      requests.push_back(view_.Request(refusal.id).id);
+      metrics_.Refused(reason);
+    }
+    if (requests.empty()) continue;
+    CINNABAR_ASSIGN_OR_RETURN(
+        const RefuseResult result,
+        queue_.Refuse(epoch_,
+                      reason == RefusalReason::kTooLong ? "too_long" : "deadline_infeasible",
+                      requests));
+    if (result.stale_epoch) {
+      LoseLead();
+      return absl::OkStatus();
+    }
   }
+  for (const Refusal& refusal : plan.refused) view_.Forget(refusal.id);
   // The reaper ends what has expired; here it is no longer planned.
   for (const RequestId id : plan.expired) view_.Forget(id);
   return absl::OkStatus();
 }
 
-absl::Status SchedulerLoop::Dispatch(const PlannedPack& pack, absl::Time now) {
+PackOrder SchedulerLoop::Order(const PlannedPack& pack) {
   PackOrder order;
   order.batch = absl::StrCat(epoch_, "-", boot_, "-", num_batches_++);
   order.lane = view_.Lane(pack.worker);
@@ -188,17 +214,19 @@ absl::Status SchedulerLoop::Dispatch(const PlannedPack& pack, absl::Time now) {
     }
   }
   order.info = info.SerializeAsString();
-  CINNABAR_ASSIGN_OR_RETURN(const DispatchResult result, queue_.Dispatch(epoch_, order));
+  return order;
+}
+
+void SchedulerLoop::Dispatched(const PlannedPack& pack, const PackOrder& order,
+                               const DispatchResult& result, absl::Time now) {
   switch (result.outcome) {
     case DispatchResult::Outcome::kStaleEpoch:
       Log(LogLevel::kWarn, "epoch_stale", {{"epoch", epoch_}});
-      leading_ = false;
-      metrics_.Leading(false);
-      renew_at_ = absl::InfinitePast();
-      return absl::OkStatus();
+      LoseLead();
+      return;
     case DispatchResult::Outcome::kReadyFull:
       plan_at_ = std::min(plan_at_, now + absl::Milliseconds(20));  // they wait on
-      return absl::OkStatus();
+      return;
     case DispatchResult::Outcome::kOk:
       break;
   }
@@ -223,10 +251,9 @@ absl::Status SchedulerLoop::Dispatch(const PlannedPack& pack, absl::Time now) {
         break;
     }
   }
-  if (taken.members.empty()) return absl::OkStatus();
+  if (taken.members.empty()) return;
   metrics_.Dispatched(static_cast<int32_t>(taken.members.size()), pack.cost_token_steps);
   view_.Dispatched(order.batch, taken, now);
-  return absl::OkStatus();
 }
 
 }  // namespace cinnabar

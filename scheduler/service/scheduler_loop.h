@@ -31,6 +31,8 @@ struct SchedulerOptions {
   int64_t ready_packs_max = 4;                         // on a worker's lane, not started
   absl::Duration start_within = absl::Seconds(10);
   int64_t scan_max = 200'000;
+  std::string boot;  // of this object, never used before; empty: a random one
+  Environment* environment = &Environment::Real();  // borrowed
 };
 
 class SchedulerLoop {
@@ -40,17 +42,26 @@ class SchedulerLoop {
 
   // Serves until Stop(), then gives up the lead. Redis being away is waited out.
   void Run();
+  // What Run() does again and again, for a caller that is one thread and has no Run(): whatever is
+  // due, then the feed, waited for up to `block`. After an error the lead is asked for again.
+  absl::Status Turn(absl::Duration block);
+  // When a turn has something to do by the clock.
+  absl::Time next_due() const;
   void Stop() { stopping_ = true; }  // from any thread
   bool leading() const { return leading_; }
   bool connected() const { return connected_; }
 
  private:
-  absl::Status Serve();  // until an error, or Stop()
+  absl::Status Serve(absl::Duration block);
   absl::Status Lead(absl::Time now);
-  absl::Status Follow(absl::Time now);
+  absl::Status Follow(absl::Duration block);
   absl::Status Plan(absl::Time now);
-  absl::Status Dispatch(const PlannedPack& pack, absl::Time now);
+  PackOrder Order(const PlannedPack& pack);
+  void Dispatched(const PlannedPack& pack, const PackOrder& order, const DispatchResult& result,
+                  absl::Time now);
   absl::Status Refuse(const ::cinnabar::Plan& plan);
+  void LoseLead();
+  absl::Time Now() const { return options_.environment->Now(); }
 
   const SchedulerOptions options_;
   SchedulerMetrics& metrics_;
@@ -63,6 +74,7 @@ class SchedulerLoop {
   const std::string boot_;
   int64_t num_batches_ = 0;
   std::string position_;  // in the feed
+  int64_t restarts_ = 0;  // of Redis, that have been answered with a scan
   bool changed_ = true;   // something to plan for
   absl::Time renew_at_ = absl::InfinitePast();
   absl::Time look_at_ = absl::InfinitePast();

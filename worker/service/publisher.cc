@@ -14,15 +14,14 @@ constexpr size_t kStepsPerCall = 512;
 
 }  // namespace
 
-Publisher::Publisher(RedisOptions redis, QueueOptions queue, std::string boot,
-                     absl::Duration lease_for,
-                     std::function<void(const std::string& request)> dropped)
-    : redis_(std::move(redis)),
-      queue_(std::move(queue)),
-      boot_(std::move(boot)),
-      lease_for_(lease_for),
-      dropped_(std::move(dropped)) {
-  thread_ = std::thread([this] { Serve(); });
+Publisher::Publisher(std::string boot, absl::Duration lease_for,
+                     std::function<void(const RowLease& row)> dropped)
+    : boot_(std::move(boot)), lease_for_(lease_for), dropped_(std::move(dropped)) {}
+
+void Publisher::Start(const RedisOptions& redis, const QueueOptions& queue,
+                      Environment& environment) {
+  CINNABAR_CHECK(!thread_.joinable()) << "started twice";
+  thread_ = std::thread([this, redis, queue, &environment] { Serve(redis, queue, environment); });
 }
 
 Publisher::~Publisher() {
@@ -31,7 +30,7 @@ Publisher::~Publisher() {
     stopping_ = true;
     changed_.NotifyAll();
   }
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 void Publisher::Open(const RowLease& lease, int32_t step, std::vector<std::string> deltas) {
@@ -47,11 +46,16 @@ void Publisher::Open(const RowLease& lease, int32_t step, std::vector<std::strin
   rows_.insert_or_assign(lease.request, std::move(row));
 }
 
+Publisher::Row* Publisher::Find(const RowLease& lease) {
+  const auto found = rows_.find(lease.request);
+  return found != rows_.end() && found->second.lease == lease ? &found->second : nullptr;
+}
+
 void Publisher::Step(ProgressRow progress) {
   MutexLock lock(mu_);
-  const auto found = rows_.find(progress.lease.request);
-  if (found == rows_.end()) return;  // dropped meanwhile
-  Row& row = found->second;
+  Row* const found = Find(progress.lease);
+  if (found == nullptr) return;  // dropped meanwhile
+  Row& row = *found;
   if (row.kept.empty()) row.first = progress.step;
   CINNABAR_CHECK(progress.step == row.first + static_cast<int32_t>(row.kept.size()))
       << "steps come in order";
@@ -62,26 +66,26 @@ void Publisher::Step(ProgressRow progress) {
 
 void Publisher::Finish(FinishRow end) {
   MutexLock lock(mu_);
-  const auto found = rows_.find(end.lease.request);
-  if (found == rows_.end()) return;
-  found->second.finish = std::move(end);
+  Row* const found = Find(end.lease);
+  if (found == nullptr) return;
+  found->finish = std::move(end);
   changed_.NotifyAll();
 }
 
 void Publisher::HandBack(HandBackRow row) {
   MutexLock lock(mu_);
-  const auto found = rows_.find(row.lease.request);
-  if (found == rows_.end()) return;
-  found->second.hand_back = std::move(row);
+  Row* const found = Find(row.lease);
+  if (found == nullptr) return;
+  found->hand_back = std::move(row);
   changed_.NotifyAll();
 }
 
-void Publisher::Drop(const std::string& request) {
+void Publisher::Drop(const RowLease& lease) {
   MutexLock lock(mu_);
-  const auto found = rows_.find(request);
-  if (found == rows_.end()) return;
-  counters_.pending -= static_cast<int64_t>(found->second.kept.size() - found->second.num_sent);
-  rows_.erase(found);
+  Row* const found = Find(lease);
+  if (found == nullptr) return;
+  counters_.pending -= static_cast<int64_t>(found->kept.size() - found->num_sent);
+  rows_.erase(lease.request);
   changed_.NotifyAll();
 }
 
@@ -126,34 +130,33 @@ void Publisher::Rewind(Row& row, int32_t step) {
   row.num_sent = std::min(static_cast<size_t>(from), row.kept.size());
 }
 
-void Publisher::Forget(const std::string& request, RowVerdict verdict,
-                       std::vector<std::string>& dropped) {
-  const auto found = rows_.find(request);
-  if (found == rows_.end()) return;
+void Publisher::Forget(const RowLease& lease, RowVerdict verdict, std::vector<RowLease>& dropped) {
+  Row* const found = Find(lease);
+  if (found == nullptr) return;
   if (verdict == RowVerdict::kStale) ++counters_.fenced;
   if (verdict == RowVerdict::kGone) ++counters_.lost;
-  counters_.pending -= static_cast<int64_t>(found->second.kept.size() - found->second.num_sent);
-  rows_.erase(found);
-  dropped.push_back(request);
+  counters_.pending -= static_cast<int64_t>(found->kept.size() - found->num_sent);
+  dropped.push_back(lease);
+  rows_.erase(lease.request);
 }
 
 void Publisher::Settle(const PublishReport& report, const PublishReply& reply) {
-  std::vector<std::string> dropped;
+  std::vector<RowLease> dropped;
   {
     MutexLock lock(mu_);
     const auto judge = [&](const RowLease& lease, const RowReply& answer, bool end) {
-      const auto found = rows_.find(lease.request);
+      Row* const found = Find(lease);
       // The answer may be to a row that was dropped, or started again, meanwhile.
-      if (found == rows_.end() || found->second.lease.attempt != lease.attempt) return;
-      Row& row = found->second;
+      if (found == nullptr) return;
+      Row& row = *found;
       switch (answer.verdict) {
         case RowVerdict::kOk:
-          if (end) rows_.erase(found);
+          if (end) rows_.erase(lease.request);
           return;
         case RowVerdict::kRewind: {
           const auto before = static_cast<int64_t>(row.num_sent);
           if (answer.step + 1 < row.first) {
-            return Forget(lease.request, RowVerdict::kGone, dropped);
+            return Forget(lease, RowVerdict::kGone, dropped);
           }
           Rewind(row, answer.step);
           counters_.pending += before - static_cast<int64_t>(row.num_sent);
@@ -170,7 +173,7 @@ void Publisher::Settle(const PublishReport& report, const PublishReply& reply) {
         case RowVerdict::kFailed:
         case RowVerdict::kCancelled:
         case RowVerdict::kExpired:
-          return Forget(lease.request, answer.verdict, dropped);
+          return Forget(lease, answer.verdict, dropped);
       }
     };
     for (size_t i = 0; i < report.progress.size() && i < reply.progress.size(); ++i) {
@@ -180,87 +183,92 @@ void Publisher::Settle(const PublishReport& report, const PublishReply& reply) {
       judge(report.finished[i].lease, reply.finished[i], /*end=*/true);
     }
   }
-  for (const std::string& request : dropped) dropped_(request);
+  for (const RowLease& lease : dropped) dropped_(lease);
 }
 
-void Publisher::Serve() {
-  RedisClient redis(redis_);
-  Queue queue(redis, queue_);
-  LogLimiter limiter(absl::Seconds(5));
+void Publisher::Serve(const RedisOptions& redis, const QueueOptions& options,
+                      Environment& environment) {
+  RedisClient client(redis, environment);
+  Queue queue(client, options);
   for (;;) {
-    PublishReport report;
-    report.lease_for = lease_for_;
-    std::vector<HandBackRow> hand_back;
     {
       MutexLock lock(mu_);
       while (!stopping_ && Idle()) changed_.Wait(mu_);
       if (stopping_) return;
-      for (auto& [request, row] : rows_) {
-        while (row.num_sent < row.kept.size() && report.progress.size() < kStepsPerCall) {
-          report.progress.push_back(row.kept[row.num_sent]);
-          // A snapshot is only wanted at its own step; a replay does without it.
-          row.kept[row.num_sent].snapshot.clear();
-          ++row.num_sent;
-          --counters_.pending;
-          ++counters_.steps;
-          if (!report.progress.back().snapshot.empty()) ++counters_.snapshots;
-        }
-        if (row.num_sent < row.kept.size()) continue;
-        if (row.finish.has_value()) {
-          report.finished.push_back(*row.finish);
-        } else if (row.hand_back.has_value()) {
-          hand_back.push_back(*row.hand_back);
-        }
-      }
-      sending_ = true;
-      ++counters_.calls;
     }
-    bool away = false;
-    if (!report.progress.empty() || !report.finished.empty()) {
-      const absl::StatusOr<PublishReply> reply = queue.Publish(boot_, report);
-      away = !reply.ok();
-      if (reply.ok()) {
-        Settle(report, *reply);
-      } else {
-        const int64_t held = limiter.Admit(absl::Now());
-        if (held >= 0) {
-          Log(LogLevel::kWarn, "publish_failed",
-              {{"error", reply.status().ToString()}, {"repeated", held}});
-        }
-      }
-    }
-    if (!away && !hand_back.empty()) {
-      const absl::StatusOr<std::vector<RowReply>> replies = queue.HandBack(boot_, hand_back);
-      away = !replies.ok();
-      MutexLock lock(mu_);
-      for (size_t i = 0; replies.ok() && i < replies->size() && i < hand_back.size(); ++i) {
-        const auto found = rows_.find(hand_back[i].lease.request);
-        if (found == rows_.end()) continue;
-        if ((*replies)[i].verdict == RowVerdict::kStale) ++counters_.fenced;
-        rows_.erase(found);
-      }
-    }
-    {
-      MutexLock lock(mu_);
-      sending_ = false;
-      if (away) {
-        ++counters_.failures;
-        // What was in the call may have arrived or not: it is sent again, and twice is once.
-        for (auto step = report.progress.rbegin(); step != report.progress.rend(); ++step) {
-          const auto found = rows_.find(step->lease.request);
-          if (found == rows_.end() || found->second.lease.attempt != step->lease.attempt) continue;
-          Row& row = found->second;
-          const size_t index = static_cast<size_t>(step->step - row.first);
-          if (index < row.num_sent) {
-            counters_.pending += static_cast<int64_t>(row.num_sent - index);
-            row.num_sent = index;
-          }
-        }
-      }
-      changed_.NotifyAll();
-    }
-    if (away) absl::SleepFor(absl::Milliseconds(200));
+    if (!Send(queue)) environment.Sleep(absl::Milliseconds(200));
   }
+}
+
+bool Publisher::Send(Queue& queue) {
+  PublishReport report;
+  report.lease_for = lease_for_;
+  std::vector<HandBackRow> hand_back;
+  {
+    MutexLock lock(mu_);
+    for (auto& [request, row] : rows_) {
+      while (row.num_sent < row.kept.size() && report.progress.size() < kStepsPerCall) {
+        report.progress.push_back(row.kept[row.num_sent]);
+        // A snapshot is only wanted at its own step; a replay does without it.
+        row.kept[row.num_sent].snapshot.clear();
+        ++row.num_sent;
+        --counters_.pending;
+        ++counters_.steps;
+        if (!report.progress.back().snapshot.empty()) ++counters_.snapshots;
+      }
+      if (row.num_sent < row.kept.size()) continue;
+      if (row.finish.has_value()) {
+        report.finished.push_back(*row.finish);
+      } else if (row.hand_back.has_value()) {
+        hand_back.push_back(*row.hand_back);
+      }
+    }
+    if (report.progress.empty() && report.finished.empty() && hand_back.empty()) return true;
+    sending_ = true;
+    ++counters_.calls;
+  }
+  bool away = false;
+  if (!report.progress.empty() || !report.finished.empty()) {
+    const absl::StatusOr<PublishReply> reply = queue.Publish(boot_, report);
+    away = !reply.ok();
+    if (reply.ok()) {
+      Settle(report, *reply);
+    } else {
+      const int64_t held = limiter_.Admit(queue.redis().environment().Now());
+      if (held >= 0) {
+        Log(LogLevel::kWarn, "publish_failed",
+            {{"error", reply.status().ToString()}, {"repeated", held}});
+      }
+    }
+  }
+  if (!away && !hand_back.empty()) {
+    const absl::StatusOr<std::vector<RowReply>> replies = queue.HandBack(boot_, hand_back);
+    away = !replies.ok();
+    MutexLock lock(mu_);
+    for (size_t i = 0; replies.ok() && i < replies->size() && i < hand_back.size(); ++i) {
+      if (Find(hand_back[i].lease) == nullptr) continue;
+      if ((*replies)[i].verdict == RowVerdict::kStale) ++counters_.fenced;
+      rows_.erase(hand_back[i].lease.request);
+    }
+  }
+  MutexLock lock(mu_);
+  sending_ = false;
+  if (away) {
+    ++counters_.failures;
+    // What was in the call may have arrived or not: it is sent again, and twice is once.
+    for (auto step = report.progress.rbegin(); step != report.progress.rend(); ++step) {
+      Row* const found = Find(step->lease);
+      if (found == nullptr) continue;
+      Row& row = *found;
+      const size_t index = static_cast<size_t>(step->step - row.first);
+      if (index < row.num_sent) {
+        counters_.pending += static_cast<int64_t>(row.num_sent - index);
+        row.num_sent = index;
+      }
+    }
+  }
+  changed_.NotifyAll();
+  return !away;
 }
 
 }  // namespace cinnabar

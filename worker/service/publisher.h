@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "common/base/environment.h"
+#include "common/base/log.h"
 #include "common/base/mutex.h"
 #include "common/queue/queue.h"
 
@@ -28,15 +30,23 @@ struct PublisherCounters {
   int64_t pending = 0;   // steps not yet sent
 };
 
-// Thread-safe. Calls for one row come from one thread, in the order of its steps.
+// Thread-safe. Calls for one row come from one thread, in the order of its steps. A request that
+// comes to this worker again while an earlier hold on it still runs is another row: what the
+// earlier one still says is ignored.
 class Publisher {
  public:
   // `dropped` is told of a row that need not go on (cancelled, expired, taken over): from the
-  // publisher's thread, without its lock.
-  Publisher(RedisOptions redis, QueueOptions queue, std::string boot, absl::Duration lease_for,
-            std::function<void(const std::string& request)> dropped);
+  // thread that sends, without its lock.
+  Publisher(std::string boot, absl::Duration lease_for,
+            std::function<void(const RowLease& row)> dropped);
   ~Publisher();  // what was not sent is lost: Flush() before
   Publisher(const Publisher&) = delete;
+
+  // From now on a thread of its own sends what there is.
+  void Start(const RedisOptions& redis, const QueueOptions& queue, Environment& environment);
+  // Sends once what there is, up to a bound; false when Redis was away. Nothing to send: true. From
+  // one thread at a time: Start()'s, or the caller's where Start() is not called.
+  bool Send(Queue& queue);
 
   // A row that was started: `deltas` are the steps up to `step` that Redis has (from its snapshot
   // on), for a rewind.
@@ -45,7 +55,7 @@ class Publisher {
   void Finish(FinishRow end);
   void HandBack(HandBackRow row);
   // Forgets a row that is another's business.
-  void Drop(const std::string& request);
+  void Drop(const RowLease& lease);
 
   void Step(ProgressRow row);
 
@@ -66,20 +76,20 @@ class Publisher {
     std::optional<HandBackRow> hand_back;
   };
 
-  void Serve();
+  void Serve(const RedisOptions& redis, const QueueOptions& options, Environment& environment);
   void Settle(const PublishReport& report, const PublishReply& reply);
-  void Forget(const std::string& request, RowVerdict verdict, std::vector<std::string>& dropped)
+  Row* Find(const RowLease& lease) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Forget(const RowLease& lease, RowVerdict verdict, std::vector<RowLease>& dropped)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   static void Rewind(Row& row, int32_t step);
   bool Idle() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
-  const RedisOptions redis_;
-  const QueueOptions queue_;
   const std::string boot_;
   const absl::Duration lease_for_;
-  const std::function<void(const std::string&)> dropped_;
+  const std::function<void(const RowLease&)> dropped_;
   mutable Mutex mu_;  // leaf: no call to Redis, and no callback, happens while it is held
   ConditionVariable changed_;
+  LogLimiter limiter_{absl::Seconds(5)};  // the sending thread's
   std::map<std::string, Row> rows_ ABSL_GUARDED_BY(mu_);
   PublisherCounters counters_ ABSL_GUARDED_BY(mu_);
   bool sending_ ABSL_GUARDED_BY(mu_) = false;

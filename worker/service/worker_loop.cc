@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "common/base/check.h"
 #include "common/base/log.h"
 #include "common/base/status.h"
@@ -35,10 +34,8 @@ WorkerLoop::WorkerLoop(WorkerOptions options, Denoiser& denoiser, WorkerMetrics&
       denoiser_(denoiser),
       metrics_(metrics),
       engine_(std::make_unique<Engine>(denoiser, options_.engine)),
-      started_(absl::Now()) {
-  publisher_ =
-      std::make_unique<Publisher>(options_.redis, options_.queue, options_.boot, options_.lease_for,
-                                  [this](const std::string& request) { Dropped(request); });
+      started_(Now()),
+      publisher_(options_.boot, options_.lease_for, [this](const RowLease& row) { Dropped(row); }) {
 }
 
 WorkerLoop::~WorkerLoop() {
@@ -58,9 +55,11 @@ std::string WorkerLoop::Missing() const {
   return registered_ ? "" : "not yet registered with Redis";
 }
 
-void WorkerLoop::Dropped(const std::string& request) {
+void WorkerLoop::Dropped(const RowLease& row) {
   MutexLock lock(mu_);
-  dropped_.insert(request);
+  const auto batch = batches_.find(row.batch);
+  if (batch == batches_.end() || batch->second.count(row) == 0) return;  // it has left already
+  dropped_.insert(row);
   changed_.NotifyAll();
 }
 
@@ -73,7 +72,7 @@ bool WorkerLoop::WantsRows() {
 }
 
 void WorkerLoop::Intake() {
-  RedisClient redis(options_.redis);
+  RedisClient redis(options_.redis, *options_.environment);
   Queue queue(redis, options_.queue);
   LogLimiter limiter(absl::Seconds(5));
   while (!draining_) {
@@ -82,17 +81,21 @@ void WorkerLoop::Intake() {
       changed_.WaitFor(mu_, absl::Milliseconds(20));
       continue;
     }
-    const absl::StatusOr<std::optional<Pack>> pack = queue.TakePack(options_.name, kTakeBlock);
-    if (!pack.ok()) {
-      if (const int64_t held = limiter.Admit(absl::Now()); held >= 0) {
-        Log(LogLevel::kWarn, "take_failed",
-            {{"error", pack.status().ToString()}, {"repeated", held}});
+    const absl::Status status = TakePack(queue, kTakeBlock);
+    if (!status.ok()) {
+      if (const int64_t held = limiter.Admit(Now()); held >= 0) {
+        Log(LogLevel::kWarn, "take_failed", {{"error", status.ToString()}, {"repeated", held}});
       }
-      absl::SleepFor(absl::Milliseconds(200));
-      continue;
+      options_.environment->Sleep(absl::Milliseconds(200));
     }
-    if (pack->has_value()) TakeRows(queue, **pack);
   }
+}
+
+absl::Status WorkerLoop::TakePack(Queue& queue, absl::Duration block) {
+  if (draining_ || !WantsRows()) return absl::OkStatus();
+  CINNABAR_ASSIGN_OR_RETURN(const std::optional<Pack> pack, queue.TakePack(options_.name, block));
+  if (pack.has_value()) TakeRows(queue, *pack);
+  return absl::OkStatus();
 }
 
 void WorkerLoop::TakeRows(Queue& queue, const Pack& pack) {
@@ -111,32 +114,36 @@ void WorkerLoop::TakeRows(Queue& queue, const Pack& pack) {
     absl::StatusOr<RowPlan> plan =
         BuildRow(row, budget == info.steps_budget().end() ? 0 : budget->second, denoiser_.traits(),
                  options_.fingerprint);
-    publisher_->Open(row.lease, row.step, row.deltas);
+    publisher_.Open(row.lease, row.step, row.deltas);
     if (!plan.ok()) {
       if (absl::IsFailedPrecondition(plan.status())) {
-        publisher_->HandBack({.lease = row.lease});
+        publisher_.HandBack({.lease = row.lease});
       } else {
         Log(LogLevel::kWarn, "row_refused",
             {{"request", row.lease.request}, {"error", plan.status().ToString()}});
-        publisher_->Finish({.lease = row.lease,
-                            .last_step = row.step,
-                            .failed = true,
-                            .usage = row.usage,
-                            .why = "malformed"});
+        publisher_.Finish({.lease = row.lease,
+                           .last_step = row.step,
+                           .failed = true,
+                           .usage = row.usage,
+                           .why = "malformed"});
       }
       continue;
     }
     metrics_.RowStarted(row.step > 0);
     MutexLock lock(mu_);
-    batches_[row.lease.batch].insert(row.lease.request);
-    // Of an earlier hold on the same request.
-    dropped_.erase(row.lease.request);
+    // An earlier hold on the same request may still run here (this process was frozen meanwhile).
+    for (const auto& [batch, rows] : batches_) {
+      for (const RowLease& held : rows) {
+        if (held.request == row.lease.request) dropped_.insert(held);
+      }
+    }
+    batches_[row.lease.batch].insert(row.lease);
     solo_held_ = solo_held_ || pack.solo;
     incoming_.push_back({.lease = row.lease,
                          .plan = *std::move(plan),
                          .step = row.step,
                          .usage = row.usage,
-                         .deadline = absl::Now() + row.deadline_in,
+                         .deadline = Now() + row.deadline_in,
                          .solo = pack.solo});
     changed_.NotifyAll();
   }
@@ -161,12 +168,12 @@ v1::WorkerStatus WorkerLoop::Status() {
   status.set_tokens_target(options_.tokens_target > 0 ? options_.tokens_target : limits.rows_max);
   status.set_positions_max(limits.positions_max);
   status.set_draining(draining_);
-  for (const auto& [request, row] : running_) *status.add_rows() = row;
+  for (const auto& [lease, row] : running_) *status.add_rows() = row;
   for (const Incoming& row : incoming_) {
     *status.add_rows() = Describe(row.lease, row.plan.state, row.step);
   }
   for (const v1::WorkerStatus::StepSample& sample : samples_) *status.add_samples() = sample;
-  status.set_uptime_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
+  status.set_uptime_seconds(absl::ToDoubleSeconds(Now() - started_));
   status.set_dollars_per_hour(options_.dollars_per_hour);
   status.set_weights_bytes(denoiser_.memory().weights_bytes);
   status.set_metrics_address(options_.metrics_address);
@@ -174,58 +181,55 @@ v1::WorkerStatus WorkerLoop::Status() {
 }
 
 void WorkerLoop::Heartbeat() {
-  RedisClient redis(options_.redis);
+  RedisClient redis(options_.redis, *options_.environment);
   Queue queue(redis, options_.queue);
-  bool told_of_hang = false;
   while (!stopping_) {
-    absl::Duration step_age;
-    std::vector<std::string> batches;
-    int64_t num_rows = 0;
-    {
-      MutexLock lock(mu_);
-      num_rows = static_cast<int64_t>(running_.size());
-      step_age = std::max(absl::Now() - step_began_, absl::ZeroDuration());
-      for (const auto& [batch, rows] : batches_) batches.push_back(batch);
-    }
-    const bool hung = step_age > options_.hang_after;
-    if (hung && !told_of_hang) {
-      Log(LogLevel::kError, "device_hangs", {{"step_age_ms", step_age}});
-    }
-    told_of_hang = hung;
-    metrics_.Set(publisher_->counters());
-    metrics_.SetState(Missing().empty(), draining_, step_age, num_rows,
-                      denoiser_.memory().weights_bytes);
-    if (!hung) {
-      const absl::StatusOr<BeatReply> reply =
-          queue.Beat(options_.boot, Status().SerializeAsString(), options_.alive_for,
-                     options_.lease_for, batches);
-      if (reply.ok()) {
-        if (reply->drain && !draining_) {
-          Log(LogLevel::kInfo, "drain_asked", {});
-          Drain();
-        }
-        MutexLock lock(mu_);
-        registered_ = reply->registered;
-        for (const std::string& batch : reply->lost_batches) {
-          const auto found = batches_.find(batch);
-          if (found == batches_.end()) continue;
-          for (const std::string& request : found->second) {
-            dropped_.insert(request);
-            lost_.push_back(request);
-          }
-          batches_.erase(found);
-        }
-        changed_.NotifyAll();
-      } else {
-        MutexLock lock(mu_);
-        registered_ = false;
-      }
-    }
-    const absl::Time next = absl::Now() + options_.beat_every;
+    Beat(queue);
+    const absl::Time next = Now() + options_.beat_every;
     MutexLock lock(mu_);
-    while (!stopping_ && absl::Now() < next) beat_.WaitFor(mu_, next - absl::Now());
+    while (!stopping_ && Now() < next) beat_.WaitFor(mu_, next - Now());
   }
   (void)queue.Leave(options_.boot).ok();
+}
+
+void WorkerLoop::Beat(Queue& queue) {
+  absl::Duration step_age;
+  std::vector<std::string> batches;
+  int64_t num_rows = 0;
+  {
+    MutexLock lock(mu_);
+    num_rows = static_cast<int64_t>(running_.size());
+    step_age = std::max(Now() - step_began_, absl::ZeroDuration());
+    for (const auto& [batch, rows] : batches_) batches.push_back(batch);
+  }
+  const bool hung = step_age > options_.hang_after;
+  if (hung && !told_of_hang_) {
+    Log(LogLevel::kError, "device_hangs", {{"step_age_ms", step_age}});
+  }
+  told_of_hang_ = hung;
+  metrics_.Set(publisher_.counters());
+  metrics_.SetState(Missing().empty(), draining_, step_age, num_rows,
+                    denoiser_.memory().weights_bytes);
+  if (hung) return;
+  const absl::StatusOr<BeatReply> reply = queue.Beat(
+      options_.boot, Status().SerializeAsString(), options_.alive_for, options_.lease_for, batches);
+  if (reply.ok() && reply->drain && !draining_) {
+    Log(LogLevel::kInfo, "drain_asked", {});
+    Drain();
+  }
+  MutexLock lock(mu_);
+  registered_ = reply.ok() && reply->registered;
+  if (!reply.ok()) return;
+  for (const std::string& batch : reply->lost_batches) {
+    const auto found = batches_.find(batch);
+    if (found == batches_.end()) continue;
+    for (const RowLease& row : found->second) {
+      dropped_.insert(row);
+      lost_.push_back(row);
+    }
+    batches_.erase(found);
+  }
+  changed_.NotifyAll();
 }
 
 // --- Compute -------------------------------------------------------------------------------------
@@ -244,11 +248,11 @@ void WorkerLoop::JoinRows() {
       if (solo_running_ || (incoming_.front().solo && !active_.empty())) return;
       row = std::move(incoming_.front());
       incoming_.pop_front();
-      if (dropped_.erase(row.lease.request) > 0) {
+      if (dropped_.erase(row.lease) > 0) {
         Release(row.lease, row.solo);
         continue;
       }
-      running_[row.lease.request] = Describe(row.lease, row.plan.state, row.step);
+      running_[row.lease] = Describe(row.lease, row.plan.state, row.step);
     }
     Active active = {.lease = row.lease,
                      .facts = row.plan.facts,
@@ -274,7 +278,7 @@ void WorkerLoop::JoinRows() {
       // No memory now: it waits here for the next row that leaves.
       row.plan.state = before;
       MutexLock lock(mu_);
-      running_.erase(row.lease.request);
+      running_.erase(row.lease);
       incoming_.push_front(std::move(row));
       return;
     }
@@ -289,10 +293,11 @@ void WorkerLoop::JoinRows() {
 }
 
 void WorkerLoop::Release(const RowLease& lease, bool solo) {
-  running_.erase(lease.request);
+  running_.erase(lease);
+  dropped_.erase(lease);
   const auto batch = batches_.find(lease.batch);
   if (batch != batches_.end()) {
-    batch->second.erase(lease.request);
+    batch->second.erase(lease);
     if (batch->second.empty()) batches_.erase(batch);
   }
   if (solo) solo_held_ = false;
@@ -300,20 +305,20 @@ void WorkerLoop::Release(const RowLease& lease, bool solo) {
 }
 
 void WorkerLoop::DropRows() {
-  std::vector<std::string> lost;
-  std::set<std::string> dropped;
+  std::vector<RowLease> lost;
+  std::set<RowLease> dropped;
   {
     MutexLock lock(mu_);
     lost.swap(lost_);
     // Rows that have not joined are looked for when they do.
     for (const auto& [id, row] : active_) {
-      if (dropped_.erase(row.lease.request) > 0) dropped.insert(row.lease.request);
+      if (dropped_.erase(row.lease) > 0) dropped.insert(row.lease);
     }
   }
-  for (const std::string& request : lost) publisher_->Drop(request);
+  for (const RowLease& row : lost) publisher_.Drop(row);
   for (auto it = active_.begin(); it != active_.end();) {
     const Active& row = it->second;
-    if (dropped.count(row.lease.request) == 0) {
+    if (dropped.count(row.lease) == 0) {
       ++it;
       continue;
     }
@@ -334,20 +339,20 @@ void WorkerLoop::EndRow(const Active& row, const SequenceState& state, const abs
     const v1::WorkResult result = MakeResult(state, row.facts, denoiser_.traits(), row.usage);
     end.why = result.end_of_text() ? "stop" : "length";
     end.result = result.SerializeAsString();
-    publisher_->Finish(std::move(end));
+    publisher_.Finish(std::move(end));
     metrics_.RowEnded("done", row.step,
                       static_cast<double>(row.usage.output_tokens) /
                           static_cast<double>(std::max<int64_t>(row.usage.forwards, 1)));
   } else if (absl::IsDeadlineExceeded(status)) {
     // Redis ends it by its own clock.
-    publisher_->HandBack({.lease = row.lease});
+    publisher_.HandBack({.lease = row.lease});
     metrics_.RowEnded("expired", row.step, 0);
   } else {
     end.failed = true;
     end.why = absl::IsDataLoss(status) ? "not_finite" : "does_not_fit";
     Log(LogLevel::kWarn, "row_failed",
         {{"request", row.lease.request}, {"step", row.step}, {"error", status.ToString()}});
-    publisher_->Finish(std::move(end));
+    publisher_.Finish(std::move(end));
     metrics_.RowEnded("failed", row.step, 0);
   }
   MutexLock lock(mu_);
@@ -356,20 +361,20 @@ void WorkerLoop::EndRow(const Active& row, const SequenceState& state, const abs
 }
 
 void WorkerLoop::HandBack(const Active& row, const SequenceState& state) {
-  publisher_->HandBack({.lease = row.lease,
-                        .snapshot_step = row.step,
-                        .snapshot = row.step > 0 ? Snapshot(state) : ""});
+  publisher_.HandBack({.lease = row.lease,
+                       .snapshot_step = row.step,
+                       .snapshot = row.step > 0 ? Snapshot(state) : ""});
   metrics_.RowEnded("handed_back", row.step, 0);
   MutexLock lock(mu_);
   Release(row.lease, row.solo);
 }
 
-void WorkerLoop::HandBackRows(bool all, absl::Duration step_time) {
+void WorkerLoop::HandBackRows(bool all) {
   for (auto it = active_.begin(); it != active_.end();) {
     const SequenceState* state = engine_->Find(it->first);
     CINNABAR_CHECK(state != nullptr);
     const int32_t left = std::max(state->params.num_steps - state->decoding.step, 1);
-    if (!all && left * step_time <= options_.drain_for) {
+    if (!all && left * step_time_ <= options_.drain_for) {
       ++it;
       continue;
     }
@@ -437,9 +442,9 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
         progress.snapshot = Snapshot(*state);
         row.snapshot_step = row.step;
       }
-      publisher_->Step(std::move(progress));
+      publisher_.Step(std::move(progress));
       MutexLock lock(mu_);
-      running_[row.lease.request].set_step(row.step);
+      running_[row.lease].set_step(row.step);
     }
     const bool complete = !event.finished && state->decoding.step == row.step &&
                           AnswerIsComplete(*state, row.facts, denoiser_.traits());
@@ -468,67 +473,68 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
   }
 }
 
+void WorkerLoop::StopIntake() {
+  draining_ = drained_ = true;
+  if (intake_.joinable()) intake_.join();
+}
+
+WorkerLoop::Turn WorkerLoop::Compute() {
+  JoinRows();
+  DropRows();
+  if (draining_ && !drained_) {
+    StopIntake();
+    drain_until_ = Now() + options_.drain_for;
+    Log(LogLevel::kInfo, "drains", {{"rows", active_.size()}});
+    HandBackRows(/*all=*/false);
+  }
+  if (drained_ && Now() >= drain_until_) HandBackRows(/*all=*/true);
+  if (active_.empty()) return drained_ ? Turn::kEnded : Turn::kIdle;
+  if (!publisher_.AwaitRoom(options_.unpublished_steps_max, absl::Milliseconds(200))) {
+    return Turn::kRedisIsLate;
+  }
+  const absl::Time begin = Now();
+  {
+    MutexLock lock(mu_);
+    step_began_ = begin;
+  }
+  const absl::Status status = engine_->Step(begin, report_);
+  step_time_ = Now() - begin;
+  {
+    MutexLock lock(mu_);
+    step_began_ = absl::InfiniteFuture();
+  }
+  Report(report_, step_time_);
+  if (status.ok()) {
+    device_failures_ = 0;
+    return Turn::kStepped;
+  }
+  metrics_.DeviceError();
+  Log(LogLevel::kError, "device_failed",
+      {{"error", status.ToString()}, {"in_a_row", ++device_failures_}});
+  if (device_failures_ < kDeviceFailuresMax) return Turn::kStepped;
+  // Others may have a device that works; this process has not.
+  result_ = status;
+  StopIntake();
+  HandBackRows(/*all=*/true);
+  return Turn::kEnded;
+}
+
 absl::Status WorkerLoop::Run() {
+  publisher_.Start(options_.redis, options_.queue, *options_.environment);
   intake_ = std::thread([this] { Intake(); });
   heartbeat_ = std::thread([this] { Heartbeat(); });
-  StepReport report;
-  absl::Duration step_time = absl::Milliseconds(10);
-  int failures = 0;
-  bool drained = false;
-  absl::Time drain_until = absl::InfiniteFuture();
-  absl::Status result = absl::OkStatus();
-  for (;;) {
-    JoinRows();
-    DropRows();
-    if (draining_ && !drained) {
-      drained = true;
-      if (intake_.joinable()) intake_.join();
-      drain_until = absl::Now() + options_.drain_for;
-      Log(LogLevel::kInfo, "drains", {{"rows", active_.size()}});
-      HandBackRows(/*all=*/false, step_time);
-    }
-    if (drained && absl::Now() >= drain_until) HandBackRows(/*all=*/true, step_time);
-    if (active_.empty()) {
-      if (drained) break;
-      MutexLock lock(mu_);
-      if (incoming_.empty() && !draining_) changed_.WaitFor(mu_, absl::Milliseconds(100));
-      continue;
-    }
-    if (!publisher_->AwaitRoom(options_.unpublished_steps_max, absl::Milliseconds(200))) continue;
-    const absl::Time begin = absl::Now();
-    {
-      MutexLock lock(mu_);
-      step_began_ = begin;
-    }
-    const absl::Status status = engine_->Step(begin, report);
-    step_time = absl::Now() - begin;
-    {
-      MutexLock lock(mu_);
-      step_began_ = absl::InfiniteFuture();
-    }
-    Report(report, step_time);
-    if (status.ok()) {
-      failures = 0;
-      continue;
-    }
-    metrics_.DeviceError();
-    Log(LogLevel::kError, "device_failed",
-        {{"error", status.ToString()}, {"in_a_row", ++failures}});
-    if (failures >= kDeviceFailuresMax) {
-      // Others may have a device that works; this process has not.
-      result = status;
-      draining_ = drained = true;
-      if (intake_.joinable()) intake_.join();
-      HandBackRows(/*all=*/true, step_time);
-    }
+  for (Turn turn = Turn::kIdle; turn != Turn::kEnded; turn = Compute()) {
+    if (turn != Turn::kIdle) continue;
+    MutexLock lock(mu_);
+    if (incoming_.empty() && !draining_) changed_.WaitFor(mu_, absl::Milliseconds(100));
   }
-  if (!publisher_->Flush(options_.lease_for)) {
-    Log(LogLevel::kWarn, "left_unpublished", {{"steps", publisher_->counters().pending}});
+  if (!publisher_.Flush(options_.lease_for)) {
+    Log(LogLevel::kWarn, "left_unpublished", {{"steps", publisher_.counters().pending}});
   }
   stopping_ = true;
   beat_.NotifyAll();
   heartbeat_.join();
-  return result;
+  return result_;
 }
 
 }  // namespace cinnabar

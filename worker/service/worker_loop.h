@@ -18,6 +18,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "cinnabar/v1/work.pb.h"
+#include "common/base/environment.h"
 #include "common/base/mutex.h"
 #include "common/queue/queue.h"
 #include "worker/engine/engine.h"
@@ -48,6 +49,7 @@ struct WorkerOptions {
   absl::Duration drain_for = absl::Seconds(10);  // rows that end sooner are finished on SIGTERM
   int64_t unpublished_steps_max = 4096;          // beyond it the compute waits for Redis
   double dollars_per_hour = 0;
+  Environment* environment = &Environment::Real();  // borrowed
 };
 
 class WorkerLoop {
@@ -60,6 +62,22 @@ class WorkerLoop {
   // Serves until Drain() has been called and every row is finished or handed back. An error is the
   // device's, which failed again and again.
   absl::Status Run();
+
+  // What Run()'s threads do, turn by turn, for a caller that is one thread and has no Run().
+  // Takes a pack from the lane when there is room for its rows, waiting up to `block` for one.
+  absl::Status TakePack(Queue& queue, absl::Duration block);
+  // Tells Redis that it is alive, and renews its leases; not while the device hangs.
+  void Beat(Queue& queue);
+  Publisher& publisher() { return publisher_; }
+  enum class Turn {
+    kStepped,
+    kIdle,         // nothing runs
+    kRedisIsLate,  // too many steps wait to be sent
+    kEnded,        // drained, or the device failed (result())
+  };
+  // Rows join and leave, and all that run make one step.
+  Turn Compute();
+  const absl::Status& result() const { return result_; }
 
   // From any thread (not from a signal handler).
   void Drain();
@@ -87,6 +105,7 @@ class WorkerLoop {
 
   void Intake();
   void Heartbeat();
+  absl::Time Now() const { return options_.environment->Now(); }
   void TakeRows(Queue& queue, const Pack& pack);
   bool WantsRows();
   void JoinRows();
@@ -96,31 +115,38 @@ class WorkerLoop {
   void EndRow(const Active& row, const SequenceState& state, const absl::Status& status);
   void HandBack(const Active& row, const SequenceState& state);
   // All rows, or those that will not end within drain_for; and what waits to join.
-  void HandBackRows(bool all, absl::Duration step_time);
+  void HandBackRows(bool all);
+  void StopIntake();
   std::string Snapshot(const SequenceState& state) const;
   v1::WorkerStatus Status();
-  void Dropped(const std::string& request);
+  void Dropped(const RowLease& row);
   // Frees what a row held besides its place in the engine.
   void Release(const RowLease& lease, bool solo) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const WorkerOptions options_;
   Denoiser& denoiser_;
   WorkerMetrics& metrics_;
-  std::unique_ptr<Engine> engine_;       // compute thread
-  std::map<SequenceId, Active> active_;  // compute thread
-  bool solo_running_ = false;            // compute thread
+  std::unique_ptr<Engine> engine_;                     // compute thread
+  std::map<SequenceId, Active> active_;                // compute thread
+  bool solo_running_ = false;                          // compute thread
+  StepReport report_;                                  // compute thread
+  absl::Duration step_time_ = absl::Milliseconds(10);  // of the last step; compute thread
+  int device_failures_ = 0;                            // in a row; compute thread
+  bool drained_ = false;                               // compute thread
+  absl::Time drain_until_ = absl::InfiniteFuture();    // compute thread
+  absl::Status result_;                                // compute thread
+  bool told_of_hang_ = false;                          // heartbeat
 
   mutable Mutex mu_;           // leaf
   ConditionVariable changed_;  // rows came or left, or it drains
   ConditionVariable beat_;     // it stops
   std::deque<Incoming> incoming_ ABSL_GUARDED_BY(mu_);
-  std::set<std::string> dropped_ ABSL_GUARDED_BY(mu_);
-  std::vector<std::string> lost_ ABSL_GUARDED_BY(mu_);  // rows whose batch is no longer ours
-  std::map<std::string, std::set<std::string>> batches_
-      ABSL_GUARDED_BY(mu_);                                    // rows held, by batch
+  std::set<RowLease> dropped_ ABSL_GUARDED_BY(mu_);
+  std::vector<RowLease> lost_ ABSL_GUARDED_BY(mu_);  // rows whose batch is no longer ours
+  // Rows held, by batch.
+  std::map<std::string, std::set<RowLease>> batches_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, int32_t> steps_ ABSL_GUARDED_BY(mu_);  // of running rows
-  // Of running rows, by request.
-  std::map<std::string, v1::WorkerStatus::Row> running_ ABSL_GUARDED_BY(mu_);
+  std::map<RowLease, v1::WorkerStatus::Row> running_ ABSL_GUARDED_BY(mu_);
   std::deque<v1::WorkerStatus::StepSample> samples_ ABSL_GUARDED_BY(mu_);
   v1::WorkerStatus totals_ ABSL_GUARDED_BY(mu_);  // the counters of the status
   absl::Time step_began_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
@@ -130,7 +156,7 @@ class WorkerLoop {
   std::atomic<bool> draining_ = false;
   std::atomic<bool> stopping_ = false;
   absl::Time started_;
-  std::unique_ptr<Publisher> publisher_;
+  Publisher publisher_;
   std::thread intake_;
   std::thread heartbeat_;
 };

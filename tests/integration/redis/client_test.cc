@@ -153,7 +153,7 @@ TEST_F(ClientTest, ABlockLongerThanTheCommandTimeout) {
   EXPECT_TRUE(reply->is_nil());
 }
 
-class CountingEnvironment : public RedisEnvironment {
+class CountingEnvironment : public Environment {
  public:
   void Sleep(absl::Duration duration) override { slept.push_back(duration); }
   double Uniform() override { return 0.0; }
@@ -165,7 +165,7 @@ TEST_F(ClientTest, RetriesBackOffAndStop) {
   RedisOptions options;
   options.address.port = FreePort();
   options.retry.attempts_max = 4;
-  RedisClient client(options, &environment);
+  RedisClient client(options, environment);
   const absl::Status status = client.Retry({"PING"}).status();
   EXPECT_TRUE(absl::IsUnavailable(status)) << status;
   EXPECT_THAT(environment.slept,
