@@ -172,12 +172,13 @@ class Batch:
 
 
 def mask_sample(sample, t, generator, eos_fill_weight=0.1):
-    """(masked positions, their weights) at masking rate t. The weight is 1/t, the rate's inverse probability."""
+    """(masked positions, their weights) at masking rate t > 0; never none. A weight is the inverse of the probability that the
+    position is masked, so that the loss is that of independent masks."""
     positions = np.asarray(sample.maskable)
-    chosen = positions[generator.random(len(positions)) < t]
-    if len(chosen) == 0:
-        chosen = positions[generator.integers(len(positions))][None] if t > 0 else chosen
-    weights = np.full(len(chosen), sample.weight / t)
+    chosen = positions[:0]
+    while len(chosen) == 0:
+        chosen = positions[generator.random(len(positions)) < t]
+    weights = np.full(len(chosen), sample.weight * (1 - (1 - t) ** len(positions)) / t)
     weights[(chosen > sample.text_end) & (chosen < sample.canvas_end)] *= eos_fill_weight
     return chosen, weights
 

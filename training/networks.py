@@ -148,6 +148,12 @@ class DiTBlock(nn.Module):
         return x + gate2 * self.mlp(h)
 
 
+def scaled_score(out, ids, sigma):
+    """SEDD's log-scores (absorb) of a network's output: scaled by the noise, and zero for the token that is there."""
+    out = out.float() - torch.log(torch.expm1(sigma))[:, None, None] - math.log(out.shape[-1] - 1)
+    return out.scatter(-1, ids[..., None], torch.zeros_like(out[..., :1]))
+
+
 class DiT(nn.Module):
     """SEDD's network, tensor names and all. `score`: log-scores scaled by sigma (absorb); otherwise plain logits."""
 
@@ -183,7 +189,4 @@ class DiT(nn.Module):
             x = block(x, c, cos, sin, allowed)
         shift, scale = self.output_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
         out = self.output_layer.linear(F.layer_norm(x, (self.dim,)) * self.output_layer.norm_final.weight * (1 + scale) + shift)
-        if not self.score:
-            return out
-        out = out.float() - torch.log(torch.expm1(sigma))[:, None, None] - math.log(self.vocab - 1)
-        return out.scatter(-1, ids[..., None], torch.zeros_like(out[..., :1]))
+        return scaled_score(out, ids, sigma) if self.score else out
