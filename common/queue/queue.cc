@@ -582,9 +582,16 @@ absl::Status Queue::Resign(absl::string_view me) {
 }
 
 absl::StatusOr<DispatchResult> Queue::Dispatch(int64_t epoch, const PackOrder& order) {
-  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
-                            Call("dispatch", DispatchArgs(epoch, order)), "batch ", order.batch);
-  return ReadDispatch(elements, order.requests.size());
+  return std::move(DispatchAll(epoch, absl::MakeConstSpan(&order, 1))[0]);
+}
+
+bool Queue::PipelineAgain(const absl::Status& status, int32_t attempt) {
+  const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
+  const RedisRetryPolicy& retry = redis_.options().retry;
+  if (!again || attempt >= retry.attempts_max) return false;
+  if (absl::IsUnimplemented(status)) redis_.Close();  // the library went: greet again
+  redis_.environment().Sleep(RedisBackoff(retry, attempt + 1, redis_.environment().Uniform()));
+  return true;
 }
 
 std::vector<absl::StatusOr<DispatchResult>> Queue::DispatchAll(int64_t epoch,
@@ -611,11 +618,7 @@ std::vector<absl::StatusOr<DispatchResult>> Queue::DispatchAll(int64_t epoch,
       }();
       if (status.ok()) status = results[i].status();
     }
-    const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
-    if (!again || attempt >= redis_.options().retry.attempts_max) return results;
-    if (absl::IsUnimplemented(status)) redis_.Close();
-    redis_.environment().Sleep(
-        RedisBackoff(redis_.options().retry, attempt + 1, redis_.environment().Uniform()));
+    if (!PipelineAgain(status, attempt)) return results;
   }
 }
 
@@ -847,12 +850,7 @@ absl::StatusOr<PublishReply> Queue::Publish(absl::string_view boot, const Publis
       if (result.progress.size() != report.progress.size()) return Malformed("progress");
       return result;
     }
-    const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
-    if (!again || attempt >= redis_.options().retry.attempts_max)
-      return internal::WithContext(status, "publish");
-    if (absl::IsUnimplemented(status)) redis_.Close();
-    redis_.environment().Sleep(
-        RedisBackoff(redis_.options().retry, attempt + 1, redis_.environment().Uniform()));
+    if (!PipelineAgain(status, attempt)) return internal::WithContext(status, "publish");
   }
 }
 

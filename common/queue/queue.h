@@ -166,6 +166,8 @@ class Queue {
   absl::StatusOr<std::vector<RedisReply>> Call(absl::string_view function,
                                                absl::Span<const std::string> args);
   absl::StatusOr<std::vector<RedisReply>> Accept(absl::string_view function, RedisReply reply);
+  // Whether a pipeline that ended in `status` is to be sent once more; waits before it says so.
+  bool PipelineAgain(const absl::Status& status, int32_t attempt);
   absl::StatusOr<RequestView> ReadView(absl::string_view function, absl::string_view request,
                                        absl::Span<const std::string> args);
 

@@ -75,7 +75,8 @@ class ClusterView {
   std::array<ClassLoad, kNumClasses> LoadByClass(absl::Time now) const;
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
   int64_t num_workers() const { return static_cast<int64_t>(workers_.size()); }
-  int64_t num_ignored() const { return num_ignored_; }  // hints that could not be read
+  // Hints of requests and states of workers, so far.
+  int64_t num_unreadable() const { return num_unreadable_; }
 
  private:
   struct Waiting_ {
@@ -110,7 +111,7 @@ class ClusterView {
   std::vector<std::string> model_names_;
   absl::flat_hash_map<std::string, TenantIndex> tenants_;
   int32_t next_worker_ = 1;
-  int64_t num_ignored_ = 0;
+  int64_t num_unreadable_ = 0;
 };
 
 }  // namespace cinnabar

@@ -74,7 +74,6 @@ bool WorkerLoop::WantsRows() {
 void WorkerLoop::Intake() {
   RedisClient redis(options_.redis, *options_.environment);
   Queue queue(redis, options_.queue);
-  LogLimiter limiter(absl::Seconds(5));
   while (!draining_) {
     if (!WantsRows()) {
       MutexLock lock(mu_);
@@ -83,9 +82,7 @@ void WorkerLoop::Intake() {
     }
     const absl::Status status = TakePack(queue, kTakeBlock);
     if (!status.ok()) {
-      if (const int64_t held = limiter.Admit(Now()); held >= 0) {
-        Log(LogLevel::kWarn, "take_failed", {{"error", status.ToString()}, {"repeated", held}});
-      }
+      LogEvery(absl::Seconds(5), LogLevel::kWarn, "take_failed", {{"error", status}});
       options_.environment->Sleep(absl::Milliseconds(200));
     }
   }
