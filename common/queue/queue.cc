@@ -443,14 +443,17 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request,
                                    [&](const OutcomeName& each) { return each.code == code; });
   if (named == std::end(kOutcomes)) return Malformed("enqueue");
   result.outcome = named->outcome;
+  const auto read_rates = [&] {
+    for (RateRemaining* rate : {&result.requests, &result.tokens, &result.cost}) {
+      rate->remaining = reader.Integer();
+      rate->reset = reader.Milliseconds();
+    }
+  };
   switch (result.outcome) {
     case EnqueueOutcome::kAccepted:
       result.id = reader.Text();
       result.state = reader.Parsed(&ParseRequestState);
-      for (RateRemaining* rate : {&result.requests, &result.tokens, &result.cost}) {
-        rate->remaining = reader.Integer();
-        rate->reset = reader.Milliseconds();
-      }
+      read_rates();
       break;
     case EnqueueOutcome::kDuplicate:
       result.id = reader.Text();
@@ -470,6 +473,7 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request,
     case EnqueueOutcome::kRate:
       result.retry_after = reader.Milliseconds();
       result.detail = reader.Text();
+      read_rates();
       break;
   }
   if (!reader.ok()) return Malformed("enqueue");
@@ -477,17 +481,17 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request,
 }
 
 absl::StatusOr<RequestState> Queue::Cancel(absl::string_view request, absl::string_view tenant,
-                                           absl::string_view why) {
-  CINNABAR_ASSIGN_OR_RETURN(
-      std::vector<RedisReply> elements,
-      Call("cancel", {std::string(request), std::string(tenant), std::string(why)}));
+                                           absl::string_view why, absl::string_view leaving) {
+  std::vector<std::string> args = {std::string(request), std::string(tenant), std::string(why)};
+  if (!leaving.empty()) args.emplace_back(leaving);
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("cancel", args));
   Reader reader(elements);
   const std::string code = reader.Text();
   if (code == "NOT_FOUND") return absl::NotFoundError(absl::StrCat("no request ", request));
   if (code == "OK") return RequestState::kCancelled;
   (void)reader.Integer();
   const RequestState state = reader.Parsed(&ParseRequestState);
-  if (code != "ALREADY" || !reader.ok()) return Malformed("cancel");
+  if ((code != "ALREADY" && code != "WATCHED") || !reader.ok()) return Malformed("cancel");
   return state;
 }
 

@@ -86,9 +86,11 @@ class Queue {
   absl::StatusOr<EnqueueResult> Enqueue(const EnqueueRequest& request,
                                         const AdmissionLimits& limits);
   // NotFound: no such request of this tenant. Returns the state it had when it was terminal
-  // already, else kCancelled: the worker learns at its next step, the events end now.
+  // already, else kCancelled: the worker learns at its next step, the events end now. With
+  // `leaving`, the name of a gateway whose client left, a request that another gateway is told of
+  // goes on, and its state is returned.
   absl::StatusOr<RequestState> Cancel(absl::string_view request, absl::string_view tenant,
-                                      absl::string_view why);
+                                      absl::string_view why, absl::string_view leaving = "");
   // State, and up to `events_max` (<= 1024) events after `after_step`. NotFound as above.
   absl::StatusOr<RequestView> Events(absl::string_view request, absl::string_view tenant,
                                      int32_t after_step, int32_t events_max);

@@ -249,6 +249,17 @@ std::vector<Call> Calls() {
          return Words{"cancel", "r", "t", "client"};
        },
        "NOT_FOUND OK>cancelled OK>cancelled OK>cancelled ALREADY ALREADY ALREADY ALREADY"},
+      {"cancel because the client of its gateway left",
+       [](Cell&) {
+         return Words{"cancel", "r", "t", "client", "gw"};
+       },
+       "NOT_FOUND OK>cancelled OK>cancelled OK>cancelled ALREADY ALREADY ALREADY ALREADY"},
+      {"cancel because a client left while another gateway waits",
+       [](Cell& c) {
+         if (c.State() != "missing") c.Fcall({"attach", "r", "t", "0", "1", "gw2"});
+         return Words{"cancel", "r", "t", "client", "gw"};
+       },
+       "NOT_FOUND WATCHED WATCHED WATCHED ALREADY ALREADY ALREADY ALREADY"},
       {"cancel by another tenant",
        [](Cell&) {
          return Words{"cancel", "r", "other", "client"};
