@@ -876,6 +876,16 @@ absl::StatusOr<std::vector<RowReply>> Queue::HandBack(absl::string_view boot,
   return replies;
 }
 
+absl::Status Queue::Abandon(absl::string_view boot, absl::Span<const std::string> batches) {
+  for (size_t first = 0; first < batches.size(); first += kRowsPerCall) {
+    std::vector<std::string> args = {std::string(boot)};
+    const absl::Span<const std::string> part = batches.subspan(first, kRowsPerCall);
+    args.insert(args.end(), part.begin(), part.end());
+    CINNABAR_RETURN_IF_ERROR(Call("abandon", args).status());
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<BeatReply> Queue::Beat(absl::string_view boot, absl::string_view state,
                                       absl::Duration alive_for, absl::Duration lease_for,
                                       absl::Span<const std::string> batches) {

@@ -8,8 +8,8 @@
 //     | expired
 //
 // Who calls what: the gateway Enqueue, Cancel, Events, Attach; the leading scheduler Lead,
-// Dispatch, Refuse, Reap, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish, HandBack, Beat,
-// Leave; operators the rest.
+// Dispatch, Refuse, Reap, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish, HandBack,
+// Abandon, Beat, Leave; operators the rest.
 //
 // Safety: a scheduler is fenced by its epoch; a worker's writes by (boot, batch, attempt), where
 // `boot` names one start of one worker process and is never used again. Redis may lose acknowledged
@@ -137,6 +137,10 @@ class Queue {
   // Back to the queue without blame: drain, no memory. kStale: it is not this worker's any more.
   absl::StatusOr<std::vector<RowReply>> HandBack(absl::string_view boot,
                                                  absl::Span<const HandBackRow> rows);
+  // The device failed under these batches: what still runs of them goes back at the next Reap,
+  // which counts it as a crash of each, so that a request that breaks devices ends. Not beside a
+  // Publish or Beat that renews them.
+  absl::Status Abandon(absl::string_view boot, absl::Span<const std::string> batches);
   // Registers `state` (<= 64 KiB) for `alive_for`, and renews `batches`. Not while the device
   // hangs.
   absl::StatusOr<BeatReply> Beat(absl::string_view boot, absl::string_view state,

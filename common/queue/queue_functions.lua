@@ -790,6 +790,19 @@ local function hand_back(K, A)
   return reply
 end
 
+-- boot bid... -> OK 0.  The device failed under these batches: their leases end now, and the next reap
+-- blames what still runs of them as it does after a crash.
+local function abandon(K, A)
+  local c = begin(K)
+  local boot = name(A[1], 'boot')
+  if #A < 2 or #A - 1 > PACK_ROWS_MAX then bad('batches') end
+  for i = 2, #A do name(A[i], 'bid') end
+  for i = 2, #A do
+    if call('HGET', c.P .. 'b:' .. A[i], '@w') == boot then call('ZADD', c.P .. 'lease', 'XX', 1, A[i]) end
+  end
+  return {'OK', 0}
+end
+
 -- boot ttl_ms lease_ms state bid... -> OK 0 drain(0|1) lost_bid... | WORKERS_FULL 0 n
 -- Registers the worker and renews the batches it owns: for a worker whose step takes longer than a
 -- lease. It must stop calling while its device hangs.
@@ -992,6 +1005,7 @@ register('start', start, 'allow-oom')
 register('progress', progress, 'allow-oom')
 register('finish', finish, 'allow-oom')
 register('hand_back', hand_back, 'allow-oom')
+register('abandon', abandon, 'allow-oom')
 register('beat', beat, 'allow-oom')
 register('leave', leave, 'allow-oom')
 register('drain', drain, 'allow-oom')

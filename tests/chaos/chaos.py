@@ -423,7 +423,10 @@ class Nemesis:
 
         reviver = threading.Thread(target=revive, daemon=True)
         reviver.start()
+        began = time.monotonic()
         client.whole(seen, Profile(name, POISONS[name], 16, 16))
+        if time.monotonic() - began > PATIENCE / 2:
+            self.run.harness_errors.append(f"{name} was not given up")
         reviver_stop.set()
         reviver.join()
         for worker in self.cluster.workers:

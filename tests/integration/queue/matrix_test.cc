@@ -298,6 +298,23 @@ std::vector<Call> Calls() {
          return c.Reap(c.StaleEpoch());
        },
        "STALE_EPOCH"},
+      {"abandon",
+       [](Cell&) {
+         return Words{"abandon", "w1", "b1"};
+       },
+       "OK"},
+      {"reap what was abandoned",
+       [](Cell& c) {
+         c.Fcall({"abandon", "w1", "b1"});
+         return c.Reap(c.Epoch());
+       },
+       "OK OK OK OK>queued OK OK OK OK"},
+      {"reap what another abandoned",
+       [](Cell& c) {
+         c.Fcall({"abandon", "w2", "b1"});
+         return c.Reap(c.Epoch());
+       },
+       "OK"},
       {"beat", [](Cell&) { return Words{"beat", "w1", "10000", "10000", "state", "b1"}; }, "OK"},
       {"leave",
        [](Cell&) {
