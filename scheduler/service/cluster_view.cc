@@ -227,7 +227,7 @@ std::vector<PlanRequest> ClusterView::Waiting(absl::Time now, absl::Time& next) 
   return ready;
 }
 
-std::vector<WorkerState> ClusterView::Workers(absl::Time now) const {
+std::vector<WorkerState> ClusterView::Workers() const {
   std::vector<WorkerState> states;
   for (const auto& [lane, worker] : workers_) {
     const v1::WorkerStatus& status = worker.status;
@@ -254,7 +254,6 @@ std::vector<WorkerState> ClusterView::Workers(absl::Time now) const {
     }
     states.push_back(std::move(state));
   }
-  (void)now;
   return states;
 }
 

@@ -47,7 +47,7 @@ class ClusterView {
   // --- what PlanPacks needs
   // Those that may be dispatched now; `next` becomes the earliest time at which another may.
   std::vector<PlanRequest> Waiting(absl::Time now, absl::Time& next) const;
-  std::vector<WorkerState> Workers(absl::Time now) const;
+  std::vector<WorkerState> Workers() const;
   const CostModel& cost() const { return cost_; }
   ShareState& shares() { return shares_; }
 

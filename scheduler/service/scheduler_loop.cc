@@ -140,7 +140,7 @@ absl::Status SchedulerLoop::Plan(absl::Time now) {
   changed_ = false;
   absl::Time next = absl::InfiniteFuture();
   const std::vector<PlanRequest> waiting = view_.Waiting(now, next);
-  const std::vector<WorkerState> workers = view_.Workers(now);
+  const std::vector<WorkerState> workers = view_.Workers();
   const absl::Time begin = Now();
   ::cinnabar::Plan plan =
       PlanPacks(waiting, workers, view_.cost(), view_.shares(), options_.plan, now);
