@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -21,16 +22,19 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int32_t kChoicesMax = 128;
+constexpr size_t kDropAtOnce = 256;
 
 struct QueueFlags {
   ProgramFlags program;
   int32_t entries_max = 50;
+  bool drop = false;
   bool json = false;
 
   void Register(FlagSet& flags) {
     program.RegisterCluster(flags);
     flags.Section("Output");
     flags.Add("max", &entries_max, "N", "dead: so many of the newest");
+    flags.Add("drop", &drop, "dead: forget those that were printed; they can not run again");
     flags.Add("json", &json, "JSON: one object, for dead and for several requests one a line");
     flags.Examples(
         "An ID is the one of the reply (cmpl-req_..., chatcmpl-req_...) or of its x-request-id "
@@ -38,7 +42,8 @@ struct QueueFlags {
         "examples:\n"
         "  cinnabar queue stats --redis 127.0.0.1:6379\n"
         "  cinnabar queue show cmpl-req_632eb6949a68d2808babd7b135d9e53c\n"
-        "  cinnabar queue dead --max 10 --json\n");
+        "  cinnabar queue dead --max 10 --json\n"
+        "  cinnabar queue dead --max 100000 --json --drop >> dead_letters.jsonl\n");
   }
 };
 
@@ -114,6 +119,19 @@ absl::Status ShowDead(Queue& queue, const QueueFlags& flags) {
                 Printable(letter.why).c_str());
   }
   if (letters.empty() && !flags.json) std::puts("no dead letters");
+  if (!flags.drop || letters.empty()) return absl::OkStatus();
+  if (std::fflush(stdout) != 0)
+    return absl::DataLossError("stdout cannot be written; none forgotten");
+  int64_t num_dropped = 0;
+  for (size_t first = 0; first < letters.size(); first += kDropAtOnce) {
+    std::vector<std::string> positions;
+    for (size_t i = first; i < std::min(letters.size(), first + kDropAtOnce); ++i) {
+      positions.push_back(letters[i].position);
+    }
+    CINNABAR_ASSIGN_OR_RETURN(const int64_t dropped, queue.DropDeadLetters(positions));
+    num_dropped += dropped;
+  }
+  if (!flags.json) std::printf("%s forgotten\n", ShowWhole(num_dropped).c_str());
   return absl::OkStatus();
 }
 
@@ -196,6 +214,7 @@ absl::Status Run(const QueueFlags& flags, const std::vector<std::string>& words)
         absl::StrCat(words.empty() ? "say what" : absl::StrCat("no such word \"", verb, "\""),
                      ": stats, show ID, cancel ID or dead"));
   }
+  if (flags.drop && verb != "dead") return absl::InvalidArgumentError("--drop is for dead");
   if (flags.entries_max < 1 || flags.entries_max > 100'000) {
     return absl::InvalidArgumentError("--max: take 1 to 100000");
   }

@@ -45,6 +45,8 @@ struct Flags {
   int32_t redis_connections = 8;
   float deadline_seconds = 120;
   float drain_seconds = 20;
+  float retry_grace_seconds = 5;
+  float header_seconds = 5, body_seconds = 15, write_seconds = 30, idle_seconds = 60;
   int32_t body_kib = 1024;
   int32_t connections_max = 4096;
   int32_t connections_per_address_max = 1024;
@@ -90,6 +92,13 @@ struct Flags {
     flags.Section("Limits");
     flags.Add("deadline-seconds", &deadline_seconds, "S", "of requests that name none");
     flags.Add("drain-seconds", &drain_seconds, "S", "on SIGTERM, for replies under way");
+    flags.Add(
+        "retry-grace-seconds", &retry_grace_seconds, "S",
+        "a request with an Idempotency-Key runs on when its client is gone: it may try again");
+    flags.Add("header-seconds", &header_seconds, "S", "for a request's head, from its first byte");
+    flags.Add("body-seconds", &body_seconds, "S", "for its body");
+    flags.Add("write-seconds", &write_seconds, "S", "until a client that does not read is cut off");
+    flags.Add("idle-seconds", &idle_seconds, "S", "until an unused connection is closed");
     flags.Add("body-kib", &body_kib, "KIB", "largest request body");
     flags.Add("connections-max", &connections_max, "N", "open at once");
     flags.Add("connections-per-address-max", &connections_per_address_max, "N", "of one client");
@@ -195,7 +204,8 @@ absl::Status Serve(Flags flags) {
                                   .hub = hub,
                                   .models = *models,
                                   .metrics = gateway_metrics,
-                                  .deadline_default = absl::Seconds(flags.deadline_seconds)};
+                                  .deadline_default = absl::Seconds(flags.deadline_seconds),
+                                  .retry_grace = absl::Seconds(flags.retry_grace_seconds)};
   Caller open;
   open.limits.queue_requests_max = flags.queue_requests_max;
   open.limits.cost_max = static_cast<int64_t>(flags.token_steps_max);
@@ -220,6 +230,10 @@ absl::Status Serve(Flags flags) {
   options.certificate_file = flags.certificate;
   options.key_file = flags.key;
   options.limits.body_bytes_max = int64_t{flags.body_kib} << 10;
+  options.limits.header_timeout = absl::Seconds(flags.header_seconds);
+  options.limits.body_timeout = absl::Seconds(flags.body_seconds);
+  options.limits.write_timeout = absl::Seconds(flags.write_seconds);
+  options.limits.idle_timeout = absl::Seconds(flags.idle_seconds);
   options.limits.connections_max = flags.connections_max;
   options.limits.connections_per_address_max = flags.connections_per_address_max;
   options.error_body = ServerErrorBody;

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./deploy/install_packages.sh
-./tests/training/install.sh
+./tests/install_tools.sh
 run() {
   local preset=$1
   shift

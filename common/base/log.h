@@ -74,8 +74,7 @@ std::string FormatLogLine(const LogOptions& options, absl::Time now, LogLevel le
 bool LogEvery(absl::Duration period, LogLevel level, absl::string_view event,
               std::initializer_list<LogField> fields = {});
 
-// Lets an event through once in `period` and counts the others: for what repeats while something is
-// broken.
+// What LogEvery keeps of an event: lets it through once in `period` and counts the others.
 class LogLimiter {  // thread-safe
  public:
   explicit LogLimiter(absl::Duration period) : period_(period) {}

@@ -443,14 +443,17 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request,
                                    [&](const OutcomeName& each) { return each.code == code; });
   if (named == std::end(kOutcomes)) return Malformed("enqueue");
   result.outcome = named->outcome;
+  const auto read_rates = [&] {
+    for (RateRemaining* rate : {&result.requests, &result.tokens, &result.cost}) {
+      rate->remaining = reader.Integer();
+      rate->reset = reader.Milliseconds();
+    }
+  };
   switch (result.outcome) {
     case EnqueueOutcome::kAccepted:
       result.id = reader.Text();
       result.state = reader.Parsed(&ParseRequestState);
-      for (RateRemaining* rate : {&result.requests, &result.tokens, &result.cost}) {
-        rate->remaining = reader.Integer();
-        rate->reset = reader.Milliseconds();
-      }
+      read_rates();
       break;
     case EnqueueOutcome::kDuplicate:
       result.id = reader.Text();
@@ -470,6 +473,7 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request,
     case EnqueueOutcome::kRate:
       result.retry_after = reader.Milliseconds();
       result.detail = reader.Text();
+      read_rates();
       break;
   }
   if (!reader.ok()) return Malformed("enqueue");
@@ -477,17 +481,17 @@ absl::StatusOr<EnqueueResult> Queue::Enqueue(const EnqueueRequest& request,
 }
 
 absl::StatusOr<RequestState> Queue::Cancel(absl::string_view request, absl::string_view tenant,
-                                           absl::string_view why) {
-  CINNABAR_ASSIGN_OR_RETURN(
-      std::vector<RedisReply> elements,
-      Call("cancel", {std::string(request), std::string(tenant), std::string(why)}));
+                                           absl::string_view why, absl::string_view leaving) {
+  std::vector<std::string> args = {std::string(request), std::string(tenant), std::string(why)};
+  if (!leaving.empty()) args.emplace_back(leaving);
+  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements, Call("cancel", args));
   Reader reader(elements);
   const std::string code = reader.Text();
   if (code == "NOT_FOUND") return absl::NotFoundError(absl::StrCat("no request ", request));
   if (code == "OK") return RequestState::kCancelled;
   (void)reader.Integer();
   const RequestState state = reader.Parsed(&ParseRequestState);
-  if (code != "ALREADY" || !reader.ok()) return Malformed("cancel");
+  if ((code != "ALREADY" && code != "WATCHED") || !reader.ok()) return Malformed("cancel");
   return state;
 }
 
@@ -582,9 +586,16 @@ absl::Status Queue::Resign(absl::string_view me) {
 }
 
 absl::StatusOr<DispatchResult> Queue::Dispatch(int64_t epoch, const PackOrder& order) {
-  CINNABAR_ASSIGN_OR_RETURN(std::vector<RedisReply> elements,
-                            Call("dispatch", DispatchArgs(epoch, order)), "batch ", order.batch);
-  return ReadDispatch(elements, order.requests.size());
+  return std::move(DispatchAll(epoch, absl::MakeConstSpan(&order, 1))[0]);
+}
+
+bool Queue::PipelineAgain(const absl::Status& status, int32_t attempt) {
+  const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
+  const RedisRetryPolicy& retry = redis_.options().retry;
+  if (!again || attempt >= retry.attempts_max) return false;
+  if (absl::IsUnimplemented(status)) redis_.Close();  // the library went: greet again
+  redis_.environment().Sleep(RedisBackoff(retry, attempt + 1, redis_.environment().Uniform()));
+  return true;
 }
 
 std::vector<absl::StatusOr<DispatchResult>> Queue::DispatchAll(int64_t epoch,
@@ -611,11 +622,7 @@ std::vector<absl::StatusOr<DispatchResult>> Queue::DispatchAll(int64_t epoch,
       }();
       if (status.ok()) status = results[i].status();
     }
-    const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
-    if (!again || attempt >= redis_.options().retry.attempts_max) return results;
-    if (absl::IsUnimplemented(status)) redis_.Close();
-    redis_.environment().Sleep(
-        RedisBackoff(redis_.options().retry, attempt + 1, redis_.environment().Uniform()));
+    if (!PipelineAgain(status, attempt)) return results;
   }
 }
 
@@ -847,12 +854,7 @@ absl::StatusOr<PublishReply> Queue::Publish(absl::string_view boot, const Publis
       if (result.progress.size() != report.progress.size()) return Malformed("progress");
       return result;
     }
-    const bool again = absl::IsUnavailable(status) || absl::IsUnimplemented(status);
-    if (!again || attempt >= redis_.options().retry.attempts_max)
-      return internal::WithContext(status, "publish");
-    if (absl::IsUnimplemented(status)) redis_.Close();
-    redis_.environment().Sleep(
-        RedisBackoff(redis_.options().retry, attempt + 1, redis_.environment().Uniform()));
+    if (!PipelineAgain(status, attempt)) return internal::WithContext(status, "publish");
   }
 }
 
@@ -872,6 +874,16 @@ absl::StatusOr<std::vector<RowReply>> Queue::HandBack(absl::string_view boot,
     if (!reader.ok()) return Malformed("hand_back");
   }
   return replies;
+}
+
+absl::Status Queue::Abandon(absl::string_view boot, absl::Span<const std::string> batches) {
+  for (size_t first = 0; first < batches.size(); first += kRowsPerCall) {
+    std::vector<std::string> args = {std::string(boot)};
+    const absl::Span<const std::string> part = batches.subspan(first, kRowsPerCall);
+    args.insert(args.end(), part.begin(), part.end());
+    CINNABAR_RETURN_IF_ERROR(Call("abandon", args).status());
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<BeatReply> Queue::Beat(absl::string_view boot, absl::string_view state,

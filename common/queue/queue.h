@@ -8,8 +8,8 @@
 //     | expired
 //
 // Who calls what: the gateway Enqueue, Cancel, Events, Attach; the leading scheduler Lead,
-// Dispatch, Refuse, Reap, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish, HandBack, Beat,
-// Leave; operators the rest.
+// Dispatch, Refuse, Reap, ScanWaiting, ReadFeed; a worker TakePack, Start, Publish, HandBack,
+// Abandon, Beat, Leave; operators the rest.
 //
 // Safety: a scheduler is fenced by its epoch; a worker's writes by (boot, batch, attempt), where
 // `boot` names one start of one worker process and is never used again. Redis may lose acknowledged
@@ -86,9 +86,11 @@ class Queue {
   absl::StatusOr<EnqueueResult> Enqueue(const EnqueueRequest& request,
                                         const AdmissionLimits& limits);
   // NotFound: no such request of this tenant. Returns the state it had when it was terminal
-  // already, else kCancelled: the worker learns at its next step, the events end now.
+  // already, else kCancelled: the worker learns at its next step, the events end now. With
+  // `leaving`, the name of a gateway whose client left, a request that another gateway is told of
+  // goes on, and its state is returned.
   absl::StatusOr<RequestState> Cancel(absl::string_view request, absl::string_view tenant,
-                                      absl::string_view why);
+                                      absl::string_view why, absl::string_view leaving = "");
   // State, and up to `events_max` (<= 1024) events after `after_step`. NotFound as above.
   absl::StatusOr<RequestView> Events(absl::string_view request, absl::string_view tenant,
                                      int32_t after_step, int32_t events_max);
@@ -135,6 +137,10 @@ class Queue {
   // Back to the queue without blame: drain, no memory. kStale: it is not this worker's any more.
   absl::StatusOr<std::vector<RowReply>> HandBack(absl::string_view boot,
                                                  absl::Span<const HandBackRow> rows);
+  // The device failed under these batches: what still runs of them goes back at the next Reap,
+  // which counts it as a crash of each, so that a request that breaks devices ends. Not beside a
+  // Publish or Beat that renews them.
+  absl::Status Abandon(absl::string_view boot, absl::Span<const std::string> batches);
   // Registers `state` (<= 64 KiB) for `alive_for`, and renews `batches`. Not while the device
   // hangs.
   absl::StatusOr<BeatReply> Beat(absl::string_view boot, absl::string_view state,
@@ -166,6 +172,8 @@ class Queue {
   absl::StatusOr<std::vector<RedisReply>> Call(absl::string_view function,
                                                absl::Span<const std::string> args);
   absl::StatusOr<std::vector<RedisReply>> Accept(absl::string_view function, RedisReply reply);
+  // Whether a pipeline that ended in `status` is to be sent once more; waits before it says so.
+  bool PipelineAgain(const absl::Status& status, int32_t attempt);
   absl::StatusOr<RequestView> ReadView(absl::string_view function, absl::string_view request,
                                        absl::Span<const std::string> args);
 

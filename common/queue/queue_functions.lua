@@ -7,7 +7,7 @@
 -- tag. A reply is an array: a code, the partition's change number (0: nothing changed), then values.
 -- 'v1' in the names is the layout of keys and replies; REVISION counts texts within one layout, all
 -- of which work with each other. Any edit of this file raises REVISION.
-local REVISION = 2
+local REVISION = 3
 local DIGEST = '@CINNABAR_QUEUE_DIGEST@'
 
 local PACK_ROWS_MAX = 256        -- rows of one pack
@@ -273,13 +273,28 @@ local function take(arrival, t, per_minute, burst, amount)
   return base + amount * unit
 end
 
+-- What three such buckets hold: appends (remaining reset_ms)x3, -1 0 for one without a limit. The
+-- limits are n[21] to n[26] of enqueue.
+local function append_rates(reply, arrivals, t, n)
+  for i = 1, 3 do
+    local per_minute, burst, left, reset = n[19 + 2 * i], n[20 + 2 * i], -1, 0
+    if per_minute > 0 then
+      left = math.max(math.floor(math.min(t - arrivals[i], 0) * per_minute / 60000 + burst), 0)
+      reset = math.max(math.ceil(arrivals[i] - t), 0)
+    end
+    reply[#reply + 1] = left
+    reply[#reply + 1] = reset
+  end
+  return reply
+end
+
 local ENQUEUE_ARGS = 30
 -- rid tenant class idempotency|'' digest | lp lg steps cost | deadline_ms keep_ms | gateway|'' tag hint payload
 --   replay(0|1) | cost_max queue_max tenant_requests_max tenant_cost_max
 --   | requests/min burst tokens/min burst cost/min burst | period budget_max price_in price_out
 --   -> OK lsn rid state (remaining reset_ms)x3 | DUPLICATE 0 rid state | MISMATCH 0 rid
 --    | OVERLOADED 0 cost | LEDGER_FULL 0 n | QUEUE_FULL 0 n | TENANT_REQUESTS 0 n | TENANT_COST 0 cost
---    | BUDGET 0 left | RATE 0 wait_ms what
+--    | BUDGET 0 left | RATE 0 wait_ms what (remaining reset_ms)x3
 local function enqueue(K, A)
   local c = begin(K)
   if #A ~= ENQUEUE_ARGS then bad('arity') end
@@ -333,9 +348,12 @@ local function enqueue(K, A)
     if n[28] > 0 and spend + lim[3] + price > n[28] then
       return {'BUDGET', 0, math.max(n[28] - spend - lim[3], 0)}
     end
+    local before = {lim[6], lim[7], lim[8]}
     for i = 1, 3 do
       local arrival, wait = take(lim[5 + i], t, n[19 + 2 * i], n[20 + 2 * i], amount[i])
-      if not arrival then return {'RATE', 0, wait, ({'requests', 'tokens', 'cost'})[i]} end
+      if not arrival then
+        return append_rates({'RATE', 0, wait, ({'requests', 'tokens', 'cost'})[i]}, before, t, n)
+      end
       lim[5 + i] = arrival
     end
   end
@@ -359,17 +377,7 @@ local function enqueue(K, A)
     call('PEXPIRE', key, IDEMPOTENCY_KEEP_MS)
   end
   announce(c, rid)
-  local reply = {'OK', c.lsn, rid, 'queued'}
-  for i = 1, 3 do
-    local per_minute, burst, left, reset = n[19 + 2 * i], n[20 + 2 * i], -1, 0
-    if per_minute > 0 then
-      left = math.max(math.floor((t - lim[5 + i]) * per_minute / 60000 + burst), 0)
-      reset = math.max(math.ceil(lim[5 + i] - t), 0)
-    end
-    reply[#reply + 1] = left
-    reply[#reply + 1] = reset
-  end
-  return reply
+  return append_rates({'OK', c.lsn, rid, 'queued'}, {lim[6], lim[7], lim[8]}, t, n)
 end
 
 -- Scheduler. --------------------------------------------------------------------------------------
@@ -782,6 +790,19 @@ local function hand_back(K, A)
   return reply
 end
 
+-- boot bid... -> OK 0.  The device failed under these batches: their leases end now, and the next reap
+-- blames what still runs of them as it does after a crash.
+local function abandon(K, A)
+  local c = begin(K)
+  local boot = name(A[1], 'boot')
+  if #A < 2 or #A - 1 > PACK_ROWS_MAX then bad('batches') end
+  for i = 2, #A do name(A[i], 'bid') end
+  for i = 2, #A do
+    if call('HGET', c.P .. 'b:' .. A[i], '@w') == boot then call('ZADD', c.P .. 'lease', 'XX', 1, A[i]) end
+  end
+  return {'OK', 0}
+end
+
 -- boot ttl_ms lease_ms state bid... -> OK 0 drain(0|1) lost_bid... | WORKERS_FULL 0 n
 -- Registers the worker and renews the batches it owns: for a worker whose step takes longer than a
 -- lease. It must stop calling while its device hangs.
@@ -836,13 +857,39 @@ end
 
 -- Gateway. ----------------------------------------------------------------------------------------
 
--- rid tenant why -> OK lsn | ALREADY 0 state | NOT_FOUND.  Another tenant's request is not found.
+-- The gateways that are told of a request's events: `text`, oldest first, separated by commas.
+local function watch(c, rid, h, text)
+  call('HSET', c.P .. 'r:' .. rid, 'gw', text)
+  local row = h.st == 'running' and parse_row(call('HGET', c.P .. 'b:' .. h.bid, rid))
+  if row then
+    call('HSET', c.P .. 'b:' .. h.bid, rid, running_row(row.att, row.stp, row.steps, row.deadline, text, row.use))
+  end
+end
+
+local function others(watchers, gateway)
+  local left = {}
+  for watcher in string.gmatch(watchers, '[^,]+') do
+    if watcher ~= gateway then left[#left + 1] = watcher end
+  end
+  return left
+end
+
+-- rid tenant why [gateway] -> OK lsn | ALREADY 0 state | WATCHED 0 state | NOT_FOUND
+-- Another tenant's request is not found.
 local function cancel(K, A)
   local c = begin(K)
-  if #A ~= 3 or #A[3] > 256 then bad('arity or why') end
-  local h = call('HMGET', c.P .. 'r:' .. name(A[1], 'rid'), 'st', 'tn')
+  if #A < 3 or #A > 4 or #A[3] > 256 then bad('arity or why') end
+  local h = call('HMGET', c.P .. 'r:' .. name(A[1], 'rid'), 'st', 'tn', 'gw', 'bid')
   if not h[1] or h[2] ~= name(A[2], 'tenant') then return {'NOT_FOUND', 0} end
   if TERMINAL[h[1]] then return {'ALREADY', 0, h[1]} end
+  if A[4] then  -- this gateway's client left: the request lives on while another gateway waits for it
+    local left = others(h[3], name(A[4], 'gateway'))
+    if #left > 0 then
+      local text = table.concat(left, ',')
+      if text ~= h[3] then watch(c, A[1], {st = h[1], bid = h[4]}, text) end
+      return {'WATCHED', 0, h[1]}
+    end
+  end
   settle(c, A[1], 'cancelled', A[3], nil, '')
   flush(c)
   return {'OK', c.lsn}
@@ -885,20 +932,11 @@ local function attach(K, A)
   local h = call('HMGET', r, 'tn', 'st', 'gw', 'bid')
   if h[1] ~= tn then return {'NOT_FOUND', 0} end
   if not TERMINAL[h[2]] then
-    local watchers = {}
-    for watcher in string.gmatch(h[3], '[^,]+') do
-      if watcher ~= gateway then watchers[#watchers + 1] = watcher end
-    end
+    local watchers = others(h[3], gateway)
     watchers[#watchers + 1] = gateway
     while #watchers > WATCHERS_MAX do table.remove(watchers, 1) end
     local text = table.concat(watchers, ',')
-    if text ~= h[3] then
-      call('HSET', r, 'gw', text)
-      local row = h[2] == 'running' and parse_row(call('HGET', P .. 'b:' .. h[4], rid))
-      if row then
-        call('HSET', P .. 'b:' .. h[4], rid, running_row(row.att, row.stp, row.steps, row.deadline, text, row.use))
-      end
-    end
+    if text ~= h[3] then watch(c, rid, {st = h[2], bid = h[4]}, text) end
   end
   return read_events(c, rid, after, count)
 end
@@ -967,6 +1005,7 @@ register('start', start, 'allow-oom')
 register('progress', progress, 'allow-oom')
 register('finish', finish, 'allow-oom')
 register('hand_back', hand_back, 'allow-oom')
+register('abandon', abandon, 'allow-oom')
 register('beat', beat, 'allow-oom')
 register('leave', leave, 'allow-oom')
 register('drain', drain, 'allow-oom')

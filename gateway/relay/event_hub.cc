@@ -1,5 +1,6 @@
 #include "gateway/relay/event_hub.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -17,12 +18,25 @@ EventHub::~EventHub() {
 
 void EventHub::Add(const std::string& request, std::shared_ptr<EventInbox> inbox) {
   MutexLock lock(mu_);
-  inboxes_[request] = std::move(inbox);
+  Inboxes& inboxes = inboxes_[request];
+  if (std::find(inboxes.begin(), inboxes.end(), inbox) == inboxes.end()) {
+    inboxes.push_back(std::move(inbox));
+  }
 }
 
-void EventHub::Remove(const std::string& request) {
+void EventHub::Remove(const std::string& request, const EventInbox* inbox) {
   MutexLock lock(mu_);
-  inboxes_.erase(request);
+  const auto found = inboxes_.find(request);
+  if (found == inboxes_.end()) return;
+  Inboxes& inboxes = found->second;
+  const auto is_it = [inbox](const std::shared_ptr<EventInbox>& one) { return one.get() == inbox; };
+  inboxes.erase(std::remove_if(inboxes.begin(), inboxes.end(), is_it), inboxes.end());
+  if (inboxes.empty()) inboxes_.erase(found);
+}
+
+bool EventHub::Waited(const std::string& request) const {
+  MutexLock lock(mu_);
+  return inboxes_.contains(request);
 }
 
 EventHub::Counters EventHub::counters() const {
@@ -75,9 +89,11 @@ void EventHub::Route(std::vector<QueueEvent> events) {
       const auto found = inboxes_.find(event.request);
       if (found == inboxes_.end()) {
         ++counters_.strangers;
-      } else {
-        deliveries.emplace_back(found->second, std::move(event));
+        continue;
       }
+      const Inboxes& inboxes = found->second;
+      for (size_t i = 1; i < inboxes.size(); ++i) deliveries.emplace_back(inboxes[i], event);
+      deliveries.emplace_back(inboxes[0], std::move(event));
     }
   }
   for (auto& [inbox, event] : deliveries) inbox->Deliver(std::move(event));
@@ -88,7 +104,9 @@ void EventHub::ResyncAll() {
   {
     MutexLock lock(mu_);
     inboxes.reserve(inboxes_.size());
-    for (const auto& [request, inbox] : inboxes_) inboxes.push_back(inbox);
+    for (const auto& [request, of_request] : inboxes_) {
+      inboxes.insert(inboxes.end(), of_request.begin(), of_request.end());
+    }
   }
   for (const std::shared_ptr<EventInbox>& inbox : inboxes) inbox->Resync();
 }

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/inlined_vector.h"
 #include "common/base/mutex.h"
 #include "common/queue/queue.h"
 
@@ -33,8 +34,10 @@ class EventHub {
   EventHub(const EventHub&) = delete;
 
   const std::string& gateway() const { return gateway_; }
+  // A request may have several inboxes: retries of one idempotency key. Adding one twice is once.
   void Add(const std::string& request, std::shared_ptr<EventInbox> inbox);
-  void Remove(const std::string& request);
+  void Remove(const std::string& request, const EventInbox* inbox);
+  bool Waited(const std::string& request) const;  // whether it has an inbox
 
   struct Counters {
     int64_t events = 0;
@@ -55,7 +58,8 @@ class EventHub {
   const std::string gateway_;
   std::atomic<bool> stopping_ = false;
   mutable Mutex mu_;  // leaf: inboxes are called without it
-  absl::flat_hash_map<std::string, std::shared_ptr<EventInbox>> inboxes_ ABSL_GUARDED_BY(mu_);
+  using Inboxes = absl::InlinedVector<std::shared_ptr<EventInbox>, 1>;
+  absl::flat_hash_map<std::string, Inboxes> inboxes_ ABSL_GUARDED_BY(mu_);
   Counters counters_ ABSL_GUARDED_BY(mu_);
   std::thread thread_;
 };

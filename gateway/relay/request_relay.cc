@@ -47,14 +47,14 @@ class RequestRelay::Inbox : public EventInbox {
 };
 
 RequestRelay::RequestRelay(asio::any_io_executor io, QueueExecutor& executor, EventHub& hub)
-    : executor_(executor), hub_(hub), inbox_(std::make_shared<Inbox>(std::move(io))) {}
+    : io_(io), executor_(executor), hub_(hub), inbox_(std::make_shared<Inbox>(std::move(io))) {}
 
 RequestRelay::~RequestRelay() {
   for (Choice& choice : choices_) Forget(choice);
 }
 
 void RequestRelay::Forget(Choice& choice) {
-  if (!choice.id.empty()) hub_.Remove(choice.id);
+  if (!choice.id.empty()) hub_.Remove(choice.id, inbox_.get());
   choice.payload.reset();
 }
 
@@ -68,7 +68,7 @@ asio::awaitable<absl::StatusOr<EnqueueResult>> RequestRelay::Enqueue(EnqueueRequ
   };
   absl::StatusOr<EnqueueResult> result = co_await executor_.Run<EnqueueResult>(enqueue);
   if (!result.ok() || result->outcome != EnqueueOutcome::kAccepted) {
-    hub_.Remove(request.id);
+    hub_.Remove(request.id, inbox_.get());
     if (!result.ok()) {
       // It may have been accepted all the same: what nobody waits for must not run.
       executor_.Post([id = request.id, tenant = request.tenant](
@@ -99,7 +99,7 @@ asio::awaitable<absl::Status> RequestRelay::Attach(std::string request, std::str
   };
   absl::StatusOr<RequestView> view = co_await executor_.Run<RequestView>(attach);
   if (!view.ok()) {
-    hub_.Remove(request);
+    hub_.Remove(request, inbox_.get());
     co_return view.status();
   }
   Choice choice;
@@ -161,7 +161,7 @@ asio::awaitable<absl::Status> RequestRelay::Replay(int32_t index) {
   Choice& choice = choices_[index];
   if (result->id != choice.id) {
     // Another gateway enqueued it under its own id meanwhile (the same idempotency key).
-    hub_.Remove(choice.id);
+    hub_.Remove(choice.id, inbox_.get());
     choice.id = result->id;
     hub_.Add(choice.id, inbox_);
   }
@@ -212,8 +212,25 @@ void RequestRelay::Cancel(int32_t index, const std::string& why) {
   Forget(choice);
 }
 
-void RequestRelay::CancelAll(const std::string& why) {
-  for (int32_t i = 0; i < num_choices(); ++i) Cancel(i, why);
+void RequestRelay::Leave(const std::string& why, absl::Duration grace) {
+  for (Choice& choice : choices_) {
+    if (choice.order.done()) continue;
+    const auto leave = [&executor = executor_, &hub = hub_, id = choice.id, tenant = choice.tenant,
+                        why] {
+      if (hub.Waited(id)) return;
+      executor.Post([id, tenant, why, gateway = hub.gateway()](
+                        Queue& queue) { (void)queue.Cancel(id, tenant, why, gateway).ok(); },
+                    /*must=*/true);
+    };
+    choice.order.Close();
+    Forget(choice);
+    if (grace <= absl::ZeroDuration()) {
+      leave();
+      continue;
+    }
+    auto timer = std::make_shared<asio::steady_timer>(io_, absl::ToChronoNanoseconds(grace));
+    timer->async_wait([timer, leave](const boost::system::error_code&) { leave(); });
+  }
 }
 
 bool RequestRelay::finished() const {

@@ -53,9 +53,11 @@ class RequestRelay {
   void Interrupt();
   bool interrupted() const;
 
-  // Ends the choice (or all) in the queue, without waiting.
+  // Ends the choice in the queue, without waiting, whoever else waits for it.
   void Cancel(int32_t choice, const std::string& why);
-  void CancelAll(const std::string& why);
+  // Waits for no choice any more. Those that nobody else waits for, here or at another gateway, are
+  // ended in the queue: at once, or for a client that may come back when `grace` has passed.
+  void Leave(const std::string& why, absl::Duration grace);
 
   int32_t num_choices() const { return static_cast<int32_t>(choices_.size()); }
   bool finished() const;  // every choice had its last event
@@ -78,6 +80,7 @@ class RequestRelay {
   void Accept(QueueEvent event);
   void Forget(Choice& choice);
 
+  const asio::any_io_executor io_;
   QueueExecutor& executor_;
   EventHub& hub_;
   std::shared_ptr<Inbox> inbox_;

@@ -69,12 +69,9 @@ absl::Status ClusterWatch::Look(Queue& queue) {
 void ClusterWatch::Watch() {
   RedisClient redis(redis_);
   Queue queue(redis, queue_);
-  LogLimiter limiter(absl::Seconds(5));
   while (!stopping_) {
     if (const absl::Status status = Look(queue); !status.ok()) {
-      if (const int64_t held = limiter.Admit(absl::Now()); held >= 0) {
-        Log(LogLevel::kWarn, "redis_failed", {{"error", status.ToString()}, {"repeated", held}});
-      }
+      LogEvery(absl::Seconds(5), LogLevel::kWarn, "redis_failed", {{"error", status}});
     }
     const absl::Time next = absl::Now() + every_;
     MutexLock lock(mu_);

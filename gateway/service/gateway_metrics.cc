@@ -32,7 +32,11 @@ GatewayMetrics::GatewayMetrics(Metrics& metrics)
       rejections_(metrics.AddCounter("cinnabar_admission_rejections_total",
                                      "Requests that were not admitted", {"reason", "class"})),
       tokens_(metrics.AddCounter("cinnabar_gateway_tokens_total", "Tokens of finished answers",
-                                 {"model", "direction"})),
+                                 {"model", "class", "direction"})),
+      device_seconds_(metrics.AddCounter("cinnabar_request_device_seconds_total",
+                                         "Device time of finished answers: their share of each "
+                                         "step that they ran in",
+                                         {"model", "class"})),
       tenant_tokens_(metrics.AddCounter("cinnabar_tenant_tokens_total",
                                         "Tokens of finished answers, prompt and completion",
                                         {"tenant"})),
@@ -100,11 +104,12 @@ void GatewayMetrics::ChoiceDone(absl::string_view model, RequestClass request_cl
     tokens_per_forward_.With({model}).Observe(static_cast<double>(usage.tokens_committed) /
                                               static_cast<double>(usage.forwards));
   }
-  tokens_.With({model, "input"}).Increment(static_cast<double>(usage.prompt_tokens));
-  tokens_.With({model, "output"}).Increment(static_cast<double>(usage.completion_tokens));
+  tokens_.With({model, name, "input"}).Increment(static_cast<double>(usage.prompt_tokens));
+  tokens_.With({model, name, "output"}).Increment(static_cast<double>(usage.completion_tokens));
   tenant_tokens_.With({tenant}).Increment(
       static_cast<double>(usage.prompt_tokens + usage.completion_tokens));
   tenant_dollars_.With({tenant}).Increment(usage.price_dollars);
+  device_seconds_.With({model, name}).Increment(absl::ToDoubleSeconds(usage.device));
   revenue_.With({model, name}).Increment(usage.price_dollars);
 }
 

@@ -47,6 +47,7 @@ class GatewayMetrics {
   HistogramFamily& tokens_per_forward_;
   CounterFamily& rejections_;
   CounterFamily& tokens_;
+  CounterFamily& device_seconds_;
   CounterFamily& tenant_tokens_;
   CounterFamily& tenant_dollars_;
   CounterFamily& revenue_;

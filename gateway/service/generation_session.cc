@@ -100,6 +100,7 @@ asio::awaitable<std::optional<ApiError>> GenerationSession::Begin(GenerationRequ
   request_ = std::move(request);
   tenant_ = caller.tenant;
   request_id_ = options.request_id;
+  may_come_back_ = !options.idempotency_key.empty();
   request_class_ = ClassFor(ToRequestClass(request_.priority), caller);
   warnings_ = request_.warnings;
   const absl::StatusOr<ModelDirectory::Entry> entry = context_.models.Find(request_.model);
@@ -165,12 +166,15 @@ asio::awaitable<std::optional<ApiError>> GenerationSession::Admit(const Caller& 
     const bool taken = result.ok() && (result->outcome == EnqueueOutcome::kAccepted ||
                                        result->outcome == EnqueueOutcome::kDuplicate);
     if (!taken) {
-      relay_.CancelAll("not_admitted");
+      relay_.Leave("not_admitted", absl::ZeroDuration());
       if (!result.ok()) {
         context_.metrics.Rejected("queue", request_class_);
         co_return QueueError(result.status(), options.wait_estimate);
       }
       const ApiError error = RefusalError(*result, options.wait_estimate);
+      if (result->outcome == EnqueueOutcome::kRate) {
+        rate_limit_headers_ = RateLimitHeaders(caller, *result);
+      }
       context_.metrics.Rejected(error.code, request_class_);
       co_return error;
     }
@@ -212,7 +216,7 @@ asio::awaitable<ApiResult<std::optional<SessionOutput>>> GenerationSession::Next
     if (finished()) co_return Result(std::optional<SessionOutput>());
     absl::StatusOr<std::optional<RelayEvent>> event = co_await relay_.Next(until);
     if (!event.ok()) {
-      relay_.CancelAll("gateway_lost_it");
+      relay_.Leave("gateway_lost_it", absl::ZeroDuration());
       co_return Result(QueueError(event.status(), absl::Seconds(2)));
     }
     if (!event->has_value()) co_return Result(std::optional<SessionOutput>());
@@ -221,7 +225,7 @@ asio::awaitable<ApiResult<std::optional<SessionOutput>>> GenerationSession::Next
     ApiResult<SessionOutput> output =
         told.final_state.has_value() ? End(index, told) : Progress(index, told);
     if (!output.ok()) {
-      relay_.CancelAll("sibling_failed");
+      relay_.Leave("sibling_failed", absl::ZeroDuration());
       co_return Result(output.error());
     }
     Choice& choice = choices_[index];
@@ -290,7 +294,9 @@ void GenerationSession::CloseChoice(int32_t index) {
   context_.metrics.ChoiceDone(model_->name, request_class_, tenant_, Usage(index));
 }
 
-void GenerationSession::Abandon(const std::string& why) { relay_.CancelAll(why); }
+void GenerationSession::Abandon(const std::string& why) {
+  relay_.Leave(why, may_come_back_ ? context_.retry_grace : absl::ZeroDuration());
+}
 
 bool GenerationSession::finished() const {
   return std::all_of(choices_.begin(), choices_.end(),

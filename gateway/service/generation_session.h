@@ -33,6 +33,8 @@ struct SessionContext {
   GatewayMetrics& metrics;
   absl::Duration deadline_default = absl::Seconds(120);
   absl::Duration keep = absl::Minutes(10);  // of a result, for Last-Event-ID and idempotency
+  // How long a request with an idempotency key runs on when its client is gone: it may try again.
+  absl::Duration retry_grace = absl::Seconds(5);
 };
 
 struct BeginOptions {
@@ -68,7 +70,8 @@ class GenerationSession {
   asio::awaitable<ApiResult<std::optional<SessionOutput>>> Next(absl::Time until);
 
   void Interrupt() { relay_.Interrupt(); }
-  // Ends what still runs: the client is gone.
+  // Ends what still runs and nobody else waits for: the client is gone. One that gave an
+  // idempotency key has retry_grace to come back.
   void Abandon(const std::string& why);
 
   bool finished() const;
@@ -127,6 +130,7 @@ class GenerationSession {
   std::vector<Choice> choices_;
   absl::Time begun_;
   bool first_seen_ = false;
+  bool may_come_back_ = false;
 };
 
 // "<request id>:<steps of choice 0>,<of choice 1>..." and back. InvalidArgument.

@@ -87,8 +87,10 @@ HttpRoutes::HttpRoutes(HttpRoutesOptions options, const SessionContext& context,
       ready_(std::move(ready)),
       metrics_(metrics) {}
 
-asio::awaitable<void> HttpRoutes::Refuse(const ApiError& error, HttpExchange& exchange) {
-  HttpResponse response = Json(error.http_status, ErrorBody(error), ErrorHeaders(error));
+asio::awaitable<void> HttpRoutes::Refuse(const ApiError& error, HttpExchange& exchange,
+                                         Headers headers) {
+  for (auto& header : ErrorHeaders(error)) headers.push_back(std::move(header));
+  HttpResponse response = Json(error.http_status, ErrorBody(error), std::move(headers));
   (void)co_await exchange.Respond(std::move(response));
 }
 
@@ -205,7 +207,8 @@ asio::awaitable<void> HttpRoutes::Generate(GenerationRequest::Endpoint endpoint,
   if (refused.has_value()) {
     exchange.OnClientGone(nullptr);
     count(ErrorOutcome(*refused));
-    co_await Refuse(*refused, exchange);
+    Headers limits = session.rate_limit_headers();
+    co_await Refuse(*refused, exchange, std::move(limits));
     co_return;
   }
   model = session.model().name;

@@ -43,7 +43,8 @@ class HttpRoutes {
                                       HttpExchange& exchange);
   asio::awaitable<void> Models(const std::string& id, const HttpRequest& request,
                                HttpExchange& exchange);
-  asio::awaitable<void> Refuse(const ApiError& error, HttpExchange& exchange);
+  asio::awaitable<void> Refuse(const ApiError& error, HttpExchange& exchange,
+                               std::vector<std::pair<std::string, std::string>> headers = {});
 
   const HttpRoutesOptions options_;
   const SessionContext& context_;

@@ -53,7 +53,7 @@ TenantIndex ClusterView::Tenant(const std::string& name) {
 
 void ClusterView::Add(const WaitingRequest& request) {
   v1::WorkHint hint;
-  if (!hint.ParseFromString(request.hint)) ++num_ignored_;  // planned as it can be
+  if (!hint.ParseFromString(request.hint)) ++num_unreadable_;  // planned as it can be
   if (static_cast<int64_t>(waiting_.size()) >= options_.waiting_max) return;
   PlanRequest plan;
   plan.id = request.sequence;
@@ -147,7 +147,7 @@ void ClusterView::SetWorkers(const std::vector<WorkerEntry>& workers, absl::Time
   for (const WorkerEntry& entry : workers) {
     v1::WorkerStatus status;
     if (!status.ParseFromString(entry.state) || status.worker().empty()) {
-      ++num_ignored_;
+      ++num_unreadable_;
       continue;
     }
     const std::string lane = status.worker();
@@ -227,7 +227,7 @@ std::vector<PlanRequest> ClusterView::Waiting(absl::Time now, absl::Time& next) 
   return ready;
 }
 
-std::vector<WorkerState> ClusterView::Workers(absl::Time now) const {
+std::vector<WorkerState> ClusterView::Workers() const {
   std::vector<WorkerState> states;
   for (const auto& [lane, worker] : workers_) {
     const v1::WorkerStatus& status = worker.status;
@@ -254,7 +254,6 @@ std::vector<WorkerState> ClusterView::Workers(absl::Time now) const {
     }
     states.push_back(std::move(state));
   }
-  (void)now;
   return states;
 }
 

@@ -47,7 +47,7 @@ class ClusterView {
   // --- what PlanPacks needs
   // Those that may be dispatched now; `next` becomes the earliest time at which another may.
   std::vector<PlanRequest> Waiting(absl::Time now, absl::Time& next) const;
-  std::vector<WorkerState> Workers(absl::Time now) const;
+  std::vector<WorkerState> Workers() const;
   const CostModel& cost() const { return cost_; }
   ShareState& shares() { return shares_; }
 
@@ -75,7 +75,8 @@ class ClusterView {
   std::array<ClassLoad, kNumClasses> LoadByClass(absl::Time now) const;
   int64_t num_waiting() const { return static_cast<int64_t>(waiting_.size()); }
   int64_t num_workers() const { return static_cast<int64_t>(workers_.size()); }
-  int64_t num_ignored() const { return num_ignored_; }  // hints that could not be read
+  // Hints of requests and states of workers, so far.
+  int64_t num_unreadable() const { return num_unreadable_; }
 
  private:
   struct Waiting_ {
@@ -110,7 +111,7 @@ class ClusterView {
   std::vector<std::string> model_names_;
   absl::flat_hash_map<std::string, TenantIndex> tenants_;
   int32_t next_worker_ = 1;
-  int64_t num_ignored_ = 0;
+  int64_t num_unreadable_ = 0;
 };
 
 }  // namespace cinnabar

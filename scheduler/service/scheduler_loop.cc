@@ -31,7 +31,6 @@ SchedulerLoop::SchedulerLoop(SchedulerOptions options, SchedulerMetrics& metrics
       boot_(options_.boot.empty() ? NewBoot() : options_.boot) {}
 
 void SchedulerLoop::Run() {
-  LogLimiter limiter(absl::Seconds(5));
   int32_t failures = 0;
   while (!stopping_) {
     const absl::Status status = Turn(options_.block_max);
@@ -40,9 +39,7 @@ void SchedulerLoop::Run() {
       if (!leading_) redis_.environment().Sleep(std::max(renew_at_ - Now(), kFollowerPause));
       continue;
     }
-    if (const int64_t held = limiter.Admit(Now()); held >= 0) {
-      Log(LogLevel::kWarn, "redis_failed", {{"error", status.ToString()}, {"repeated", held}});
-    }
+    LogEvery(absl::Seconds(5), LogLevel::kWarn, "redis_failed", {{"error", status}});
     redis_.environment().Sleep(RedisBackoff(options_.redis.retry, std::min(++failures + 1, 6),
                                             redis_.environment().Uniform()));
   }
@@ -143,7 +140,7 @@ absl::Status SchedulerLoop::Plan(absl::Time now) {
   changed_ = false;
   absl::Time next = absl::InfiniteFuture();
   const std::vector<PlanRequest> waiting = view_.Waiting(now, next);
-  const std::vector<WorkerState> workers = view_.Workers(now);
+  const std::vector<WorkerState> workers = view_.Workers();
   const absl::Time begin = Now();
   ::cinnabar::Plan plan =
       PlanPacks(waiting, workers, view_.cost(), view_.shares(), options_.plan, now);
@@ -252,7 +249,7 @@ void SchedulerLoop::Dispatched(const PlannedPack& pack, const PackOrder& order,
     }
   }
   if (taken.members.empty()) return;
-  metrics_.Dispatched(static_cast<int32_t>(taken.members.size()), pack.cost_token_steps);
+  metrics_.Dispatched(static_cast<int32_t>(taken.members.size()));
   view_.Dispatched(order.batch, taken, now);
 }
 

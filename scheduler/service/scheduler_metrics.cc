@@ -1,6 +1,7 @@
 #include "scheduler/service/scheduler_metrics.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "common/base/check.h"
 
@@ -47,6 +48,9 @@ SchedulerMetrics::SchedulerMetrics(Metrics& metrics)
       expired_(
           metrics.AddCounter("cinnabar_expired_requests_total", "Requests whose deadline passed")),
       redis_errors_(metrics.AddCounter("cinnabar_redis_errors_total", "Calls that failed")),
+      unreadable_(metrics.AddCounter(
+          "cinnabar_unreadable_records_total",
+          "Hints of requests and states of workers that could not be read: mixed versions?")),
       queue_requests_(metrics.AddGauge("cinnabar_queue_requests", "Requests that wait", {"class"})),
       queue_cost_(metrics.AddGauge("cinnabar_queue_cost_token_steps",
                                    "Token-steps of the requests that wait", {"class"})),
@@ -75,8 +79,7 @@ void SchedulerMetrics::Planned(absl::Duration took, const Plan& plan) {
   put_off_.With({}).Set(plan.num_put_off);
 }
 
-void SchedulerMetrics::Dispatched(int32_t rows, double token_steps) {
-  (void)token_steps;
+void SchedulerMetrics::Dispatched(int32_t rows) {
   pack_rows_.With({}).Observe(rows);
   packs_.With({}).Increment();
 }
@@ -108,12 +111,19 @@ void SchedulerMetrics::Show(const ClusterView& view, absl::Time now) {
     queue_cost_.With({name}).Set(static_cast<double>(load.token_steps));
     queue_oldest_.With({name}).Set(absl::ToDoubleSeconds(load.oldest));
   }
+  std::vector<GaugeSample> waiting, workers, wait;  // a model that went away leaves nothing behind
   for (const auto& [model, load] : view.LoadByModel()) {
-    model_waiting_.With({model}).Set(static_cast<double>(load.waiting));
-    model_workers_.With({model}).Set(static_cast<double>(load.workers));
-    model_wait_.With({model}).Set(load.device_seconds /
-                                  static_cast<double>(std::max<int64_t>(load.workers, 1)));
+    waiting.push_back({.values = {model}, .value = static_cast<double>(load.waiting)});
+    workers.push_back({.values = {model}, .value = static_cast<double>(load.workers)});
+    wait.push_back(
+        {.values = {model},
+         .value = load.device_seconds / static_cast<double>(std::max<int64_t>(load.workers, 1))});
   }
+  model_waiting_.Replace(waiting);
+  model_workers_.Replace(workers);
+  model_wait_.Replace(wait);
+  prometheus::Counter& unreadable = unreadable_.With({});
+  unreadable.Increment(static_cast<double>(view.num_unreadable()) - unreadable.Value());
 }
 
 }  // namespace cinnabar

@@ -19,7 +19,7 @@ class SchedulerMetrics {
 
   void Leading(bool leading);
   void Planned(absl::Duration took, const Plan& plan);
-  void Dispatched(int32_t rows, double token_steps);
+  void Dispatched(int32_t rows);
   void Verdict(DispatchVerdict verdict);
   void Refused(RefusalReason reason);
   void Reaped(const ReapResult& result);
@@ -38,6 +38,7 @@ class SchedulerMetrics {
   CounterFamily& dead_letters_;
   CounterFamily& expired_;
   CounterFamily& redis_errors_;
+  CounterFamily& unreadable_;
   GaugeFamily& queue_requests_;
   GaugeFamily& queue_cost_;
   GaugeFamily& queue_oldest_;

@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import random
+import resource
 import shutil
 import sys
 import threading
@@ -44,10 +45,9 @@ MUTANTS = {
 # Row of the failure matrix -> faults. Row 8, clients that leave, is always on.
 ROWS = {1: ["worker_kill", "worker_drain"], 2: ["worker_freeze"], 3: ["poison"], 4: ["poison"], 5: ["scheduler_kill"],
         6: ["scheduler_freeze"], 7: ["gateway_kill"], 8: [], 9: ["slow_reader"], 10: ["redis_kill", "redis_rewind"],
-        13: ["redis_full"], 14: ["redis_read_only"], 15: ["redis_freeze"], 16: ["redis_empty"], 17: ["functions_flushed"],
+        13: ["redis_full"], 14: ["disk_full"], 15: ["redis_freeze"], 16: ["redis_empty"], 17: ["functions_flushed"],
         18: ["gateway_cut", "network_slow", "network_reset"], 19: ["worker_cut"], 20: ["lost_replies"], 27: ["poison"],
         28: ["overload"]}
-BY_NAME_ONLY = {"redis_empty"}  # a promise that is not kept yet: README.md
 TRY_LATER = {"unavailable", "server_overloaded", "rate_limit_exceeded"}  # of an error inside a stream: it can be resumed
 
 
@@ -269,6 +269,10 @@ class Nemesis:
     def faults(self):
         return {name[6:]: getattr(self, name) for name in dir(self) if name.startswith("fault_")}
 
+    def aof(self):
+        folder = os.path.join(self.cluster.folder, "redis", "appendonlydir")
+        return os.path.join(folder, next(name for name in sorted(os.listdir(folder)) if name.endswith(".incr.aof")))
+
     def pick(self, processes):
         return self.random.choice(processes)
 
@@ -323,8 +327,7 @@ class Nemesis:
         self.cluster.wait_redis()
 
     def fault_redis_rewind(self):  # rows 10, 11: the last writes never reached the disk, a call is cut in its middle
-        folder = os.path.join(self.cluster.folder, "redis", "appendonlydir")
-        log = os.path.join(folder, next(name for name in sorted(os.listdir(folder)) if name.endswith(".incr.aof")))
+        log = self.aof()
         since, length = time.monotonic(), os.path.getsize(log)
         time.sleep(self.random.uniform(0.05, 0.5))
         self.cluster.redis.kill()
@@ -374,10 +377,15 @@ class Nemesis:
         time.sleep(2)
         redis_command(self.cluster.redis_port, "CONFIG", "SET", "maxmemory", 0)
 
-    def fault_redis_read_only(self):  # row 14's answer (MISCONF) without its disk: no write is taken
-        redis_command(self.cluster.redis_port, "CONFIG", "SET", "min-replicas-to-write", 1)
-        time.sleep(1.5)
-        redis_command(self.cluster.redis_port, "CONFIG", "SET", "min-replicas-to-write", 0)
+    def fault_disk_full(self):  # row 14: the log cannot grow; with everysec Redis answers MISCONF, with always it exits
+        size = os.path.getsize(self.aof()) + self.random.randrange(4096)  # somewhere within a call
+        for limit, seconds in ((size, 2), (resource.RLIM_INFINITY, 0)):
+            if self.cluster.redis.alive():
+                resource.prlimit(self.cluster.redis.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            time.sleep(seconds)
+        if not self.cluster.redis.alive():
+            self.cluster.redis.start()
+        self.cluster.wait_redis()
 
     def fault_redis_freeze(self):  # row 15
         self.freeze(self.cluster.redis, 3)
@@ -415,7 +423,10 @@ class Nemesis:
 
         reviver = threading.Thread(target=revive, daemon=True)
         reviver.start()
+        began = time.monotonic()
         client.whole(seen, Profile(name, POISONS[name], 16, 16))
+        if time.monotonic() - began > PATIENCE / 2:
+            self.run.harness_errors.append(f"{name} was not given up")
         reviver_stop.set()
         reviver.join()
         for worker in self.cluster.workers:
@@ -442,7 +453,7 @@ class Nemesis:
         faults = self.faults()
         if self.run.device != "null":
             faults.pop("poison")
-        names = [name for name in faults if name in names or (not names and name not in BY_NAME_ONLY)]
+        names = [name for name in faults if name in names or not names]
         order = []
         while time.monotonic() < until:
             if not order:

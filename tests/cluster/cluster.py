@@ -34,15 +34,17 @@ def free_port():
 class Process:
     """One program. Restarted with the same arguments by start()."""
 
-    def __init__(self, name, args, folder):
+    def __init__(self, name, args, folder, restore_signals=True):
         self.name = name
+        self.restore_signals = restore_signals
         self.args = args
         self.log_path = os.path.join(folder, name + ".log")
         self.child = None
 
     def start(self):
         with open(self.log_path, "ab") as log:
-            self.child = subprocess.Popen(self.args, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.child = subprocess.Popen(self.args, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                          restore_signals=self.restore_signals)
         return self
 
     @property
@@ -104,7 +106,8 @@ class Cluster:
             out.write("\n".join([
                 f"port {self.redis_port}", "bind 127.0.0.1", f"dir {data}", "appendonly yes",
                 f"appendfsync {appendfsync}", 'save ""', "maxmemory-policy noeviction", *redis_config]) + "\n")
-        self.redis = Process("redis", ["redis-server", config], self.folder)
+        # Signals stay as Python has them: a log that meets RLIMIT_FSIZE is a failed write then, not SIGXFSZ.
+        self.redis = Process("redis", ["redis-server", config], self.folder, restore_signals=False)
         self.schedulers = [self._program("cinnabar-scheduler", f"scheduler-{i}", [
             "--redis", self._redis_for("scheduler"), "--name", f"scheduler-{i}", "--metrics-listen", "127.0.0.1:0",
             *scheduler_args]) for i in range(schedulers)]

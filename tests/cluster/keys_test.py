@@ -113,6 +113,9 @@ class KeysTest(unittest.TestCase):
         self.assertIn("requests", reply["error"]["message"])
         wait = float(headers["retry-after"])
         self.assertLessEqual(wait, 4)
+        self.assertEqual(headers["x-ratelimit-limit-requests"], "20")
+        self.assertEqual(headers["x-ratelimit-remaining-requests"], "0")
+        self.assertRegex(headers["x-ratelimit-reset-requests"], r"^\d")
         time.sleep(wait)
         self.assertEqual(self.ask(key)[0], 200)  # it was honest
         # Another tenant is not concerned.

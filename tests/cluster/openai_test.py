@@ -2,6 +2,9 @@
 
 Run by ctest; alone: tests/cluster/with_client.sh tests/cluster/openai_test.py
 """
+import http.client
+import json
+import socket
 import threading
 import time
 import unittest
@@ -176,24 +179,43 @@ class OpenAiTest(unittest.TestCase):
         status, reply, _ = post(self.port, "/v1/completions", {**body, "max_tokens": 15}, headers)
         self.assertEqual((status, reply["error"]["code"]), (422, "idempotency_mismatch"))
 
+    def test_a_retry_after_a_broken_connection_attaches(self):
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 150, "seed": 8}
+        whole = post(self.port, "/v1/completions", body)[1]["choices"][0]["text"]
+        headers = {"idempotency-key": f"key-{time.time()}", "content-type": "application/json"}
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        link.request("POST", "/v1/completions", json.dumps({**body, "stream": True, "diffusing": True}), headers)
+        first = link.getresponse()
+        first.read(200)
+        request = first.getheader("cinnabar-request-id")
+        link.sock.shutdown(socket.SHUT_RDWR)  # gone in the middle, and the gateway sees it
+        link.close()
+        time.sleep(0.3)
+        events = list(stream(self.port, "/v1/completions", {**body, "stream": True, "diffusing": True}, headers))
+        self.assertEqual(events[-1][1]["choices"][0]["text"], whole)
+        self.assertTrue(events[-1][0].startswith(request), (request, events[-1][0]))
+
     def test_a_broken_stream_resumes(self):
         body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 48, "seed": 3}
         whole = post(self.port, "/v1/completions", body)[1]["choices"][0]["text"]
+        # The key says that the client comes back, so its leaving does not cancel at once.
         text, last = "", ""
-        for event_id, data in stream(self.port, "/v1/completions", body):
+        for event_id, data in stream(self.port, "/v1/completions", body, {"idempotency-key": f"key-{time.time()}"}):
             text += data["choices"][0]["text"]
             last = event_id
             if text:
                 break
-        # The client is gone, which cancels; with an idempotent follow-up nothing is lost if it was quick enough, so
-        # resume from a finished stream instead: all of it is kept.
+        self.assertTrue(last.startswith("req_"))
+        rest = "".join(data["choices"][0]["text"] for _, data in stream(
+            self.port, "/v1/completions", body, {"last-event-id": last}))
+        self.assertEqual(text + rest, whole)
+        # And as often as wanted from one that has ended, from any event.
         events = list(stream(self.port, "/v1/completions", body))
         half = len(events) // 2
         seen = "".join(data["choices"][0]["text"] for _, data in events[:half])
         rest = "".join(data["choices"][0]["text"] for _, data in stream(
             self.port, "/v1/completions", body, {"last-event-id": events[half - 1][0]}))
         self.assertEqual(seen + rest, whole)
-        self.assertTrue(last.startswith("req_"))
 
     def test_metrics_and_health(self):
         self.assertEqual(get(self.port, "/healthz")[0], 200)

@@ -234,11 +234,7 @@ bool Publisher::Send(Queue& queue) {
     if (reply.ok()) {
       Settle(report, *reply);
     } else {
-      const int64_t held = limiter_.Admit(queue.redis().environment().Now());
-      if (held >= 0) {
-        Log(LogLevel::kWarn, "publish_failed",
-            {{"error", reply.status().ToString()}, {"repeated", held}});
-      }
+      LogEvery(absl::Seconds(5), LogLevel::kWarn, "publish_failed", {{"error", reply.status()}});
     }
   }
   if (!away && !hand_back.empty()) {

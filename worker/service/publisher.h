@@ -89,7 +89,6 @@ class Publisher {
   const std::function<void(const RowLease&)> dropped_;
   mutable Mutex mu_;  // leaf: no call to Redis, and no callback, happens while it is held
   ConditionVariable changed_;
-  LogLimiter limiter_{absl::Seconds(5)};  // the sending thread's
   std::map<std::string, Row> rows_ ABSL_GUARDED_BY(mu_);
   PublisherCounters counters_ ABSL_GUARDED_BY(mu_);
   bool sending_ ABSL_GUARDED_BY(mu_) = false;

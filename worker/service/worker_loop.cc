@@ -74,7 +74,6 @@ bool WorkerLoop::WantsRows() {
 void WorkerLoop::Intake() {
   RedisClient redis(options_.redis, *options_.environment);
   Queue queue(redis, options_.queue);
-  LogLimiter limiter(absl::Seconds(5));
   while (!draining_) {
     if (!WantsRows()) {
       MutexLock lock(mu_);
@@ -83,9 +82,7 @@ void WorkerLoop::Intake() {
     }
     const absl::Status status = TakePack(queue, kTakeBlock);
     if (!status.ok()) {
-      if (const int64_t held = limiter.Admit(Now()); held >= 0) {
-        Log(LogLevel::kWarn, "take_failed", {{"error", status.ToString()}, {"repeated", held}});
-      }
+      LogEvery(absl::Seconds(5), LogLevel::kWarn, "take_failed", {{"error", status}});
       options_.environment->Sleep(absl::Milliseconds(200));
     }
   }
@@ -383,6 +380,10 @@ void WorkerLoop::HandBackRows(bool all) {
     (void)engine_->Remove(it->first).ok();
     it = active_.erase(it);
   }
+  HandBackIncoming();
+}
+
+void WorkerLoop::HandBackIncoming() {
   std::deque<Incoming> incoming;
   {
     MutexLock lock(mu_);
@@ -392,6 +393,17 @@ void WorkerLoop::HandBackRows(bool all) {
     HandBack({.lease = row.lease, .facts = row.plan.facts, .step = row.step, .solo = row.solo},
              row.plan.state);
   }
+}
+
+void WorkerLoop::AbandonRows() {
+  for (const auto& [id, row] : active_) {
+    abandoned_.insert(row.lease.batch);
+    metrics_.RowEnded("abandoned", row.step, 0);
+    MutexLock lock(mu_);
+    Release(row.lease, row.solo);
+  }
+  active_.clear();
+  HandBackIncoming();
 }
 
 void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
@@ -512,10 +524,11 @@ WorkerLoop::Turn WorkerLoop::Compute() {
   Log(LogLevel::kError, "device_failed",
       {{"error", status.ToString()}, {"in_a_row", ++device_failures_}});
   if (device_failures_ < kDeviceFailuresMax) return Turn::kStepped;
-  // Others may have a device that works; this process has not.
+  // Others may have a device that works; this process has not. Which row broke it nobody knows: all
+  // that ran are suspects.
   result_ = status;
   StopIntake();
-  HandBackRows(/*all=*/true);
+  AbandonRows();
   return Turn::kEnded;
 }
 
@@ -534,6 +547,13 @@ absl::Status WorkerLoop::Run() {
   stopping_ = true;
   beat_.NotifyAll();
   heartbeat_.join();
+  if (!abandoned_.empty()) {
+    RedisClient redis(options_.redis, *options_.environment);
+    Queue queue(redis, options_.queue);
+    const std::vector<std::string> batches(abandoned_.begin(), abandoned_.end());
+    // Without it their leases run out.
+    (void)queue.Abandon(options_.boot, batches).ok();
+  }
   return result_;
 }
 

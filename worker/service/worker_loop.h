@@ -116,6 +116,8 @@ class WorkerLoop {
   void HandBack(const Active& row, const SequenceState& state);
   // All rows, or those that will not end within drain_for; and what waits to join.
   void HandBackRows(bool all);
+  void HandBackIncoming();
+  void AbandonRows();
   void StopIntake();
   std::string Snapshot(const SequenceState& state) const;
   v1::WorkerStatus Status();
@@ -132,10 +134,11 @@ class WorkerLoop {
   StepReport report_;                                  // compute thread
   absl::Duration step_time_ = absl::Milliseconds(10);  // of the last step; compute thread
   int device_failures_ = 0;                            // in a row; compute thread
-  bool drained_ = false;                               // compute thread
-  absl::Time drain_until_ = absl::InfiniteFuture();    // compute thread
-  absl::Status result_;                                // compute thread
-  bool told_of_hang_ = false;                          // heartbeat
+  std::set<std::string> abandoned_;  // batches under which the device failed; compute thread
+  bool drained_ = false;             // compute thread
+  absl::Time drain_until_ = absl::InfiniteFuture();  // compute thread
+  absl::Status result_;                              // compute thread
+  bool told_of_hang_ = false;                        // heartbeat
 
   mutable Mutex mu_;           // leaf
   ConditionVariable changed_;  // rows came or left, or it drains

@@ -70,6 +70,17 @@ class RelayTest : public testing::Test {
     EXPECT_TRUE(result->ok()) << result->status();
     return (*result)->outcome;
   }
+  void Attach(RequestRelay& relay, const std::string& request) {
+    RunCoroutine(io_, [&]() -> asio::awaitable<void> {
+      std::string id = request;
+      const absl::Status status = co_await relay.Attach(std::move(id), "t");
+      EXPECT_TRUE(status.ok()) << status;
+    });
+  }
+  void PassGraces() {
+    io_.restart();
+    io_.run();
+  }
   // Events as "choice:step=data" until there are `count`, all have ended, or it takes too long.
   std::vector<std::string> Read(RequestRelay& relay, size_t count,
                                 absl::Duration timeout = absl::Seconds(10)) {
@@ -229,11 +240,37 @@ TEST_F(RelayTest, AnInterruptEndsTheWait) {
   EXPECT_TRUE(relay_->interrupted());
 }
 
+TEST_F(RelayTest, WhatAnotherWaitsForGoesOn) {
+  EXPECT_EQ(Enqueue(*relay_, Request("a")), EnqueueOutcome::kAccepted);
+  worker_->Start("a");
+  const auto second = MakeRelay();
+  Attach(*second, "a");
+  // Both are told at once, and the work goes on when the first leaves.
+  EXPECT_EQ(worker_->Step("a", 1, "x"), RowVerdict::kOk);
+  EXPECT_THAT(Read(*relay_, 1), testing::SizeIs(1));
+  EXPECT_THAT(Read(*second, 1), testing::SizeIs(1));
+  relay_->Leave("gone", absl::ZeroDuration());
+  EXPECT_EQ(worker_->Step("a", 2, "y"), RowVerdict::kOk);
+  const absl::Time begin = absl::Now();
+  EXPECT_THAT(Read(*second, 1), testing::SizeIs(1));
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(4));  // pushed, not looked up
+  // A client may come back within the grace.
+  second->Leave("gone", absl::Seconds(1));
+  const auto third = MakeRelay();
+  Attach(*third, "a");
+  PassGraces();
+  EXPECT_EQ(worker_->Step("a", 3, "z"), RowVerdict::kOk);
+  third->Leave("gone", absl::Milliseconds(200));
+  EXPECT_EQ(worker_->Step("a", 4, "z"), RowVerdict::kOk);
+  PassGraces();
+  EXPECT_TRUE(worker_->Becomes("a", "t", RequestState::kCancelled));
+}
+
 TEST_F(RelayTest, ACancelEndsTheWork) {
   EXPECT_EQ(Enqueue(*relay_, Request("a")), EnqueueOutcome::kAccepted);
   EXPECT_EQ(Enqueue(*relay_, Request("b")), EnqueueOutcome::kAccepted);
   worker_->Start("a");
-  relay_->CancelAll("gone");
+  relay_->Leave("gone", absl::ZeroDuration());
   EXPECT_TRUE(relay_->finished());
   EXPECT_TRUE(worker_->Becomes("a", "t", RequestState::kCancelled));
   EXPECT_TRUE(worker_->Becomes("b", "t", RequestState::kCancelled));

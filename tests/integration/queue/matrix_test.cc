@@ -46,7 +46,8 @@ class Cell {
     const RedisReply reply = Fcall(words);
     if (reply.elements.empty()) return "error";
     const std::string code = reply.elements[0].text;
-    const bool rows = words[0] == "progress" || words[0] == "hand_back" || words[0] == "dispatch";
+    const bool rows = words[0] == "progress" || words[0] == "hand_back" || words[0] == "dispatch" ||
+                      words[0] == "refuse";
     return code == "OK" && rows ? reply.elements[2].text : code;
   }
   std::string State() {
@@ -167,6 +168,26 @@ std::vector<Call> Calls() {
          return c.Dispatch(c.Epoch(), "b2");
        },
        "GONE EXPIRED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED"},
+      {"refuse",
+       [](Cell& c) {
+         return Words{"refuse", c.Epoch(), "too late", "r"};
+       },
+       "GONE OK>cancelled NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED"},
+      {"refuse what was cancelled so",
+       [](Cell& c) {
+         return Words{"refuse", c.Epoch(), "client", "r"};
+       },
+       "GONE OK>cancelled NOT_QUEUED NOT_QUEUED NOT_QUEUED NOT_QUEUED OK NOT_QUEUED"},
+      {"refuse by a deposed leader",
+       [](Cell& c) {
+         return Words{"refuse", c.StaleEpoch(), "too late", "r"};
+       },
+       "STALE_EPOCH"},
+      {"forget a dead letter",
+       [](Cell&) {
+         return Words{"dlq_drop", "1-1"};
+       },
+       "OK"},
       {"start",
        [](Cell&) {
          return Words{"start", "w1", "b1", "10000"};
@@ -228,6 +249,17 @@ std::vector<Call> Calls() {
          return Words{"cancel", "r", "t", "client"};
        },
        "NOT_FOUND OK>cancelled OK>cancelled OK>cancelled ALREADY ALREADY ALREADY ALREADY"},
+      {"cancel because the client of its gateway left",
+       [](Cell&) {
+         return Words{"cancel", "r", "t", "client", "gw"};
+       },
+       "NOT_FOUND OK>cancelled OK>cancelled OK>cancelled ALREADY ALREADY ALREADY ALREADY"},
+      {"cancel because a client left while another gateway waits",
+       [](Cell& c) {
+         if (c.State() != "missing") c.Fcall({"attach", "r", "t", "0", "1", "gw2"});
+         return Words{"cancel", "r", "t", "client", "gw"};
+       },
+       "NOT_FOUND WATCHED WATCHED WATCHED ALREADY ALREADY ALREADY ALREADY"},
       {"cancel by another tenant",
        [](Cell&) {
          return Words{"cancel", "r", "other", "client"};
@@ -266,6 +298,23 @@ std::vector<Call> Calls() {
          return c.Reap(c.StaleEpoch());
        },
        "STALE_EPOCH"},
+      {"abandon",
+       [](Cell&) {
+         return Words{"abandon", "w1", "b1"};
+       },
+       "OK"},
+      {"reap what was abandoned",
+       [](Cell& c) {
+         c.Fcall({"abandon", "w1", "b1"});
+         return c.Reap(c.Epoch());
+       },
+       "OK OK OK OK>queued OK OK OK OK"},
+      {"reap what another abandoned",
+       [](Cell& c) {
+         c.Fcall({"abandon", "w2", "b1"});
+         return c.Reap(c.Epoch());
+       },
+       "OK"},
       {"beat", [](Cell&) { return Words{"beat", "w1", "10000", "10000", "state", "b1"}; }, "OK"},
       {"leave",
        [](Cell&) {
@@ -385,7 +434,9 @@ TEST_F(MatrixTest, BadArgumentsChangeNothing) {
         Words{"progress", "w1", "1000", "r", "b1", "1", "3", "1 1 1", "", ""},
         Words{"finish", "w1", "r", "b1", "1", "2", "expired", "0 0 0 0", "", ""},
         Words{"dispatch", "1", "b", "any", "1", "1", "info"}, Words{"hand_back", "w1"},
-        Words{"ledger_ack", "what"}, Words{"start", "w 1", "b1", "1"}, Words{"lead", "", "1"}}) {
+        Words{"ledger_ack", "what"}, Words{"refuse", "1", "why"}, Words{"refuse", "1", "", "r"},
+        Words{"dlq_drop"}, Words{"dlq_drop", "1"}, Words{"start", "w 1", "b1", "1"},
+        Words{"lead", "", "1"}}) {
     Words all = {"FCALL", absl::StrCat("cinnabar_v1_", words[0]), "1", cell.prefix()};
     all.insert(all.end(), words.begin() + 1, words.end());
     const std::vector<absl::string_view> views(all.begin(), all.end());

@@ -110,6 +110,36 @@ class QueueTest : public testing::Test {
 };
 RedisServer* QueueTest::server_ = nullptr;
 
+TEST_F(QueueTest, WhatIsRefusedCostsNothing) {
+  EnqueueRequest request = Request("r1");
+  request.input_price_microdollars = 10;
+  request.output_price_microdollars = 100;
+  EXPECT_EQ(Enqueue(request), EnqueueOutcome::kAccepted);
+  request.id = "r2";
+  EXPECT_EQ(Enqueue(request), EnqueueOutcome::kAccepted);
+  // Both ran for a step, so that there is something to pay for.
+  const std::vector<StartedRow> rows = Run("w1", "b1", {"r1", "r2"});
+  ASSERT_EQ(rows.size(), 2U);
+  for (const StartedRow& row : rows) {
+    EXPECT_THAT(Publish("w1", {Step(row.lease, 1)}), ElementsAre(RowVerdict::kOk));
+    ASSERT_TRUE(queue_->HandBack("w1", {{{.lease = row.lease, .snapshot_step = 0}}}).ok());
+  }
+  const auto refused = queue_->Refuse(epoch_, "too late", std::vector<std::string>{"r1", "gone"});
+  ASSERT_TRUE(refused.ok()) << refused.status();
+  EXPECT_FALSE(refused->stale_epoch);
+  EXPECT_THAT(refused->rows, ElementsAre(DispatchVerdict::kOk, DispatchVerdict::kGone));
+  EXPECT_EQ(*queue_->Cancel("r2", "t", "by its client"), RequestState::kCancelled);
+  const auto ledger = queue_->ReadLedger("0", 10);
+  ASSERT_TRUE(ledger.ok() && ledger->size() == 2) << ledger.status();
+  EXPECT_EQ((*ledger)[0].charge_microdollars, 0);
+  EXPECT_GE((*ledger)[1].charge_microdollars, 10);  // who cancels pays for what it had
+  const auto view = queue_->Events("r1", "t", 0, 10);
+  ASSERT_TRUE(view.ok()) << view.status();
+  EXPECT_EQ(view->state, RequestState::kCancelled);
+  EXPECT_EQ(view->why, "too late");
+  EXPECT_TRUE(queue_->Refuse(epoch_ - 1, "too late", std::vector<std::string>{"r1"})->stale_epoch);
+}
+
 TEST_F(QueueTest, ALifeFromTheGatewayToTheLedger) {
   RedisClient listener(server_->client_options());
   ASSERT_TRUE(listener.Subscribe({queue_->EventChannel("g1")}).ok());

@@ -40,7 +40,6 @@ struct SimReport {
   int32_t done = 0, cancelled = 0, expired = 0;
   int32_t kills = 0, freezes = 0, drains = 0, outages = 0, rewinds = 0;
   int32_t replays = 0;  // enqueued again by a gateway
-  int32_t resumed = 0;  // attempts that began at a step > 0
 };
 
 // `redis` is reset. `edit`: a broken queue.
