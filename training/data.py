@@ -28,16 +28,27 @@ class Sample:
         self.canvas_end = canvas_end
 
 
+def in_blocks(sample, block_length, eos):
+    """The sample lengthened to whole blocks; what is added belongs to the canvas."""
+    extra = -len(sample.ids) % block_length
+    end = len(sample.ids) + extra
+    return Sample(sample.ids + [eos] * extra, sample.maskable + list(range(len(sample.ids), end)), sample.weight, sample.text_end, end)
+
+
 class Corpus:
     """Functions of real packages and of the synthetic domain, cut into tasks."""
 
-    def __init__(self, path, tokenizer_path, length_max=128, synthetic_share=0.4, rename=0.4, tasks=None):
+    def __init__(self, path, tokenizer_path, length_max=128, synthetic_share=0.4, rename=0.4, tasks=None, block_length=0, bos=BOS,
+                 eos=EOS):
+        """block_length > 0: samples are whole blocks, filled with <eos>, and gaps reach to the end (nothing after a block is seen)."""
         from tokenizers import Tokenizer
         self.tokenizer = Tokenizer.from_file(str(tokenizer_path))
         self.length_max = length_max
         self.synthetic_share = synthetic_share
         self.rename = rename
-        self.tasks = tasks or {"whole": 0.25, "span": 0.45, "body": 0.15, "names": 0.15}
+        self.block_length, self.bos, self.eos = block_length, bos, eos
+        self.tasks = tasks or ({"whole": 0.6, "body": 0.4} if block_length else
+                               {"whole": 0.25, "span": 0.45, "body": 0.15, "names": 0.15})
         self.functions = []
         pool = {}
         for line in open(path, encoding="utf-8"):
@@ -99,6 +110,8 @@ class Corpus:
         while True:
             text, body = self.function(rng)
             made = self.task(text, body, rng)
+            if made is not None and self.block_length:
+                made = in_blocks(made, self.block_length, self.eos)
             if made is not None and len(made.ids) <= self.length_max:
                 return made
 
@@ -109,19 +122,19 @@ class Corpus:
             if pick < 0:
                 break
         if kind == "whole":
-            ids = [BOS] + self.encode(text)
+            ids = [self.bos] + self.encode(text)
             end = len(ids)
-            ids += [EOS] * (1 + rng.choice([0, 0, 2, 4, 8, 16]))
+            ids += [self.eos] * (1 + rng.choice([0, 0, 2, 4, 8, 16]))
             return Sample(ids, list(range(1, len(ids))), 1.0, end, len(ids))
         if kind == "body":
-            prefix = [BOS] + self.encode(text[:body])
+            prefix = [self.bos] + self.encode(text[:body])
             middle = self.encode(text[body:])
             extra = 1 + rng.randrange(24)
-            ids = prefix + middle + [EOS] * extra
+            ids = prefix + middle + [self.eos] * extra
             end = len(prefix) + len(middle)
             return Sample(ids, list(range(len(prefix), len(ids))), 1.0, end, len(ids))
         if kind == "names":
-            ids = [BOS] + self.encode(text)
+            ids = [self.bos] + self.encode(text)
             seen, again = set(), []
             for position, token in enumerate(ids):
                 if self.is_word[token]:
@@ -134,9 +147,9 @@ class Corpus:
         begin, end = self.span(text, body, rng)
         if begin >= end:
             return None
-        prefix, middle, suffix = [BOS] + self.encode(text[:begin]), self.encode(text[begin:end]), self.encode(text[end:])
+        prefix, middle, suffix = [self.bos] + self.encode(text[:begin]), self.encode(text[begin:end]), self.encode(text[end:])
         extra = 0 if rng.random() < 0.35 else 1 + rng.randrange(16)
-        ids = prefix + middle + [EOS] * extra + suffix
+        ids = prefix + middle + [self.eos] * extra + suffix
         canvas_end = len(prefix) + len(middle) + extra
         return Sample(ids, list(range(len(prefix), canvas_end)), 1.5, len(prefix) + len(middle), canvas_end)
 
@@ -166,28 +179,43 @@ class Corpus:
 
 
 class Batch:
-    """Rows of one length. loss = sum(weight * cross entropy) over the masked positions."""
+    """Rows of one length. loss = sum(weight * cross entropy) over the masked positions; t is that of a row's first block."""
 
-    __slots__ = ("ids", "clean", "length", "rows", "columns", "targets", "weights", "t")
+    __slots__ = ("ids", "clean", "length", "rows", "columns", "targets", "weights", "t", "allowed")
 
 
-def mask_sample(sample, t, generator, eos_fill_weight=0.1):
-    """(masked positions, their weights) at masking rate t > 0; never none. A weight is the inverse of the probability that the
-    position is masked, so that the loss is that of independent masks."""
+def maskable_blocks(sample, block_length):
+    """The maskable positions, by block; one block where block_length is 0."""
     positions = np.asarray(sample.maskable)
-    chosen = positions[:0]
-    while len(chosen) == 0:
-        chosen = positions[generator.random(len(positions)) < t]
-    weights = np.full(len(chosen), sample.weight * (1 - (1 - t) ** len(positions)) / t)
+    if not block_length:
+        return [positions]
+    return np.split(positions, np.flatnonzero(np.diff(positions // block_length)) + 1)
+
+
+def mask_sample(sample, times, generator, eos_fill_weight=0.1, block_length=0):
+    """(masked positions, their weights) at masking rates times > 0, one a block; never none in a block. A weight is the inverse of
+    the probability that the position is masked, so that the loss is that of independent masks."""
+    chosen, weights = [], []
+    for positions, t in zip(maskable_blocks(sample, block_length), times):
+        drawn = positions[:0]
+        while len(drawn) == 0:
+            drawn = positions[generator.random(len(positions)) < t]
+        chosen.append(drawn)
+        weights.append(np.full(len(drawn), sample.weight * (1 - (1 - t) ** len(positions)) / t))
+    chosen, weights = np.concatenate(chosen), np.concatenate(weights)
     weights[(chosen > sample.text_end) & (chosen < sample.canvas_end)] *= eos_fill_weight
     return chosen, weights
 
 
-def batches(samples, times, mask_token, generator, micro_tokens, eos_fill_weight=0.1):
-    """Groups of samples of like length, each a Batch. All weights together sum to about the number of positions."""
+def batches(samples, draw_times, mask_token, generator, micro_tokens, eos_fill_weight=0.1, block_length=0):
+    """Groups of samples of like length, each a Batch. All weights together sum to about the number of positions.
+
+    draw_times(count) gives as many masking rates: one a sample, or one a block of its maskable positions."""
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
-    masked = [mask_sample(samples[i], times[i], generator, eos_fill_weight) for i in range(len(samples))]
-    groups, group, tokens = [], [], 0
+    counts = [len(maskable_blocks(sample, block_length)) for sample in samples]
+    times = np.split(np.asarray(draw_times(sum(counts))), np.cumsum(counts)[:-1])
+    masked = [mask_sample(sample, t, generator, eos_fill_weight, block_length) for sample, t in zip(samples, times)]
+    groups, group = [], []
     for index in reversed(order):
         width = len(samples[group[0]].ids) if group else len(samples[index].ids)
         if group and width * (len(group) + 1) > micro_tokens:
@@ -198,10 +226,11 @@ def batches(samples, times, mask_token, generator, micro_tokens, eos_fill_weight
     made = []
     for group in groups:
         batch = Batch()
+        batch.allowed = None  # [rows, 1, queries, keys] of bool: what attention is further restricted to
         length = max(len(samples[i].ids) for i in group)
         batch.clean = np.full((len(group), length), EOS, dtype=np.int64)
         batch.length = np.array([len(samples[i].ids) for i in group])
-        batch.t = np.array([times[i] for i in group], dtype=np.float32)
+        batch.t = np.array([times[i][0] for i in group], dtype=np.float32)
         rows, columns, weights = [], [], []
         for row, index in enumerate(group):
             batch.clean[row, :len(samples[index].ids)] = samples[index].ids
@@ -223,14 +252,15 @@ def antithetic_times(count, generator, low):
     return low + (1 - low) * generator.permutation(times)
 
 
-def step_batches(corpus, seed, step, tokens, micro_tokens, mask_token, t_min=0.02, eos_fill_weight=0.1):
+def step_batches(corpus, seed, step, settings):
     """The batches of one optimizer step, and how many positions they hold."""
     rng = random.Random("%d/%d" % (seed, step))
     generator = np.random.default_rng([seed, step])
     samples, total = [], 0
-    while total < tokens:
+    while total < settings["tokens_per_step"]:
         sample = corpus.sample(rng)
         samples.append(sample)
         total += len(sample.ids)
-    times = antithetic_times(len(samples), generator, t_min)
-    return batches(samples, times, mask_token, generator, micro_tokens, eos_fill_weight), total
+    made = batches(samples, lambda count: antithetic_times(count, generator, settings["t_min"]), settings["mask_token"], generator,
+                   settings["micro_tokens"], settings["eos_fill_weight"], corpus.block_length)
+    return made, total

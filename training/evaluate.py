@@ -133,9 +133,9 @@ class Client:
         parts = urllib.parse.urlsplit(url)
         self.host, self.port, self.model = parts.hostname, parts.port or 80, model
 
-    def fill(self, task, tokens, diffusion, temperature):
+    def fill(self, task, tokens, diffusion, temperature, seed=1):
         """(answer, usage). Waits and tries again where the cluster is full."""
-        body = {"model": self.model, "prompt": task.prefix, "max_tokens": tokens, "temperature": temperature, "seed": 1,
+        body = {"model": self.model, "prompt": task.prefix, "max_tokens": tokens, "temperature": temperature, "seed": seed,
                 "diffusion": diffusion}
         if task.kind != "body":
             body["suffix"] = task.suffix

@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             for linear in (layer.out, layer.down):
                 nn.init.zeros_(linear.weight)
 
-    def hidden(self, ids, allowed=None, positions=None):
+    def hidden(self, ids, allowed=None, positions=None, sigma=None):
         x = F.embedding(ids, self.embedding)
         cos, sin = rotary(self.config["max_position_embeddings"], self.config["head_dim"], self.config["rope_theta"], ids.device)
         cos, sin = (z[:ids.shape[1]] if positions is None else z[positions] for z in (cos, sin))
@@ -136,21 +136,26 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Linear(cond, 6 * d)
         nn.init.zeros_(self.adaLN_modulation.weight)
         nn.init.zeros_(self.adaLN_modulation.bias)
+        self.attn_qkv.weight.stacked = [d] * 3
 
     def forward(self, x, c, cos, sin, allowed):
         b, n, d = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
         h = F.layer_norm(x, (d,)) * self.norm1.weight * (1 + scale1) + shift1
         q, k, v = (z.view(b, n, self.heads, -1).transpose(1, 2) for z in self.attn_qkv(h).chunk(3, -1))
-        a = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, allowed)
+        q, k = (rotate(z.float(), cos, sin).to(v.dtype) for z in (q, k))
+        a = attention(q, k, v, allowed)
         x = x + gate1 * self.attn_out(a.transpose(1, 2).reshape(b, n, d))
         h = F.layer_norm(x, (d,)) * self.norm2.weight * (1 + scale2) + shift2
         return x + gate2 * self.mlp(h)
 
 
 def scaled_score(out, ids, sigma):
-    """SEDD's log-scores (absorb) of a network's output: scaled by the noise, and zero for the token that is there."""
-    out = out.float() - torch.log(torch.expm1(sigma))[:, None, None] - math.log(out.shape[-1] - 1)
+    """SEDD's log-scores (absorb) of a network's output: scaled by the noise, and zero for the token that is there.
+
+    out [..., vocabulary], ids [...], sigma of the first dimension."""
+    noise = torch.log(torch.expm1(sigma)).view([-1] + [1] * (out.ndim - 1))
+    out = out.float() - noise - math.log(out.shape[-1] - 1)
     return out.scatter(-1, ids[..., None], torch.zeros_like(out[..., :1]))
 
 
@@ -175,7 +180,7 @@ class DiT(nn.Module):
             nn.init.zeros_(part.bias)
         self.dim = d
 
-    def forward(self, ids, allowed=None, positions=None, sigma=None):
+    def hidden(self, ids, allowed=None, positions=None, sigma=None):
         if sigma is None:
             sigma = torch.zeros(ids.shape[0], device=ids.device)
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=ids.device).float() / 128)
@@ -188,5 +193,11 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, c, cos, sin, allowed)
         shift, scale = self.output_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
-        out = self.output_layer.linear(F.layer_norm(x, (self.dim,)) * self.output_layer.norm_final.weight * (1 + scale) + shift)
+        return F.layer_norm(x, (self.dim,)) * self.output_layer.norm_final.weight * (1 + scale) + shift
+
+    def logits(self, hidden):
+        return self.output_layer.linear(hidden).float()
+
+    def forward(self, ids, allowed=None, positions=None, sigma=None):
+        out = self.logits(self.hidden(ids, allowed, positions, sigma))
         return scaled_score(out, ids, sigma) if self.score else out

@@ -1,4 +1,4 @@
-"""Trains a diffusion model. A run folder holds the settings, the checkpoints, the log and the loss curve.
+"""Trains a diffusion model: masked or block diffusion on a decoder, score entropy on SEDD's transformer. A run folder holds the settings, the checkpoints, the log and the loss curve.
 
   python3 -m training.train --corpus DIR --tokenizer DIR --run DIR [--hours H | --steps N] [settings]
 
@@ -16,18 +16,21 @@ import time
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
-from torch.nn import functional as F
 
-from training import data, plot
-from training.networks import Decoder, padding_mask
+from training import data, objectives, plot
+from training.networks import Decoder, DiT
 
+OBJECTIVES = ("masked", "block", "score")
 DEFAULTS = {
+    "objective": "masked", "block_length": 8, "cond_dim": 64, "anneal_steps": 0,
     "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64,
     "intermediate_size": 704, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "qk_norm": True,
+    "attention_bias": False,
     "max_position_embeddings": 512,
     "seed": 1, "tokens_per_step": 8192, "micro_tokens": 2048, "length_max": 128, "t_min": 0.03, "eos_fill_weight": 0.1,
     "synthetic_share": 0.4, "rename": 0.4, "lr_muon": 0.02, "lr_adam": 3e-3, "weight_decay": 0.01, "warmup_steps": 50,
-    "decay_share": 0.35, "lr_end": 0.03, "clip": 1.0, "ema": 0.998, "mask_token": 0,
+    "decay_share": 0.35, "lr_end": 0.03, "clip": 1.0, "ema": 0.998, "schedule": "wsd",
+    "mask_token": 0, "bos_token": data.BOS, "eos_token": data.EOS,
 }
 
 
@@ -45,7 +48,7 @@ def newton_schulz(g, iterations=5):
 
 
 class Optimizer:
-    """Muon for the matrices inside the layers, Adam for the rest. Its state is a dict of tensors by parameter name."""
+    """Muon for the matrices inside the layers (not those of the noise level), Adam for the rest. Its state is a dict of tensors by parameter name."""
 
     def __init__(self, model, settings):
         self.settings = settings
@@ -59,13 +62,15 @@ class Optimizer:
             self.state[name + "/ema"] = p.detach().clone()
 
     def is_matrix(self, name):
-        return self.parameters[name].ndim == 2 and name.startswith("layers.")
+        return self.parameters[name].ndim == 2 and name.startswith(("layers.", "blocks.")) and "adaLN" not in name
 
     def rate(self, step, progress):
-        """Warm-up, stable, decay, as a factor; `progress` in [0, 1] is the share of the run that is done."""
+        """Warm-up, then stable and decaying ("wsd") or "cosine", as a factor; `progress` in [0, 1] is the share of the run that is done."""
         s = self.settings
         factor = min(1.0, (step + 1) / s["warmup_steps"])
-        if progress > 1 - s["decay_share"]:
+        if s["schedule"] == "cosine":
+            factor *= s["lr_end"] + (1 - s["lr_end"]) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        elif progress > 1 - s["decay_share"]:
             left = max(0.0, (1 - progress) / s["decay_share"])
             factor *= s["lr_end"] + (1 - s["lr_end"]) * left
         return factor
@@ -92,38 +97,29 @@ class Optimizer:
         ema.lerp_(p.detach(), 1 - min(s["ema"], (step + 1) / (step + 10)))
 
 
-def masked_loss(model, batch, device, half):
-    """Sum of weighted cross entropies of one microbatch, and of them unweighted with their count."""
-    ids = torch.from_numpy(batch.ids).to(device)
-    allowed = padding_mask(ids.shape[1], batch.length, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        hidden = model.hidden(ids, allowed)
-        rows, columns = torch.from_numpy(batch.rows).to(device), torch.from_numpy(batch.columns).to(device)
-        logits = model.logits(hidden[rows, columns])
-    entropy = F.cross_entropy(logits, torch.from_numpy(batch.targets).to(device), reduction="none")
-    return (entropy * torch.from_numpy(batch.weights).to(device)).sum(), float(entropy.detach().sum()), len(entropy)
-
-
 class Held:
     """Held-out bounds: the NELBO of whole functions, with fixed masks, in nats a token and bits a byte."""
 
     def __init__(self, corpus, texts, seed=7, repeats=2):
         self.samples, self.bytes, self.tokens = [], 0, 0
         for text in texts:
-            ids = [data.BOS] + corpus.encode(text) + [data.EOS]
-            if len(ids) <= corpus.length_max:
-                self.samples += [data.Sample(ids, list(range(1, len(ids))), 1.0, len(ids), len(ids))] * repeats
+            ids = [corpus.bos] + corpus.encode(text) + [corpus.eos]
+            sample = data.Sample(ids, list(range(1, len(ids))), 1.0, len(ids), len(ids))
+            if corpus.block_length:  # the bound is then that of the filled blocks
+                sample = data.in_blocks(sample, corpus.block_length, corpus.eos)
+            if len(sample.ids) <= corpus.length_max:
+                self.samples += [sample] * repeats
                 self.bytes += len(text) * repeats
                 self.tokens += (len(ids) - 1) * repeats
-        self.seed = seed
+        self.seed, self.block_length = seed, corpus.block_length
 
     def bound(self, model, settings, device, half):
         generator = np.random.default_rng(self.seed)
-        times = data.antithetic_times(len(self.samples), generator, 0.02)
         total = 0.0
-        for batch in data.batches(self.samples, times, settings["mask_token"], generator, settings["micro_tokens"]):
+        for batch in data.batches(self.samples, lambda count: data.antithetic_times(count, generator, 0.02), settings["mask_token"],
+                                  generator, settings["micro_tokens"], 1.0, self.block_length):
             with torch.no_grad():
-                total += float(masked_loss(model, batch, device, half)[0])
+                total += float(objectives.loss(model, batch, settings, device, half)[0])
         return total / self.tokens, total / self.bytes / math.log(2)
 
 
@@ -143,7 +139,9 @@ class Run:
         self.half = options.bf16
         tokenizer = pathlib.Path(options.tokenizer) / "tokenizer.json"
         self.corpus = data.Corpus(pathlib.Path(options.corpus) / "train.jsonl", tokenizer, settings["length_max"],
-                                  settings["synthetic_share"], settings["rename"])
+                                  settings["synthetic_share"], settings["rename"],
+                                  block_length=settings["block_length"] if settings["objective"] == "block" else 0,
+                                  bos=settings["bos_token"], eos=settings["eos_token"])
         self.run = pathlib.Path(options.run)
 
     def work(self):
@@ -160,9 +158,9 @@ class Run:
         tokens = self.shared["tokens0"]
         losses = []
         while True:
-            micro, positions = data.step_batches(
-                self.corpus, self.settings["seed"], step, self.settings["tokens_per_step"], self.settings["micro_tokens"],
-                self.settings["mask_token"], self.settings["t_min"], self.settings["eos_fill_weight"])
+            micro, positions = data.step_batches(self.corpus, self.settings["seed"], step, self.settings)
+            for index, batch in enumerate(micro):
+                batch.allowed = objectives.annealed_attention(batch, step, index, self.settings, self.device)
             assert len(micro) <= len(gradients), "more microbatches than slots"
             while True:
                 with self.shared["lock"]:
@@ -176,7 +174,7 @@ class Run:
                 for p in parameters:
                     p.grad = slot[at:at + p.numel()].view_as(p)
                     at += p.numel()
-                loss, entropy, count = masked_loss(local, micro[index], self.device, self.half)
+                loss, entropy, count = objectives.loss(local, micro[index], self.settings, self.device, self.half)
                 (loss / positions).backward()
                 self.shared["losses"][index] = torch.tensor([float(loss.detach()) / positions, entropy, count])
             self.shared["barrier"].wait()
@@ -238,6 +236,7 @@ class Run:
         optimizer = self.shared["optimizer"]
         path = self.run / ("checkpoint-%07d.pt" % step)
         torch.save({"settings": self.settings, "step": step, "tokens": tokens, "seconds": elapsed,
+                    "vocab_size": self.shared["vocab_size"],
                     "model": {k: v.detach().cpu() for k, v in optimizer.parameters.items()},
                     "optimizer": {k: v.cpu() for k, v in optimizer.state.items()}}, str(path) + ".part")
         os.replace(str(path) + ".part", path)
@@ -250,7 +249,19 @@ def worker(rank, options, settings, shared):
 
 
 def build(settings, vocab_size):
-    return Decoder(dict(settings, vocab_size=vocab_size))
+    """The network of the settings' objective. With score entropy the absorbing token is one more id, the last."""
+    if settings["objective"] != "score":
+        return Decoder(dict(settings, vocab_size=vocab_size))
+    if settings["mask_token"] != vocab_size:
+        raise SystemExit("--set mask_token=%d: score entropy needs the id behind the vocabulary" % vocab_size)
+    return DiT(vocab_size + 1, settings["hidden_size"], settings["num_hidden_layers"], settings["num_attention_heads"],
+               settings["cond_dim"], settings["max_position_embeddings"], True)
+
+
+def vocabulary_size(tokenizer):
+    """Ids of a tokenizer.json, added tokens included."""
+    read = json.loads((pathlib.Path(tokenizer) / "tokenizer.json").read_text(encoding="utf-8"))
+    return 1 + max(list(read["model"]["vocab"].values()) + [token["id"] for token in read.get("added_tokens", [])])
 
 
 def main(argv=None):
@@ -275,15 +286,24 @@ def main(argv=None):
     run.mkdir(parents=True, exist_ok=True)
     newest = checkpoint_of(run)
     saved = torch.load(newest, map_location="cpu") if newest else None
-    settings = dict(saved["settings"] if saved else DEFAULTS)
+    settings = dict(DEFAULTS, **(saved["settings"] if saved else {}))
+    vocab = saved["vocab_size"] if saved and "vocab_size" in saved else vocabulary_size(options.tokenizer)
     for item in options.set:
         name, value = item.split("=", 1)
         if name not in DEFAULTS:
             parser.error("--set %s: no such setting; see DEFAULTS" % name)
-        settings[name] = json.loads(value)
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    if settings["objective"] not in OBJECTIVES:
+        parser.error("--set objective=%s: known are %s" % (settings["objective"], ", ".join(OBJECTIVES)))
+    if settings["objective"] == "block" and settings["length_max"] % settings["block_length"]:
+        parser.error("--set length_max=%d: not a multiple of block_length %d" % (settings["length_max"], settings["block_length"]))
+    if settings["objective"] == "score" and not saved:
+        settings["mask_token"] = vocab
     (run / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     torch.manual_seed(settings["seed"])
-    vocab = len(json.loads((pathlib.Path(options.tokenizer) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     model = build(settings, vocab).to(options.device)
     optimizer = Optimizer(model, settings)
     if saved:
@@ -299,7 +319,7 @@ def main(argv=None):
     size = sum(p.numel() for p in model.parameters())
     slots = settings["tokens_per_step"] // settings["micro_tokens"] * 2 + 2
     context = multiprocessing.get_context("fork")
-    shared = {"model": model, "optimizer": optimizer, "lock": context.Lock(), "next": context.Value("i", 0),
+    shared = {"model": model, "vocab_size": vocab, "optimizer": optimizer, "lock": context.Lock(), "next": context.Value("i", 0),
               "gradients": [torch.zeros(size, device=options.device).share_memory_() for _ in range(slots)],
               "losses": torch.zeros(slots, 3).share_memory_(), "barrier": context.Barrier(options.processes),
               "progress": context.Value("d", 0.0), "step0": saved["step"] if saved else 0,

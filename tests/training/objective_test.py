@@ -1,7 +1,8 @@
-"""A model trained on a small known distribution draws samples from it: total variation, for both objectives. Needs torch.
+"""The objectives, by brute force. Needs torch.
 
-The model is a table, one row of logits for each partly hidden sequence, so that nothing but the objective and the sampler is tested;
-the networks themselves are held against the engine elsewhere.
+A table, one row of logits for each partly hidden sequence, trained on a small known distribution draws samples from it (total
+variation): nothing but objective and sampler is in play. And what the trainer sums up for a batch is the expectation over every
+mask, written out here again from the papers, for all three objectives.
 """
 
 import pathlib
@@ -11,12 +12,13 @@ import unittest
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 try:
     import itertools
+    import math
 
     import numpy as np
     import torch
     from torch.nn import functional as F
-    from training import data, objectives, train
-    from training.networks import Decoder, scaled_score
+    from training import data, objectives
+    from training.networks import Decoder, DiT, block_causal_mask, scaled_score
     MISSING = ""
 except ImportError as error:
     MISSING = str(error) + "; pip install -r training/requirements.txt"
@@ -83,28 +85,87 @@ class ObjectiveTest(unittest.TestCase):
     def test_score_entropy(self):
         self.check(objectives.score_entropy, True)
 
-    def test_the_trainer_s_loss_is_that_of_independent_masks(self):
-        rate, mask = 0.3, 0
-        model = Decoder({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+
+def subsets(positions, rate):
+    """Every set of hidden positions with its probability."""
+    for hidden in itertools.product([False, True], repeat=len(positions)):
+        chosen = [p for p, h in zip(positions, hidden) if h]
+        yield chosen, rate ** len(chosen) * (1 - rate) ** (len(positions) - len(chosen))
+
+
+@unittest.skipIf(MISSING, MISSING)
+class TrainerLossTest(unittest.TestCase):
+    RATE, IDS, MASKABLE = 0.3, [1, 5, 6, 7, 8, 3], [1, 2, 4, 5]
+
+    def setUp(self):
+        torch.manual_seed(2)
+        self.clean = torch.tensor([self.IDS])
+
+    def decoder(self):
+        model = Decoder({"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
                          "intermediate_size": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
                          "max_position_embeddings": 16, "vocab_size": 12})
-        ids, maskable = [1, 5, 6, 7, 8], [1, 2, 4]
-        clean, exact = torch.tensor([ids]), 0.0
-        for hidden in itertools.product([False, True], repeat=len(maskable)):  # every mask, by its probability
-            chosen = [p for p, h in zip(maskable, hidden) if h]
-            noisy = clean.clone()
-            noisy[0, chosen] = mask
-            with torch.no_grad():
-                entropy = F.cross_entropy(model(noisy)[0], clean[0], reduction="none")
-            exact += rate ** len(chosen) * (1 - rate) ** (len(maskable) - len(chosen)) * float(entropy[chosen].sum()) / rate
-        count = 6000
-        samples = [data.Sample(ids, maskable, 1.0, 5, 5) for _ in range(count)]
+        return self.shaken(model)
+
+    @staticmethod
+    def shaken(model):
+        """Nothing at its neutral first value."""
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+        return model
+
+    def noisy(self, chosen, mask):
+        ids = self.clean.clone()
+        ids[0, chosen] = mask
+        return ids
+
+    def mean(self, model, settings, count=6000):
+        """The trainer's loss of the sample, over `count` draws of its mask."""
+        samples = [data.Sample(self.IDS, self.MASKABLE, 1.0, 6, 6) for _ in range(count)]
         generator = np.random.default_rng(1)
         total = 0.0
-        for batch in data.batches(samples, [rate] * count, mask, generator, 4096):
+        for batch in data.batches(samples, lambda n: [self.RATE] * n, settings["mask_token"], generator, 4096,
+                                  block_length=settings.get("block_length", 0)):
             with torch.no_grad():
-                total += float(train.masked_loss(model, batch, torch.device("cpu"), False)[0])
-        self.assertAlmostEqual(total / count / exact, 1, delta=0.03)
+                total += float(objectives.loss(model, batch, settings, torch.device("cpu"), False)[0])
+        return total / count
+
+    def test_masked(self):
+        model, exact = self.decoder(), 0.0
+        for chosen, probability in subsets(self.MASKABLE, self.RATE):
+            with torch.no_grad():
+                entropy = F.cross_entropy(model(self.noisy(chosen, 0))[0], self.clean[0], reduction="none")
+            exact += probability * float(entropy[chosen].sum()) / self.RATE
+        self.assertAlmostEqual(self.mean(model, {"objective": "masked", "mask_token": 0}) / exact, 1, delta=0.03)
+
+    def test_block(self):
+        # As it is served: the blocks before are clean, the open one is partly hidden, nothing comes after.
+        block, model, exact = 2, self.decoder(), 0.0
+        for begin in range(0, len(self.IDS), block):
+            inside = [p for p in self.MASKABLE if begin <= p < begin + block]
+            for chosen, probability in subsets(inside, self.RATE):
+                ids = self.noisy(chosen, 0)[:, :begin + block]
+                with torch.no_grad():
+                    logits = model(ids, block_causal_mask(begin + block, block, ids.device))[0]
+                    entropy = F.cross_entropy(logits, self.clean[0, :begin + block], reduction="none")
+                exact += probability * float(entropy[chosen].sum()) / self.RATE
+        found = self.mean(model, {"objective": "block", "mask_token": 0, "block_length": block})
+        self.assertAlmostEqual(found / exact, 1, delta=0.03)
+
+    def test_score(self):
+        mask, sigma = 12, torch.tensor([-math.log(1 - self.RATE)])
+        model, exact = self.shaken(DiT(mask + 1, 16, 2, 2, 8, 16, True)), 0.0
+        rate = (1 - objectives.EPS) / (1 - self.RATE)
+        for chosen, probability in subsets(self.MASKABLE, self.RATE):
+            with torch.no_grad():
+                log_score = model(self.noisy(chosen, mask), sigma=sigma)[0].double()
+            for p in chosen:
+                ratio = [(1 / math.expm1(float(sigma)) if y == self.IDS[p] else 0.0) for y in range(mask)]
+                exact += probability * rate * sum(
+                    math.exp(log_score[p, y]) - a * float(log_score[p, y]) + (a * (math.log(a) - 1) if a else 0.0)
+                    for y, a in enumerate(ratio))
+        self.assertAlmostEqual(self.mean(model, {"objective": "score", "mask_token": mask}) / exact, 1, delta=0.03)
 
 
 if __name__ == "__main__":

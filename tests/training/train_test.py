@@ -1,12 +1,11 @@
-"""Resuming gives the same bits, and an export loads in the engine. Needs torch and tokenizers.
+"""Resuming gives the same bits, and what each objective trains is what a cluster serves. Needs torch and tokenizers.
 
-  train_test.py [path of cinnabar]
+  train_test.py [folder of the programs]
 """
 
 import json
 import pathlib
 import random
-import subprocess
 import sys
 import tempfile
 import unittest
@@ -14,12 +13,12 @@ import unittest
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 try:
     import torch
-    from training import export, synthetic, tokenizer, train
+    from training import evaluate, export, synthetic, tokenizer, train
     import tokenizers  # noqa: F401
     MISSING = ""
 except ImportError as error:
     MISSING = str(error) + "; pip install -r training/requirements.txt"
-CINNABAR = ""
+BIN = ""
 
 
 @unittest.skipIf(MISSING, MISSING)
@@ -59,15 +58,57 @@ class TrainTest(unittest.TestCase):
             for name, value in straight[part].items():
                 self.assertTrue(torch.equal(value, resumed[part][name]), name)
 
-    def test_an_export_loads_in_the_engine(self):
-        if not CINNABAR:
-            self.skipTest("name the cinnabar program")
-        export.export(self.run_to("exported", 2), self.folder, self.folder / "model")
-        done = subprocess.run([CINNABAR, "generate", "--model", str(self.folder / "model"), "--prompt", "def f(x):\n", "--suffix",
-                               "\n", "--gen-length", "8", "--json"], capture_output=True, text=True, check=True)
-        self.assertEqual(len(json.loads(done.stdout)["tokens"]), 8)
+
+@unittest.skipIf(MISSING, MISSING)
+class ServedTest(unittest.TestCase):
+    """A model of each objective, trained on four functions whose operator and number belong together, exported, and asked through
+    a gateway: the answers are the functions, all of them come up, and they end by themselves."""
+
+    PROMPT = "def f(x):\n    return x"
+    ENDINGS = [" + 1", " - 2", " * 3", " / 4"]
+
+    def serve(self, objective, steps, **settings):
+        if not BIN:
+            self.skipTest("name the folder of the programs")
+        with tempfile.TemporaryDirectory() as holder:
+            folder = pathlib.Path(holder)
+            for name in ("train", "held_out"):
+                with open(folder / (name + ".jsonl"), "w", encoding="utf-8") as file:
+                    for ending in self.ENDINGS:
+                        text = self.PROMPT + ending
+                        file.write(json.dumps({"text": text, "body": text.index("\n"), "names": {}}) + "\n")
+            tokenizer.main(["--corpus", str(folder), "--out", str(folder), "--vocab", "300", "--synthetic", "0"])
+            small = {"objective": objective, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                     "num_key_value_heads": 2, "head_dim": 24, "intermediate_size": 96, "tokens_per_step": 1024,
+                     "micro_tokens": 1024, "warmup_steps": 10, "decay_share": 0.5, "synthetic_share": 0, "ema": 0.9,
+                     "length_max": 48, "max_position_embeddings": 64, **settings}
+            arguments = ["--corpus", str(folder), "--tokenizer", str(folder), "--run", str(folder / "run"), "--steps", "400",
+                         "--log-every", "400"]
+            for key, value in small.items():
+                arguments += ["--set", "%s=%s" % (key, value)]
+            train.main(arguments)
+            export.export(torch.load(train.checkpoint_of(folder / "run"), map_location="cpu"), folder, folder / "model")
+            with evaluate.Cluster(BIN, folder / "model") as cluster:
+                task = evaluate.Task("body", self.PROMPT, "", "")
+                made = []
+                for seed in range(40):
+                    text, usage = evaluate.Client("http://127.0.0.1:%d" % cluster.port, "evaluated").fill(
+                        task, 12, {"steps": steps}, 1.0, seed)
+                    made.append(text)
+        good = [text for text in made if text in self.ENDINGS]
+        self.assertGreaterEqual(len(good), 34, made)
+        self.assertEqual(set(good), set(self.ENDINGS), made)
+
+    def test_masked_diffusion(self):
+        self.serve("masked", 12)
+
+    def test_block_diffusion(self):
+        self.serve("block", 12, block_length=4)
+
+    def test_score_entropy(self):
+        self.serve("score", 64, cond_dim=16)
 
 
 if __name__ == "__main__":
-    CINNABAR = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    BIN = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     unittest.main(verbosity=2)
