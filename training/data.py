@@ -39,8 +39,9 @@ class Corpus:
     """Functions of real packages and of the synthetic domain, cut into tasks."""
 
     def __init__(self, path, tokenizer_path, length_max=128, synthetic_share=0.4, rename=0.4, tasks=None, block_length=0, bos=BOS,
-                 eos=EOS):
-        """block_length > 0: samples are whole blocks, filled with <eos>, and gaps reach to the end (nothing after a block is seen)."""
+                 eos=EOS, file_share=0.0):
+        """file_share: how much of what is real are pieces of files, of NAME_files.jsonl beside `path`, instead of functions.
+        block_length > 0: samples are whole blocks, filled with <eos>, and gaps reach to the end (nothing after a block is seen)."""
         from tokenizers import Tokenizer
         self.tokenizer = Tokenizer.from_file(str(tokenizer_path))
         self.length_max = length_max
@@ -49,7 +50,12 @@ class Corpus:
         self.block_length, self.bos, self.eos = block_length, bos, eos
         self.tasks = tasks or ({"whole": 0.6, "body": 0.4} if block_length else
                                {"whole": 0.25, "span": 0.45, "body": 0.15, "names": 0.15})
-        self.functions = []
+        self.functions, self.pieces, self.file_share = [], [], file_share
+        if file_share > 0:
+            for line in open(str(path).replace(".jsonl", "_files.jsonl"), encoding="utf-8"):
+                piece = json.loads(line)
+                if len(piece["text"]) <= 4 * length_max:
+                    self.pieces.append((piece["text"], piece["body"]))
         pool = {}
         for line in open(path, encoding="utf-8"):
             sample = json.loads(line)
@@ -101,6 +107,8 @@ class Corpus:
             text = synthetic.function(rng)
             doc = text.find('"""\n')
             return text, (doc + 3 if doc >= 0 else text.index("\n"))
+        if self.pieces and rng.random() < self.file_share:
+            return rng.choice(self.pieces)
         text, body, names = self.functions[rng.randrange(len(self.functions))]
         if names and rng.random() < self.rename:
             text, body = self._renamed(text, body, names, rng)

@@ -1,9 +1,10 @@
-"""Builds the corpus: functions of permissively licensed Python packages, held out by package.
+"""Builds the corpus: functions, and pieces of files, of permissively licensed Python packages, held out by package.
 
   python3 -m training.prepare --wheels DIR --out DIR [--stdlib DIR] [--held-out NAME,NAME]
 
-Reads wheels and sdists (never runs them) and a standard library. Writes train.jsonl, held_out.jsonl and
-manifest.json, which says what went in and what was left out, and why. The same inputs give the same bytes.
+Reads wheels and sdists (never runs them) and a standard library. Writes train.jsonl and held_out.jsonl (functions),
+train_files.jsonl and held_out_files.jsonl (runs of whole top-level statements), and manifest.json, which says what went in and what
+was left out, and why. The same inputs give the same bytes.
 """
 
 import argparse
@@ -55,6 +56,7 @@ SECRETS = re.compile(
 FUNCTION_LINES_MAX = 24
 FUNCTION_BYTES_MAX = 900
 DOCSTRING_LINES_MAX = 3
+PIECE_BYTES_MAX = 1500
 
 
 def licence_of(metadata):
@@ -223,6 +225,33 @@ def functions_of(source):
         yield {"text": text, "body": body_begin, "doc": docstring, "names": names}
 
 
+def pieces_of(source):
+    """File-level samples: runs of whole top-level statements, comments and all, that belong next to each other in the file."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    lines = source.split("\n")
+    ends = [node.end_lineno for node in tree.body]
+    begin = 0
+    for index, end in enumerate(ends):
+        # What stands between two statements (comments, blank lines) belongs to the one that follows.
+        following = ends[index + 1] if index + 1 < len(ends) else None
+        length = sum(len(line) + 1 for line in lines[begin:following or end])
+        if following is not None and length <= PIECE_BYTES_MAX:
+            continue
+        text = "\n".join(line.rstrip() for line in lines[begin:end]).strip("\n")
+        if (text.count("\n") >= 2 and len(text) <= PIECE_BYTES_MAX and text.isascii() and "\t" not in text and
+                max(len(line) for line in text.split("\n")) <= 120):
+            yield {"text": text, "body": text.index("\n"), "names": {}}
+        begin = end
+
+
+def function_digest(text):
+    """Of what a function does, whatever its docstring says."""
+    return normalised(re.sub(r'"""[\s\S]*?"""', "", text))
+
+
 def sources(options):
     """(package, version, licences or None, [(name, bytes)]) of every input, in a fixed order."""
     for path in sorted(pathlib.Path(options.wheels).iterdir()):
@@ -252,7 +281,7 @@ def main(argv=None):
     held_out = {name.strip().lower() for name in options.held_out.split(",") if name.strip()}
     seen_files, held, train, packages = set(), [], [], []
     dropped = {"licence": 0, "excluded_path": 0, "duplicate_file": 0, "duplicate_function": 0, "secret": 0,
-               "not_utf8": 0, "also_held_out": 0, "over_package_max": 0}
+               "duplicate_piece": 0, "not_utf8": 0, "also_held_out": 0, "over_package_max": 0}
     for package, version, (licences, permissive), files in sources(options):
         record = {"package": package, "version": version, "licences": licences, "files": 0, "bytes": 0, "functions": 0,
                   "used": permissive, "split": "held_out" if package in held_out else "train"}
@@ -260,7 +289,7 @@ def main(argv=None):
         if not permissive:
             dropped["licence"] += 1
             continue
-        samples = []
+        samples, pieces = [], []
         for name, data in files:
             if not name.endswith(".py"):
                 continue
@@ -290,7 +319,12 @@ def main(argv=None):
                     continue
                 sample["package"] = package
                 samples.append(sample)
-        (held if package in held_out else train).append((record, samples))
+            for piece in pieces_of(source):
+                if SECRETS.search(piece["text"]):
+                    dropped["secret"] += 1
+                else:
+                    pieces.append(dict(piece, package=package))
+        (held if package in held_out else train).append((record, samples, pieces))
     seen = set()
     written = {}
     # Held-out functions are settled first; whatever equals one of them leaves the training side.
@@ -299,9 +333,9 @@ def main(argv=None):
     for name, groups in (("held_out", held), ("train", train)):
         with open(out / (name + ".jsonl"), "w", encoding="utf-8") as file:
             count = size = 0
-            for record, samples in groups:
+            for record, samples, _ in groups:
                 for sample in samples:
-                    digest = normalised(re.sub(r'"""[\s\S]*?"""', "", sample["text"]))
+                    digest = function_digest(sample["text"])
                     if digest in seen:
                         dropped["duplicate_function" if name == "held_out" else "also_held_out"
                                 if (digest, "held") in seen else "duplicate_function"] += 1
@@ -316,6 +350,24 @@ def main(argv=None):
                     count, size = count + 1, size + len(sample["text"])
                     file.write(json.dumps(sample) + "\n")
             written[name] = {"functions": count, "bytes": size}
+    # The same for pieces of files.
+    for name, groups in (("held_out_files", held), ("train_files", train)):
+        with open(out / (name + ".jsonl"), "w", encoding="utf-8") as file:
+            count = size = 0
+            for record, _, pieces in groups:
+                for piece in pieces[:options.package_max]:
+                    digest = normalised(piece["text"])
+                    if digest in seen:
+                        dropped["duplicate_piece"] += 1
+                        continue
+                    if name == "train_files" and any((function_digest(function["text"]), "held") in seen
+                                                     for function in functions_of(piece["text"])):
+                        dropped["also_held_out"] += 1
+                        continue
+                    seen.add(digest)
+                    count, size = count + 1, size + len(piece["text"])
+                    file.write(json.dumps(piece) + "\n")
+            written[name] = {"pieces": count, "bytes": size}
     licences = {}
     for record in packages:
         if record["used"]:

@@ -1,4 +1,5 @@
-"""Trains a diffusion model: masked or block diffusion on a decoder, score entropy on SEDD's transformer. A run folder holds the settings, the checkpoints, the log and the loss curve.
+"""Trains a diffusion model: masked or block diffusion on a decoder, score entropy on SEDD's transformer. A run folder holds the
+settings, the checkpoints, the log and the loss curve.
 
   python3 -m training.train --corpus DIR --tokenizer DIR --run DIR [--hours H | --steps N] [settings]
 
@@ -28,7 +29,8 @@ DEFAULTS = {
     "attention_bias": False,
     "max_position_embeddings": 512,
     "seed": 1, "tokens_per_step": 8192, "micro_tokens": 2048, "length_max": 128, "t_min": 0.03, "eos_fill_weight": 0.1,
-    "synthetic_share": 0.4, "rename": 0.4, "lr_muon": 0.02, "lr_adam": 3e-3, "weight_decay": 0.01, "warmup_steps": 50,
+    "synthetic_share": 0.4, "file_share": 0.0, "rename": 0.4,
+    "lr_muon": 0.02, "lr_adam": 3e-3, "weight_decay": 0.01, "warmup_steps": 50,
     "decay_share": 0.35, "lr_end": 0.03, "clip": 1.0, "ema": 0.998, "schedule": "wsd",
     "mask_token": 0, "bos_token": data.BOS, "eos_token": data.EOS,
 }
@@ -48,7 +50,8 @@ def newton_schulz(g, iterations=5):
 
 
 class Optimizer:
-    """Muon for the matrices inside the layers (not those of the noise level), Adam for the rest. Its state is a dict of tensors by parameter name."""
+    """Muon for the matrices inside the layers (not those of the noise level), Adam for the rest. Its state is a dict of tensors
+    by parameter name."""
 
     def __init__(self, model, settings):
         self.settings = settings
@@ -65,7 +68,7 @@ class Optimizer:
         return self.parameters[name].ndim == 2 and name.startswith(("layers.", "blocks.")) and "adaLN" not in name
 
     def rate(self, step, progress):
-        """Warm-up, then stable and decaying ("wsd") or "cosine", as a factor; `progress` in [0, 1] is the share of the run that is done."""
+        """Warm-up, then stable and decaying ("wsd") or "cosine", as a factor; `progress` in [0, 1] is the share that is done."""
         s = self.settings
         factor = min(1.0, (step + 1) / s["warmup_steps"])
         if s["schedule"] == "cosine":
@@ -141,7 +144,8 @@ class Run:
         self.corpus = data.Corpus(pathlib.Path(options.corpus) / "train.jsonl", tokenizer, settings["length_max"],
                                   settings["synthetic_share"], settings["rename"],
                                   block_length=settings["block_length"] if settings["objective"] == "block" else 0,
-                                  bos=settings["bos_token"], eos=settings["eos_token"])
+                                  bos=settings["bos_token"], eos=settings["eos_token"],
+                                  file_share=settings["file_share"])
         self.run = pathlib.Path(options.run)
 
     def work(self):

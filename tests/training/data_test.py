@@ -38,7 +38,8 @@ class PrepareTest(unittest.TestCase):
             wheels.mkdir()
             fill(wheels)
             prepare.main(["--wheels", str(wheels), "--out", str(out), "--held-out", held_out])
-            read = lambda name: [json.loads(line) for line in open(out / name, encoding="utf-8")]
+            read = lambda name: [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
+            self.train_pieces, self.held_out_pieces = read("train_files.jsonl"), read("held_out_files.jsonl")
             return read("train.jsonl"), read("held_out.jsonl"), json.loads((out / "manifest.json").read_text())
 
     def test_only_permissive_licences_are_taken(self):
@@ -62,7 +63,7 @@ class PrepareTest(unittest.TestCase):
         train, _, manifest = self.prepared(fill)
         self.assertEqual(train, [])
         self.assertEqual(manifest["dropped"]["excluded_path"], 2)
-        self.assertEqual(manifest["dropped"]["secret"], 1)
+        self.assertEqual(manifest["dropped"]["secret"], 2)  # as a function, and as a piece of its file
 
     def test_nothing_held_out_is_trained_on(self):
         def fill(wheels):
@@ -73,6 +74,28 @@ class PrepareTest(unittest.TestCase):
         self.assertEqual([sample["package"] for sample in held_out], ["aside"])
         self.assertFalse({s["text"] for s in train} & {s["text"] for s in held_out})
         self.assertEqual(len(train), 1)
+
+    def test_pieces_of_files_are_whole_statements_with_their_comments(self):
+        source = "import os\n\n# How many.\nCOUNT = 3\n\n\n" + ADD + "\n\n# Twice.\n" + ADD.replace("add", "twice")
+        piece, = prepare.pieces_of(source)
+        self.assertEqual(piece["text"], source.rstrip("\n"))
+        long = "\n".join("VALUE_%d = %d  # %s" % (i, i, "x" * 60) for i in range(60)) + "\n"
+        pieces = list(prepare.pieces_of(long))
+        self.assertGreater(len(pieces), 2)
+        self.assertEqual("\n".join(piece["text"] for piece in pieces) + "\n", long)
+        for piece in pieces:
+            ast.parse(piece["text"])
+            self.assertLessEqual(len(piece["text"]), prepare.PIECE_BYTES_MAX)
+        self.assertEqual(list(prepare.pieces_of("def f(:\n")), [])
+
+    def test_a_piece_with_a_held_out_function_is_not_trained_on(self):
+        def fill(wheels):
+            wheel(wheels, "aside", "MIT", {"aside/a.py": "import sys\n\n" + ADD})
+            wheel(wheels, "free", "MIT", {"free/a.py": "import os\n\n\n" + ADD, "free/b.py": "import os\n\n" + ADD.replace("add", "plus")
+                                          .replace("total", "result")})
+        self.prepared(fill, held_out="aside")
+        self.assertEqual([piece["package"] for piece in self.held_out_pieces], ["aside"])
+        self.assertEqual(["plus" in piece["text"] for piece in self.train_pieces], [True])
 
     def test_where_local_names_are(self):
         sample, = prepare.functions_of("class A:\n    " + ADD.replace("\n    ", "\n        "))
