@@ -56,7 +56,7 @@ struct Flags {
   void Register(FlagSet& set) {
     set.Section("Models and workers");
     set.Add("model", &models, "[NAME=]DIR",
-            "a Hugging Face folder; repeatable [models/cinnabar-tiny]");
+            "a Hugging Face folder; repeatable [models/cinnabar-py-4m]");
     set.Add("workers", &workers, "N", "for each model");
     set.Add("threads", &threads, "N", "of a worker; 0 shares the cores out");
     set.Add("device", &device, "cpu|null", "null makes tokens up: for load tests only");
@@ -101,12 +101,12 @@ fs::path ProgramFolder() {
 absl::StatusOr<std::string> DefaultModel() {
   const fs::path bin = ProgramFolder();
   for (const fs::path& root : {fs::path("."), bin / "..", bin / "../../.."}) {
-    const fs::path model = root / "models/cinnabar-tiny";
+    const fs::path model = root / "models/cinnabar-py-4m";
     std::error_code error;
     if (fs::exists(model / "config.json", error)) return fs::canonical(model).string();
   }
   return absl::NotFoundError(
-      "there is no models/cinnabar-tiny here: name a folder with --model DIR");
+      "there is no models/cinnabar-py-4m here: name a folder with --model DIR");
 }
 
 absl::StatusOr<std::vector<ServedModel>> ReadModels(const Flags& flags) {

@@ -17,15 +17,15 @@ cmake --preset release >/dev/null
 cmake --build --preset release --target cinnabar cinnabar-gateway cinnabar-scheduler cinnabar-worker
 
 cinnabar=build/release/bin/cinnabar
-model=models/cinnabar-tiny
+model=models/cinnabar-py-4m
 listen=${CINNABAR_LISTEN:-127.0.0.1:8080}
 grpc=${CINNABAR_GRPC_LISTEN:-127.0.0.1:8081}
 metrics=${CINNABAR_METRICS_PORT:-9460}
 data=${CINNABAR_DATA:-$HOME/.local/state/cinnabar}
 prompt='def total_price(orders):
     """Return the sum of price over all orders."""
-    return sum(order'
-suffix=' for order in orders)
+    return '
+suffix='
 '
 echo
 "$cinnabar" model inspect "$model"
@@ -50,19 +50,19 @@ for _ in $(seq 600); do
   sleep 0.1
 done
 echo
-echo "A fill-in by $model, a demonstration model of 1.3 M parameters, over HTTP through gateway, Redis, scheduler and worker:"
+echo "A fill-in by $model, a model of 4.3 M parameters for short Python functions, over HTTP through gateway, Redis, scheduler and worker:"
 echo
 if [ -t 2 ]; then
-  "$cinnabar" generate --url "http://$listen" --prompt "$prompt" --suffix "$suffix" --gen-length 3 --watch
+  "$cinnabar" generate --url "http://$listen" --prompt "$prompt" --suffix "$suffix" --gen-length 16 --watch
 else
-  middle=$("$cinnabar" generate --url "http://$listen" --prompt "$prompt" --suffix "$suffix" --gen-length 3)
-  printf '%s[%s]%s\n' "$prompt" "$middle" "$suffix"
+  middle=$("$cinnabar" generate --url "http://$listen" --prompt "$prompt" --suffix "$suffix" --gen-length 16)
+  printf '%s⟦%s⟧%s\n' "$prompt" "$middle" "$suffix"
 fi
 cat <<TXT
 
 What to try next, in another terminal:
-  curl -s http://$listen/v1/completions -d '{"model": "cinnabar-tiny", "prompt": "def add(a, b):\n    return a", "max_tokens": 8}'
-  OPENAI_BASE_URL=http://$listen/v1 OPENAI_API_KEY=none python3 -c 'import openai; print(openai.OpenAI().completions.create(model="cinnabar-tiny", prompt="def f(x):", max_tokens=8).choices[0].text)'
+  curl -s http://$listen/v1/completions -d '{"model": "cinnabar-py-4m", "prompt": "def add(a, b):\n    return ", "suffix": "\n", "max_tokens": 8}'
+  OPENAI_BASE_URL=http://$listen/v1 OPENAI_API_KEY=none python3 -c 'import openai; print(openai.OpenAI().completions.create(model="cinnabar-py-4m", prompt="def is_even(number):", max_tokens=24).choices[0].text)'
   curl -s http://$listen/metrics                  throughput, latency, cost; workers at port $((metrics + 1))
   $cinnabar generate --url http://$listen --prompt 'def ' --gen-length 40 --temperature 0.7 --watch
   $cinnabar bench load --url http://$listen --concurrency 4 --prompt-tokens 32 --canvas-tokens 32

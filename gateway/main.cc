@@ -108,7 +108,7 @@ struct Flags {
     flags.Add("redis-connections", &redis_connections, "N", "to the queue");
     flags.Examples(
         "examples:\n"
-        "  cinnabar-gateway --redis 127.0.0.1:6379 --model coder=models/cinnabar-tiny\n"
+        "  cinnabar-gateway --redis 127.0.0.1:6379 --model coder=models/cinnabar-py-4m\n"
         "  curl -s http://127.0.0.1:8080/v1/completions -d '{\"model\": \"coder\", \"prompt\": "
         "\"def f(\"}'\n");
   }

@@ -244,7 +244,7 @@ def main(argv=None):
     parser.add_argument("--each", type=int, default=200, metavar="N", help="tasks of a kind [200]")
     parser.add_argument("--steps", default="1,2,4,8,16,32,64,0", help="0: a token a step [1,2,4,8,16,32,64,0]")
     parser.add_argument("--thresholds", default="0.9,0.7,0.5", help="of the adaptive sampler [0.9,0.7,0.5]")
-    parser.add_argument("--sampler", default="low_confidence", help="for the curve over steps [low_confidence]")
+    parser.add_argument("--samplers", default="low_confidence", help="for the curves over steps; the plot shows the first [low_confidence]")
     parser.add_argument("--slack", type=int, default=0, metavar="N", help="tokens of canvas beyond the true answer [0]")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--length-max", type=int, default=128, metavar="N", help="tokens of a whole function [128]")
@@ -255,7 +255,8 @@ def main(argv=None):
     tokenizer = Tokenizer.from_file(str(pathlib.Path(options.model) / "tokenizer.json"))
     count_tokens = lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
     sets = make_tasks(options.held_out, options.each, options.seed, options.length_max, count_tokens)
-    runs = [({"sampler": options.sampler}, int(steps)) for steps in options.steps.split(",")]
+    samplers = options.samplers.split(",")
+    runs = [({"sampler": sampler}, int(steps)) for sampler in samplers for steps in options.steps.split(",")]
     runs += [({"sampler": "threshold", "threshold": float(t)}, 0) for t in options.thresholds.split(",") if t]
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +281,7 @@ def main(argv=None):
     (out / "table.md").write_text(table(results))
     curves = {}
     for r in results:
-        if r["sampler"] == options.sampler and r["steps"]:
+        if r["sampler"] == samplers[0] and r["steps"]:
             curves.setdefault("%s %s" % (r["set"], r["kind"]), []).append((r["steps"], 100 * r["parses"]))
     plot.chart(out / "quality.svg", "What a step buys", "denoising steps", "answers that parse, %", curves, x_log=True)
     print(table(results))

@@ -57,6 +57,15 @@ def train(texts, vocab_size):
     return tokenizer_json(model["vocab"], merges)
 
 
+def count_tokens(tokenizer, folder):
+    """{file: tokens} of a corpus folder's samples."""
+    made = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+        made[path.stem] = sum(len(coded.ids) for coded in tokenizer.encode_batch(texts, add_special_tokens=False))
+    return made
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="folder that training.prepare wrote")
@@ -75,6 +84,12 @@ def main(argv=None):
     (out / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "<mask>", "eos_token": "<eos>", "bos_token": "<bos>",
         "pad_token": "<eos>"}, indent=1) + "\n")
+    manifest = pathlib.Path(options.corpus) / "manifest.json"
+    if manifest.exists():
+        from tokenizers import Tokenizer
+        said = json.loads(manifest.read_text())
+        said["tokens"] = count_tokens(Tokenizer.from_file(str(out / "tokenizer.json")), pathlib.Path(options.corpus))
+        manifest.write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":
