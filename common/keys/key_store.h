@@ -39,6 +39,7 @@ class KeyStore {
 
   // InvalidArgument: the spec. ResourceExhausted: kKeysMax.
   absl::StatusOr<CreatedKey> Create(const KeySpec& spec, const Pepper& pepper, absl::Time now);
+  // By time of creation; ties by id.
   absl::StatusOr<KeyListing> List();
   // NotFound. DataLoss: the record does not parse.
   absl::StatusOr<StoredKey> Find(absl::string_view id);

@@ -29,8 +29,9 @@ class KeysTest : public testing::Test {
   KeysTest()
       : server_(*RedisServer::Start()), redis_(server_->client_options()), store_(redis_, "p") {}
 
-  CreatedKey Make(const std::string& tenant, const Pepper& pepper) {
-    absl::StatusOr<CreatedKey> created = store_.Create({.tenant = tenant}, pepper, absl::Now());
+  CreatedKey Make(const std::string& tenant, const Pepper& pepper,
+                  absl::Time created_at = absl::Now()) {
+    absl::StatusOr<CreatedKey> created = store_.Create({.tenant = tenant}, pepper, created_at);
     EXPECT_TRUE(created.ok()) << created.status();
     return *std::move(created);
   }
@@ -47,8 +48,10 @@ class KeysTest : public testing::Test {
 
 TEST_F(KeysTest, CreatedListedRevokedForgotten) {
   EXPECT_TRUE(store_.List()->keys.empty());
-  const CreatedKey first = Make("acme", PepperOf(1));
-  const CreatedKey second = Make("beta", PepperOf(1));
+  // Listed by time; two keys of one millisecond would come in the order of their random ids.
+  const absl::Time now = absl::Now();
+  const CreatedKey second = Make("beta", PepperOf(1), now + absl::Seconds(1));
+  const CreatedKey first = Make("acme", PepperOf(1), now);
   KeyListing listing = *store_.List();
   ASSERT_EQ(listing.keys.size(), 2U);
   EXPECT_EQ(listing.keys[0].key.id, first.key.id);
