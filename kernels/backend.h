@@ -238,6 +238,50 @@ struct AttendArgs {
   Rows out;  // [num_rows, num_heads * head_dim]
 };
 
+// --- Experts
+// -------------------------------------------------------------------------------------------
+
+enum class RouterScore : uint8_t { kSoftmax, kSigmoid };
+
+inline constexpr int32_t kExpertsPerRowMax = 64;
+
+// Which experts a row goes to, and how much each counts. From the router's logits, in float32:
+//   score = softmax(logits) or sigmoid(logits);  choice = score + bias
+//   groups: experts in num_groups equal runs; the groups_kept runs whose two largest choices have
+//     the largest sum stay, the others are out (num_groups 1: none is)
+//   the experts_per_row largest choices win; ties: the lower id, of groups and of experts
+//   weight = score (or, where bias_counts, choice) of each winner; renormalize: divided by their
+//     sum + 1e-20;  then times `scale`
+// Source: arXiv:2101.03961 (softmax), arXiv:2412.19437 (sigmoid, groups, bias).
+struct RouteArgs {
+  Rows logits;  // [num_rows, num_experts], float32; overwritten
+  int64_t num_rows = 0;
+  int32_t num_experts = 0;
+  int32_t experts_per_row = 0;  // 1 .. kExpertsPerRowMax, within what the kept groups hold
+  RouterScore score = RouterScore::kSoftmax;
+  const float* bias = nullptr;  // device, [num_experts]; optional
+  bool bias_counts = false;
+  int32_t num_groups = 1;
+  int32_t groups_kept = 1;
+  bool renormalize = false;
+  float scale = 1.0F;
+  int32_t* experts = nullptr;  // device, [num_rows, experts_per_row]: ascending ids in a row
+  float* weights = nullptr;    // device, [num_rows, experts_per_row]
+};
+
+// out[r] += sum over a row's experts e, in their order, of weight * down_e(silu(gate_e x[r]) *
+// up_e x[r]). Rows are grouped by expert; only experts that some row goes to are read.
+struct ExpertsArgs {
+  Rows x;  // [num_rows, dim]
+  int64_t num_rows = 0;
+  absl::Span<const std::unique_ptr<Weight>> gate_up;  // host, [num_experts], kGatedPairs
+  absl::Span<const std::unique_ptr<Weight>> down;     // host, [num_experts], kStacked
+  int32_t experts_per_row = 0;
+  const int32_t* experts = nullptr;  // what Route() wrote
+  const float* weights = nullptr;
+  Rows out;  // [num_rows, dim], float32; must not overlap x
+};
+
 // --- Vocabulary head
 // -----------------------------------------------------------------------------------
 
@@ -352,6 +396,11 @@ struct WorkspaceShape {
   int64_t queries_max = 0;
   int32_t positions_max = 0;  // longest sequence
   int32_t head_dim_max = 0;
+  // Experts(); 0: none.
+  int32_t num_experts = 0;
+  int32_t experts_per_row = 0;
+  int64_t expert_dim = 0;      // columns of x
+  int64_t expert_mlp_dim = 0;  // columns between gate, up and down
 };
 
 class Backend {
@@ -374,6 +423,11 @@ class Backend {
   // read the kept values and compute in float32.
   virtual absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                              RowOrder row_order, DType dtype) = 0;
+  // The same for a weight of which most passes read nothing (an expert), kept in the dtype of
+  // `parts`, which are of one. The CPU backend keeps no copy and computes from where the parts lie,
+  // to the same bits: they must outlive the weight.
+  virtual absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
+                                                            RowOrder row_order) = 0;
   // An embedding table: rows are looked up, never multiplied. The CPU backend keeps no copy:
   // `table` must outlive it.
   virtual absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) = 0;
@@ -393,6 +447,8 @@ class Backend {
   virtual absl::Status GatherRows(const GatherRowsArgs& args) = 0;
   virtual absl::Status PrepareHeads(const PrepareHeadsArgs& args) = 0;
   virtual absl::Status Attend(const AttendArgs& args) = 0;
+  virtual absl::Status Route(const RouteArgs& args) = 0;
+  virtual absl::Status Experts(const ExpertsArgs& args) = 0;
   virtual absl::Status AnswerVocabulary(const VocabularyArgs& args) = 0;
   virtual absl::Status Logits(const LogitsArgs& args) = 0;
 

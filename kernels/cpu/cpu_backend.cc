@@ -205,6 +205,10 @@ class CpuBackend : public Backend {
     shape.queries_max = std::max(shape.queries_max, wanted.queries_max);
     shape.positions_max = std::max(shape.positions_max, wanted.positions_max);
     shape.head_dim_max = std::max(shape.head_dim_max, wanted.head_dim_max);
+    shape.num_experts = std::max(shape.num_experts, wanted.num_experts);
+    shape.experts_per_row = std::max(shape.experts_per_row, wanted.experts_per_row);
+    shape.expert_dim = std::max(shape.expert_dim, wanted.expert_dim);
+    shape.expert_mlp_dim = std::max(shape.expert_mlp_dim, wanted.expert_mlp_dim);
     const Scratch scratch = ScratchOf(shape);
     AlignedMemory memory = AllocateAligned(scratch.total_bytes);
     if (memory == nullptr) {
@@ -223,6 +227,10 @@ class CpuBackend : public Backend {
   absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                      RowOrder row_order, DType dtype) override {
     return PackedWeight::Pack(parts, row_order, dtype, pool_);
+  }
+  absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
+                                                    RowOrder row_order) override {
+    return PackedWeight::Map(parts, row_order);
   }
   absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
     return std::make_unique<EmbeddingTable>(table);
@@ -368,6 +376,75 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status Route(const RouteArgs& args) override {
+    CheckFloat(args.logits);
+    CINNABAR_CHECK(args.experts_per_row > 0 && args.experts_per_row <= kExpertsPerRowMax &&
+                   args.num_experts % args.num_groups == 0 && args.groups_kept > 0 &&
+                   args.groups_kept <= args.num_groups &&
+                   args.experts_per_row <= args.num_experts / args.num_groups * args.groups_kept);
+    ForRows(args.num_rows, [&](int64_t row) {
+      RouteRow(args, args.logits.f32() + row * args.logits.stride,
+               args.experts + row * args.experts_per_row, args.weights + row * args.experts_per_row);
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status Experts(const ExpertsArgs& args) override {
+    CheckFloat(args.x);
+    CheckFloat(args.out);
+    const auto num_experts = static_cast<int32_t>(args.gate_up.size());
+    const int64_t dim = args.down[0]->rows();
+    const int64_t mlp_dim = args.down[0]->cols();
+    CINNABAR_CHECK(num_experts <= shape_.num_experts && args.num_rows <= shape_.rows_max &&
+                   args.experts_per_row <= shape_.experts_per_row && dim <= shape_.expert_dim &&
+                   mlp_dim <= shape_.expert_mlp_dim)
+        << "more experts than were reserved";
+    // Places (row, slot) sorted by expert.
+    auto* begins = reinterpret_cast<int32_t*>(scratch() + scratch_.expert_begins);
+    auto* places = reinterpret_cast<int32_t*>(scratch() + scratch_.expert_places);
+    const auto num_places = static_cast<int32_t>(args.num_rows * args.experts_per_row);
+    std::fill(begins, begins + num_experts + 1, 0);
+    for (int32_t i = 0; i < num_places; ++i) ++begins[args.experts[i] + 1];
+    for (int32_t e = 0; e < num_experts; ++e) begins[e + 1] += begins[e];
+    for (int32_t i = 0; i < num_places; ++i) places[begins[args.experts[i]]++] = i;
+
+    float* inputs = scratch() + scratch_.expert_inputs;
+    float* inner = scratch() + scratch_.expert_inner;
+    float* outputs = scratch() + scratch_.expert_outputs;
+    int32_t begin = 0;
+    for (int32_t e = 0; e < num_experts; ++e) {  // begins[e] is now where expert e ends
+      const int32_t count = begins[e] - begin;
+      const int32_t* mine = places + std::exchange(begin, begins[e]);
+      if (count == 0) continue;
+      ForRows(count, [&](int64_t i) {
+        std::memcpy(inputs + i * dim,
+                    args.x.f32() + mine[i] / args.experts_per_row * args.x.stride,
+                    dim * sizeof(float));
+      });
+      LinearArgs linear;
+      linear.num_rows = count;
+      linear.x = {.data = inputs, .stride = dim};
+      linear.weight = args.gate_up[e].get();
+      linear.epilogue = Epilogue::kSwiGlu;
+      linear.out = {.data = inner, .stride = mlp_dim};
+      const absl::Status gated = Linear(linear);
+      if (!gated.ok()) return gated;
+      linear.x = linear.out;
+      linear.weight = args.down[e].get();
+      linear.epilogue = Epilogue::kStore;
+      linear.out = {.data = outputs, .stride = dim};
+      const absl::Status down = Linear(linear);
+      if (!down.ok()) return down;
+      ForRows(count, [&](int64_t i) {
+        const float weight = args.weights[mine[i]];
+        const float* from = outputs + i * dim;
+        float* to = args.out.f32() + mine[i] / args.experts_per_row * args.out.stride;
+        for (int64_t c = 0; c < dim; ++c) to[c] += weight * from[c];
+      });
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status AnswerVocabulary(const VocabularyArgs& args) override {
     CheckFloat(args.hidden);
     const Head machine(*this, dynamic_cast<const PackedWeight&>(*args.weight));
@@ -388,6 +465,11 @@ class CpuBackend : public Backend {
     int64_t scores = 0;
     int64_t probabilities = 0;
     int64_t query = 0;
+    int64_t expert_begins = 0;  // int32 [num_experts + 1]; beside the threads' parts
+    int64_t expert_places = 0;  // int32 [rows * experts_per_row]
+    int64_t expert_inputs = 0;
+    int64_t expert_inner = 0;
+    int64_t expert_outputs = 0;
     int64_t total_bytes = 0;
   };
 
@@ -397,6 +479,13 @@ class CpuBackend : public Backend {
     int64_t next = 0;
     const auto take = [&](int64_t floats) { return std::exchange(next, next + round(floats)); };
     scratch.strips = take(shape.rows_max * shape.cols_max);
+    if (shape.num_experts > 0) {
+      scratch.expert_begins = take(shape.num_experts + 1);
+      scratch.expert_places = take(shape.rows_max * shape.experts_per_row);
+      scratch.expert_inputs = take(shape.rows_max * shape.expert_dim);
+      scratch.expert_inner = take(shape.rows_max * shape.expert_mlp_dim);
+      scratch.expert_outputs = take(shape.rows_max * shape.expert_dim);
+    }
     scratch.threads = next;
     next = 0;
     scratch.sums = take(kRowGroup * kPanelWidth);
@@ -435,6 +524,71 @@ class CpuBackend : public Backend {
     CINNABAR_CHECK(position < rotary.positions_max) << "position " << position;
     const int32_t half = rotary.rotary_dim / 2;
     isa_.rotate(x, rotary.cosine + position * half, rotary.sine + position * half, half);
+  }
+
+  static void RouteRow(const RouteArgs& args, float* scores, int32_t* experts, float* weights) {
+    const int32_t n = args.num_experts;
+    if (args.score == RouterScore::kSoftmax) {
+      const float top = *std::max_element(scores, scores + n);
+      float sum = 0.0F;
+      for (int32_t e = 0; e < n; ++e) sum += scores[e] = std::exp(scores[e] - top);
+      for (int32_t e = 0; e < n; ++e) scores[e] /= sum;
+    } else {
+      for (int32_t e = 0; e < n; ++e) scores[e] = 1.0F / (1.0F + std::exp(-scores[e]));
+    }
+    const auto choice = [&](int32_t e) {
+      return args.bias == nullptr ? scores[e] : scores[e] + args.bias[e];
+    };
+    // Winners in the order of their choices, found by insertion; ties stay behind.
+    const int32_t group_size = n / args.num_groups;
+    const auto group_score = [&](int32_t group) {
+      float first = -INFINITY, second = -INFINITY;
+      for (int32_t e = group * group_size; e < (group + 1) * group_size; ++e) {
+        const float c = choice(e);
+        if (c > first) {
+          second = std::exchange(first, c);
+        } else if (c > second) {
+          second = c;
+        }
+      }
+      return group_size > 1 ? first + second : first;
+    };
+    const auto in_kept_group = [&](int32_t group) {
+      if (args.groups_kept == args.num_groups) return true;
+      const float mine = group_score(group);
+      int32_t better = 0;
+      for (int32_t other = 0; other < args.num_groups; ++other) {
+        const float theirs = group_score(other);
+        if (theirs > mine || (theirs == mine && other < group)) ++better;
+      }
+      return better < args.groups_kept;
+    };
+    int32_t count = 0;
+    float chosen[kExpertsPerRowMax];
+    for (int32_t group = 0; group < args.num_groups; ++group) {
+      if (!in_kept_group(group)) continue;
+      for (int32_t e = group * group_size; e < (group + 1) * group_size; ++e) {
+        const float c = choice(e);
+        int32_t at = count;
+        while (at > 0 && c > chosen[at - 1]) --at;
+        if (at == args.experts_per_row) continue;
+        count = std::min(count + 1, args.experts_per_row);
+        for (int32_t i = count - 1; i > at; --i) {
+          chosen[i] = chosen[i - 1];
+          experts[i] = experts[i - 1];
+        }
+        chosen[at] = c;
+        experts[at] = e;
+      }
+    }
+    std::sort(experts, experts + count);
+    float sum = 0.0F;
+    for (int32_t i = 0; i < count; ++i) {
+      weights[i] = args.bias_counts ? choice(experts[i]) : scores[experts[i]];
+      sum += weights[i];
+    }
+    const float factor = args.renormalize ? args.scale / (sum + 1e-20F) : args.scale;
+    for (int32_t i = 0; i < count; ++i) weights[i] *= factor;
   }
 
   void Multiply(const LinearArgs& args, const PackedWeight& weight, Finish finish) {
@@ -579,7 +733,9 @@ class CpuBackend : public Backend {
         : VocabularyMachine(backend.vocabulary_kernels_, backend.pool_.num_threads(),
                             backend.isa_.strip_rows),
           backend_(backend),
-          weight_(weight) {}
+          weight_(weight) {
+      CINNABAR_CHECK(!weight.mapped()) << "every pass reads the whole head";
+    }
 
     void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id,
                   int32_t num_ids, float* out, int64_t out_stride) const override {

@@ -87,6 +87,57 @@ void PackRow(const HostMatrix& source, int64_t row, DType dtype, std::byte* pane
   }
 }
 
+struct PanelShape {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t num_panels = 0;
+};
+
+PanelShape ShapeOf(absl::Span<const HostMatrix> parts, RowOrder row_order) {
+  CINNABAR_CHECK(!parts.empty());
+  PanelShape shape{.cols = parts[0].cols};
+  for (const HostMatrix& part : parts) {
+    CINNABAR_CHECK(part.cols == shape.cols) << part.cols << " columns beside " << shape.cols;
+    shape.rows += part.rows;
+  }
+  const bool paired = row_order == RowOrder::kGatedPairs;
+  if (paired)
+    CINNABAR_CHECK(parts.size() == 2 && parts[0].rows == parts[1].rows)
+        << "not a gate and an up matrix";
+  const int64_t outputs_per_panel = paired ? kHalfPanel : kPanelWidth;
+  shape.num_panels =
+      ((paired ? shape.rows / 2 : shape.rows) + outputs_per_panel - 1) / outputs_per_panel;
+  return shape;
+}
+
+// The matrix and row behind a panel's lane.
+struct Lane {
+  const HostMatrix* part = nullptr;  // null: beyond the last output
+  int64_t row = 0;
+};
+
+Lane LaneOf(absl::Span<const HostMatrix> parts, RowOrder row_order, int64_t panel, int64_t lane) {
+  if (row_order == RowOrder::kGatedPairs) {
+    const int64_t row = panel * kHalfPanel + lane % kHalfPanel;
+    const HostMatrix& part = parts[lane / kHalfPanel];
+    return row < part.rows ? Lane{&part, row} : Lane{};
+  }
+  int64_t row = panel * kPanelWidth + lane;
+  for (const HostMatrix& part : parts) {
+    if (row < part.rows) return {&part, row};
+    row -= part.rows;
+  }
+  return {};
+}
+
+// `count` elements of a row, widened, to every 32nd place of `out`.
+template <typename Word, typename Widen>
+void SpreadRow(const void* data, int64_t begin, int64_t count, const Widen& widen, float* out) {
+  for (int64_t k = 0; k < count; ++k) {
+    out[k * kPanelWidth] = widen(ReadWord<Word>(data, begin + k));
+  }
+}
+
 }  // namespace
 
 void FreeAligned::operator()(std::byte* memory) const { std::free(memory); }
@@ -114,57 +165,80 @@ float ReadElement(const void* data, DType dtype, int64_t index) {
 }
 
 PackedWeight::PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype,
-                           int64_t num_panels, AlignedMemory memory)
-    : Weight(rows, cols, row_order, dtype), num_panels_(num_panels), memory_(std::move(memory)) {}
+                           int64_t num_panels, AlignedMemory memory, std::vector<HostMatrix> parts)
+    : Weight(rows, cols, row_order, dtype),
+      num_panels_(num_panels),
+      memory_(std::move(memory)),
+      parts_(std::move(parts)) {}
 
 absl::StatusOr<std::unique_ptr<PackedWeight>> PackedWeight::Pack(absl::Span<const HostMatrix> parts,
                                                                  RowOrder row_order, DType dtype,
                                                                  ThreadPool& pool) {
-  CINNABAR_CHECK(!parts.empty());
-  const int64_t cols = parts[0].cols;
-  int64_t rows = 0;
-  for (const HostMatrix& part : parts) {
-    CINNABAR_CHECK(part.cols == cols) << part.cols << " columns beside " << cols;
-    rows += part.rows;
-  }
-  const bool paired = row_order == RowOrder::kGatedPairs;
-  if (paired)
-    CINNABAR_CHECK(parts.size() == 2 && parts[0].rows == parts[1].rows)
-        << "not a gate and an up matrix";
-  const int64_t outputs_per_panel = paired ? kHalfPanel : kPanelWidth;
-  const int64_t num_panels =
-      ((paired ? rows / 2 : rows) + outputs_per_panel - 1) / outputs_per_panel;
-  const int64_t panel_bytes = cols * kPanelWidth * BytesOf(dtype);
-  AlignedMemory memory = AllocateAligned(num_panels * panel_bytes);
+  const PanelShape shape = ShapeOf(parts, row_order);
+  const int64_t panel_bytes = shape.cols * kPanelWidth * BytesOf(dtype);
+  AlignedMemory memory = AllocateAligned(shape.num_panels * panel_bytes);
   if (memory == nullptr) {
     return absl::ResourceExhaustedError(
-        absl::StrCat("no ", num_panels * panel_bytes, " bytes for a weight"));
+        absl::StrCat("no ", shape.num_panels * panel_bytes, " bytes for a weight"));
   }
-  pool.ParallelFor(num_panels, [&](int64_t panel, int32_t /*thread*/) {
+  pool.ParallelFor(shape.num_panels, [&](int64_t panel, int32_t /*thread*/) {
     std::byte* out = memory.get() + panel * panel_bytes;
-    for (int64_t lane = 0; lane < kPanelWidth; ++lane) {
-      if (paired) {
-        const int64_t row = panel * kHalfPanel + lane % kHalfPanel;
-        const HostMatrix& part = parts[lane / kHalfPanel];
-        if (row < part.rows) PackRow(part, row, dtype, out, lane);
-        continue;
-      }
-      int64_t row = panel * kPanelWidth + lane;
-      for (const HostMatrix& part : parts) {
-        if (row < part.rows) {
-          PackRow(part, row, dtype, out, lane);
-          break;
-        }
-        row -= part.rows;
-      }
+    for (int64_t i = 0; i < kPanelWidth; ++i) {
+      const Lane lane = LaneOf(parts, row_order, panel, i);
+      if (lane.part != nullptr) PackRow(*lane.part, lane.row, dtype, out, i);
     }
   });
+  return std::unique_ptr<PackedWeight>(new PackedWeight(
+      shape.rows, shape.cols, row_order, dtype, shape.num_panels, std::move(memory), {}));
+}
+
+std::unique_ptr<PackedWeight> PackedWeight::Map(absl::Span<const HostMatrix> parts,
+                                                RowOrder row_order) {
+  const PanelShape shape = ShapeOf(parts, row_order);
+  for (const HostMatrix& part : parts) CINNABAR_CHECK(part.dtype == parts[0].dtype);
   return std::unique_ptr<PackedWeight>(
-      new PackedWeight(rows, cols, row_order, dtype, num_panels, std::move(memory)));
+      new PackedWeight(shape.rows, shape.cols, row_order, parts[0].dtype, shape.num_panels, nullptr,
+                       std::vector<HostMatrix>(parts.begin(), parts.end())));
+}
+
+void PackedWeight::WidenMapped(int64_t panel, int64_t k, int64_t count, float* out) const {
+  // Pieces of sixteen inputs: what all 32 lanes write stays in the first-level cache.
+  constexpr int64_t kPiece = 16;
+  Lane lanes[kPanelWidth];
+  for (int64_t i = 0; i < kPanelWidth; ++i) lanes[i] = LaneOf(parts_, row_order(), panel, i);
+  for (int64_t done = 0; done < count; done += kPiece) {
+    const int64_t piece = std::min(kPiece, count - done);
+    for (int64_t i = 0; i < kPanelWidth; ++i) {
+      float* to = out + done * kPanelWidth + i;
+      if (lanes[i].part == nullptr) {
+        for (int64_t j = 0; j < piece; ++j) to[j * kPanelWidth] = 0.0F;
+        continue;
+      }
+      const void* data = lanes[i].part->data;
+      const int64_t begin = lanes[i].row * cols() + k + done;
+      switch (dtype()) {
+        case DType::kF32:
+          SpreadRow<float>(data, begin, piece, [](float x) { return x; }, to);
+          break;
+        case DType::kF16:
+          SpreadRow<uint16_t>(data, begin, piece, WidenHalf, to);
+          break;
+        case DType::kBf16:
+          SpreadRow<uint16_t>(
+              data, begin, piece,
+              [](uint16_t x) { return FloatFromBits(static_cast<uint32_t>(x) << 16); }, to);
+          break;
+      }
+    }
+  }
 }
 
 const float* PackedWeight::PanelBlock(int64_t panel, int64_t k, int64_t count,
                                       const IsaKernels& isa, float* scratch) const {
+  if (mapped()) {
+    WidenMapped(panel, k, count, scratch);
+    return scratch;
+  }
   const int64_t first = (panel * cols() + k) * kPanelWidth;
   if (dtype() == DType::kF32) return reinterpret_cast<const float*>(memory_.get()) + first;
   const auto* kept = reinterpret_cast<const uint16_t*>(memory_.get()) + first;

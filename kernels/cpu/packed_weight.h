@@ -1,11 +1,13 @@
 // A weight as the CPU backend keeps it: panels of 32 outputs, inputs in order inside a panel, so
-// that a tile reads memory front to back.
+// that a tile reads memory front to back. Or left where it lies, row after row, and brought into
+// panels block by block as it is read.
 #ifndef CINNABAR_KERNELS_CPU_PACKED_WEIGHT_H_
 #define CINNABAR_KERNELS_CPU_PACKED_WEIGHT_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -34,9 +36,13 @@ class PackedWeight : public Weight {
                                                             RowOrder row_order, DType dtype,
                                                             ThreadPool& pool);
 
+  // The same outputs of `parts`, of one dtype, that stay where they are and outlive this.
+  static std::unique_ptr<PackedWeight> Map(absl::Span<const HostMatrix> parts, RowOrder row_order);
+
   int64_t memory_bytes() const override {
-    return num_panels_ * cols() * kPanelWidth * BytesOf(dtype());
+    return mapped() ? 0 : num_panels_ * cols() * kPanelWidth * BytesOf(dtype());
   }
+  bool mapped() const { return !parts_.empty(); }
   int64_t num_panels() const { return num_panels_; }
   // Inputs [k, k + count) of a panel in float32: the kept values themselves, or widened into
   // `scratch` (count * 32 floats, aligned).
@@ -45,9 +51,12 @@ class PackedWeight : public Weight {
 
  private:
   PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype, int64_t num_panels,
-               AlignedMemory memory);
+               AlignedMemory memory, std::vector<HostMatrix> parts);
+  void WidenMapped(int64_t panel, int64_t k, int64_t count, float* out) const;
+
   int64_t num_panels_;
   AlignedMemory memory_;
+  std::vector<HostMatrix> parts_;  // mapped only
 };
 
 }  // namespace cinnabar::cpu

@@ -25,7 +25,8 @@ from reference import cases, checkpoints, models, safetensors_io, tokenizer  # n
 GENERATED = ["models", "logits", "cases", "probabilities", "index.json"]
 
 # Ids below these stand for text; the others are special or unused rows.
-TEXT_IDS = {"llada_gqa": 125, "sdar_b8": 93, "sedd_absorb": 83, "sedd_uniform": 83, "mdlm": 88}
+TEXT_IDS = {"llada_gqa": 125, "sdar_b8": 93, "sdar_moe": 93, "rnd1": 93, "rnd1_bf16": 93, "llada_moe": 93, "llada2": 93,
+            "sedd_absorb": 83, "sedd_uniform": 83, "mdlm": 88}
 
 
 def text_ids(model_name):
@@ -67,7 +68,7 @@ def make_logits(out):
         model = models.load(out / "models" / name)
         narrow = models.load(out / "models" / name, np.float32)
         for length, entry in logits_inputs(name, model.traits):
-            if name in ("dream_bf16", "sdar_b4_f16") and length != 13:
+            if name in ("dream_bf16", "sdar_b4_f16", "rnd1_bf16") and length != 13:
                 continue
             case = f"{name}_{length}"
             rows = model.logits(entry["ids"], entry.get("sigma"))

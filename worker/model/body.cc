@@ -40,6 +40,22 @@ absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Matrix(const std::vector<s
   return weight;
 }
 
+absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::ExpertMatrix(
+    const std::vector<std::string>& names, RowOrder row_order) {
+  std::vector<HostMatrix> parts;
+  for (const std::string& name : names) {
+    CINNABAR_ASSIGN_OR_RETURN(const HostMatrix part, checkpoint_.Matrix(name));
+    if (part.dtype != dtype_.value_or(parts.empty() ? part.dtype : parts[0].dtype)) {
+      return Matrix(names, row_order);
+    }
+    parts.push_back(part);
+  }
+  CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Weight> weight, backend_.MapWeight(parts, row_order),
+                            "load ", names[0]);
+  loaded_bytes_ += weight->memory_bytes();
+  return weight;
+}
+
 absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Embedding(const std::string& name) {
   CINNABAR_ASSIGN_OR_RETURN(const HostMatrix table, checkpoint_.Matrix(name));
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Weight> weight, backend_.LoadEmbedding(table), "load ",
@@ -128,11 +144,17 @@ WorkspaceShape Body::Workspace() const {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
   return {.rows_max = limits_.rows_max,
           .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
-                                int64_t{spec_.cond_dim}, int64_t{kSigmaFrequencies}}),
+                                int64_t{spec_.experts.mlp_dim},
+                                int64_t{spec_.experts.shared_mlp_dim}, int64_t{spec_.cond_dim},
+                                int64_t{kSigmaFrequencies}}),
           .vocabulary = spec_.traits.vocab_size,
           .queries_max = limits_.rows_max,
           .positions_max = limits_.positions_max,
-          .head_dim_max = spec_.head_dim};
+          .head_dim_max = spec_.head_dim,
+          .num_experts = spec_.experts.num_experts,
+          .experts_per_row = spec_.experts.experts_per_token,
+          .expert_dim = spec_.dim,
+          .expert_mlp_dim = spec_.experts.mlp_dim};
 }
 
 absl::Status Body::TakeWorkspace() {
@@ -143,7 +165,8 @@ absl::Status Body::TakeWorkspace() {
   const std::tuple<Rows*, int64_t, DType> wanted[] = {
       {&residual_, spec_.dim, DType::kF32},    {&normed_, spec_.dim, activation},
       {&qkv_, q_dim + 2 * kv_dim, activation}, {&attention_, q_dim, activation},
-      {&mlp_, spec_.mlp_dim, activation},      {&wanted_residual_, spec_.dim, DType::kF32},
+      {&mlp_, std::max(spec_.mlp_dim, spec_.experts.shared_mlp_dim), activation},
+      {&wanted_residual_, spec_.dim, DType::kF32},
       {&wanted_attention_, q_dim, activation}, {&hidden_, spec_.dim, activation}};
   for (const auto& [member, cols, dtype] : wanted) {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
@@ -163,7 +186,8 @@ absl::Status Body::TakeWorkspace() {
 }
 
 absl::Status Body::MakeRotaryTable() {
-  const int64_t half = spec_.head_dim / 2, positions = limits_.positions_max;
+  const int32_t rotary_dim = spec_.rotary_dim > 0 ? spec_.rotary_dim : spec_.head_dim;
+  const int64_t half = rotary_dim / 2, positions = limits_.positions_max;
   std::vector<float> cosine(positions * half), sine(positions * half);
   for (int64_t i = 0; i < half; ++i) {
     const double frequency =
@@ -174,7 +198,7 @@ absl::Status Body::MakeRotaryTable() {
       sine[position * half + i] = static_cast<float>(std::sin(angle));
     }
   }
-  rotary_ = {.rotary_dim = spec_.head_dim, .positions_max = limits_.positions_max};
+  rotary_ = {.rotary_dim = rotary_dim, .positions_max = limits_.positions_max};
   for (const auto& [table, member] :
        {std::pair{&cosine, &rotary_.cosine}, {&sine, &rotary_.sine}}) {
     CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer,

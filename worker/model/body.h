@@ -29,6 +29,10 @@ class WeightLoader {
   // The matrices `names` as one weight. Kept as dtype_, else as stored (F32 where they differ).
   absl::StatusOr<std::unique_ptr<Weight>> Matrix(const std::vector<std::string>& names,
                                                  RowOrder row_order = RowOrder::kStacked);
+  // As Matrix(), for an expert's: left in the file where neither it nor dtype_ asks for a
+  // conversion.
+  absl::StatusOr<std::unique_ptr<Weight>> ExpertMatrix(const std::vector<std::string>& names,
+                                                       RowOrder row_order = RowOrder::kStacked);
   absl::StatusOr<std::unique_ptr<Weight>> Embedding(const std::string& name);
   // The vectors `names` one after another, as floats.
   absl::StatusOr<std::unique_ptr<Buffer>> Vector(const std::vector<std::string>& names);

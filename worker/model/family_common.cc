@@ -53,13 +53,13 @@ void SettleHeads(JsonFields& config, absl::string_view heads_key, ModelSpec& spe
   }
 }
 
-void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec) {
+void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec, const DecoderKeys& keys) {
   spec.body = BodyKind::kDecoder;
   spec.traits.vocab_size = static_cast<int32_t>(config.Int("vocab_size", 1, kVocabularyMax));
   spec.traits.positions_max =
       static_cast<int32_t>(config.Int("max_position_embeddings", 1, kPositionsMax));
   spec.dim = static_cast<int32_t>(config.Int("hidden_size", 1, kDimMax));
-  spec.mlp_dim = static_cast<int32_t>(config.Int("intermediate_size", 1, kDimMax));
+  spec.mlp_dim = static_cast<int32_t>(config.Int(keys.mlp_dim, 1, kDimMax));
   spec.num_layers = static_cast<int32_t>(config.Int("num_hidden_layers", 1, kLayersMax));
   spec.num_heads = static_cast<int32_t>(config.Int("num_attention_heads", 1, kHeadsMax));
   spec.num_kv_heads =
@@ -80,12 +80,70 @@ void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec) {
           absl::StrCat("activation \"", activation.substr(0, 40), "\" is not computed"));
   RequireNoRopeScaling(config, "rope_scaling");
   RequireNoRopeScaling(config, "rope_parameters");
-  Require(config.Number("partial_rotary_factor", 0.0, 1.0, 1.0) == 1.0, config,
-          "partial_rotary_factor", "heads are rotated whole");
+  const double rotated = config.Number("partial_rotary_factor", 0.0, 1.0, 1.0);
+  Require(rotated == 1.0 || keys.partial_rotary, config, "partial_rotary_factor",
+          "heads are rotated whole");
   RequireFullAttentionLayers(config);
   Require(!config.Has("quantization_config"), config, "quantization_config",
           "quantized weights are not read");
   SettleHeads(config, "num_attention_heads", spec);
+  if (rotated == 1.0) return;
+  spec.rotary_dim = static_cast<int32_t>(spec.head_dim * rotated);
+  if (spec.rotary_dim < 2 || spec.rotary_dim % 2 != 0) {
+    config.Fail(absl::StatusCode::kInvalidArgument, "partial_rotary_factor",
+                absl::StrCat("rotates ", spec.rotary_dim, " of ", spec.head_dim,
+                             " dimensions; it must be an even number of them"));
+  }
+}
+
+void ReadMaskedTokens(JsonFields& config, const CheckpointFacts& facts, TokenId mask_fallback,
+                      ModelTraits& traits) {
+  traits.mask_token = ReadMaskToken(config, facts, traits.vocab_size, mask_fallback);
+  if (traits.mask_token < 0) {
+    config.Fail(absl::StatusCode::kInvalidArgument, "mask_token_id",
+                "missing, and the tokenizer files name no mask token");
+  }
+  traits.eos_tokens = ReadEosTokens(facts);
+}
+
+void SettleExperts(JsonFields& config, ModelSpec& spec) {
+  const ExpertSpec& experts = spec.experts;
+  const auto fail = [&](absl::string_view key, const std::string& problem) {
+    config.Fail(absl::StatusCode::kInvalidArgument, key, problem);
+  };
+  if (!config.status().ok()) return;
+  if (experts.num_groups < 1 || experts.num_experts % experts.num_groups != 0) {
+    fail("n_group", absl::StrCat(experts.num_groups, " groups do not divide ", experts.num_experts,
+                                 " experts"));
+  } else if (experts.groups_per_token > experts.num_groups) {
+    fail("topk_group",
+         absl::StrCat(experts.groups_per_token, " of ", experts.num_groups, " groups"));
+  } else if (experts.experts_per_token >
+             experts.num_experts / experts.num_groups * experts.groups_per_token) {
+    fail("num_experts_per_tok",
+         absl::StrCat(experts.experts_per_token, " experts a token, but only ",
+                      experts.num_experts / experts.num_groups * experts.groups_per_token,
+                      " can be chosen from"));
+  }
+}
+
+void ReadQwen3Experts(JsonFields& config, ModelSpec& spec) {
+  ExpertSpec& experts = spec.experts;
+  experts.num_experts = static_cast<int32_t>(config.Int("num_experts", 1, kExpertsMax));
+  experts.experts_per_token =
+      static_cast<int32_t>(config.Int("num_experts_per_tok", 1, kExpertsPerRowMax));
+  experts.mlp_dim = static_cast<int32_t>(config.Int("moe_intermediate_size", 1, kDimMax));
+  experts.renormalize = config.Bool("norm_topk_prob", true);
+  // Every decoder_sparse_step-th layer has experts, but those listed.
+  const int64_t stride = config.Int("decoder_sparse_step", 1, kLayersMax, 1);
+  experts.dense_layers.resize(spec.num_layers);
+  for (int32_t layer = 0; layer < spec.num_layers; ++layer) {
+    experts.dense_layers[layer] = (layer + 1) % stride != 0;
+  }
+  for (const int64_t layer : config.Ints("mlp_only_layers", 0, kLayersMax)) {
+    if (layer < spec.num_layers) experts.dense_layers[layer] = true;
+  }
+  SettleExperts(config, spec);
 }
 
 TokenId ReadMaskToken(JsonFields& config, const CheckpointFacts& facts, int32_t vocab_size,
@@ -110,20 +168,15 @@ std::vector<TokenId> ReadEosTokens(const CheckpointFacts& facts) {
 }
 
 absl::StatusOr<ModelSpec> ReadBlockCausalQwen3(const CheckpointFacts& facts,
-                                               int64_t block_length_default) {
-  constexpr TokenId kQwen3Mask = 151669;
+                                               int64_t block_length_default, bool experts) {
   JsonFields config(facts.config, facts.config_path);
   ModelSpec spec;
   ReadTransformersDecoder(config, spec);
   spec.qkv_bias = spec.o_bias = config.Bool("attention_bias", false);
   spec.qk_norm = true;
+  if (experts) ReadQwen3Experts(config, spec);
   ModelTraits& traits = spec.traits;
-  traits.mask_token = ReadMaskToken(config, facts, traits.vocab_size, kQwen3Mask);
-  if (traits.mask_token < 0) {
-    config.Fail(absl::StatusCode::kInvalidArgument, "mask_token_id",
-                "missing, and the tokenizer files name no mask token");
-  }
-  traits.eos_tokens = ReadEosTokens(facts);
+  ReadMaskedTokens(config, facts, kQwen3Mask, traits);
   traits.causal_block_length =
       static_cast<int32_t>(config.Int("block_size", 1, kBlockLengthMax, block_length_default));
   traits.default_sampler = "block_dynamic";

@@ -15,12 +15,27 @@ inline constexpr int64_t kLayersMax = 1024;
 inline constexpr int64_t kHeadsMax = 4096;
 inline constexpr int64_t kPositionsMax = 1 << 24;
 inline constexpr int64_t kBlockLengthMax = 1 << 16;
+inline constexpr int64_t kExpertsMax = 1 << 12;
+
+// The first row that Qwen3's tokenizer leaves unused, which its descendants took for the mask.
+inline constexpr TokenId kQwen3Mask = 151669;
+
+// How an architecture deviates from ReadTransformersDecoder().
+struct DecoderKeys {
+  absl::string_view mlp_dim = "intermediate_size";
+  bool partial_rotary = false;  // the architecture obeys partial_rotary_factor
+};
 
 // The decoders of the transformers library: hidden_size, num_attention_heads, rope_theta and so on,
 // with the features that are not computed refused by name. Sets everything of kDecoder but biases,
-// norms of heads and traits other than vocabulary and positions. `head_dim_read`: the architecture
-// obeys head_dim.
-void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec);
+// norms of heads, experts and traits other than vocabulary and positions.
+void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec, const DecoderKeys& keys = {});
+
+// Experts as Qwen3's mixtures have them: softmax, weights of the chosen renormalised, no shared one.
+void ReadQwen3Experts(JsonFields& config, ModelSpec& spec);
+
+// Numbers of experts, per token and groups against each other; InvalidArgument by field.
+void SettleExperts(JsonFields& config, ModelSpec& spec);
 
 // Refuses with Unimplemented, naming the field, unless `supported`.
 void Require(bool supported, JsonFields& config, absl::string_view key, absl::string_view problem);
@@ -29,9 +44,14 @@ void Require(bool supported, JsonFields& config, absl::string_view key, absl::st
 // other.
 void SettleHeads(JsonFields& config, absl::string_view heads_key, ModelSpec& spec);
 
-// The body of Qwen3 with block-causal attention and no shift, as SDAR and the second Dream have it.
+// The body of Qwen3 (or of its mixtures of experts) with block-causal attention and no shift, as
+// SDAR and the second Dream have it.
 absl::StatusOr<ModelSpec> ReadBlockCausalQwen3(const CheckpointFacts& facts,
-                                               int64_t block_length_default);
+                                               int64_t block_length_default, bool experts = false);
+
+// Mask token (InvalidArgument when there is none) and end-of-text ids of a masked family.
+void ReadMaskedTokens(JsonFields& config, const CheckpointFacts& facts, TokenId mask_fallback,
+                      ModelTraits& traits);
 
 // The mask token: config's mask_token_id, else the tokenizer's, else `fallback` if the vocabulary
 // is large enough to be the published model's (more than that id); -1: none found.

@@ -14,12 +14,7 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   ReadTransformersDecoder(config, spec);
   spec.qkv_bias = true;
   ModelTraits& traits = spec.traits;
-  traits.mask_token = ReadMaskToken(config, facts, traits.vocab_size, kDreamMask);
-  if (traits.mask_token < 0) {
-    config.Fail(absl::StatusCode::kInvalidArgument, "mask_token_id",
-                "missing, and the tokenizer files name no mask token");
-  }
-  traits.eos_tokens = ReadEosTokens(facts);
+  ReadMaskedTokens(config, facts, kDreamMask, traits);
   traits.shift_logits = true;
   traits.default_sampler = "entropy";  // alg="entropy" of the authors' examples
   if (!config.status().ok()) return config.status();

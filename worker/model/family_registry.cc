@@ -13,9 +13,13 @@
   REGISTER(Dream)                   \
   REGISTER(DreamReasoner)           \
   REGISTER(Llada)                   \
+  REGISTER(Llada2)                  \
+  REGISTER(LladaMoe)                \
   REGISTER(Mdlm)                    \
   REGISTER(OpenDcoder)              \
+  REGISTER(Rnd1)                    \
   REGISTER(Sdar)                    \
+  REGISTER(SdarMoe)                 \
   REGISTER(Sedd)
 
 namespace cinnabar {
@@ -31,15 +35,7 @@ struct Unsupported {
   absl::string_view architecture;
   absl::string_view missing;
 };
-constexpr absl::string_view kExperts = "a mixture of experts, which is not supported yet";
 constexpr Unsupported kUnsupported[] = {
-    {"SDARMoeForCausalLM", kExperts},
-    {"SDARMoEForCausalLM", kExperts},
-    {"LLaDAMoEModel", kExperts},
-    {"LLaDAMoEModelLM", kExperts},
-    {"LLaDA2MoeModelLM", "a mixture of experts with grouped routing, which is not supported yet"},
-    {"RND1", kExperts},
-    {"RND1LM", kExperts},
     {"Fast_dLLM_QwenForCausalLM",
      "logits shifted inside a block, with each block's first token from the block before, which no "
      "sampler here does yet"},

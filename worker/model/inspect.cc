@@ -4,6 +4,7 @@
 #include <map>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -60,6 +61,21 @@ std::string Attention(const ModelTraits& traits) {
              : absl::StrCat("block-causal, blocks of ", traits.causal_block_length);
 }
 
+std::string Experts(const ModelSpec& spec) {
+  const ExpertSpec& experts = spec.experts;
+  int32_t layers = 0;
+  for (int32_t layer = 0; layer < spec.num_layers; ++layer) layers += HasExperts(spec, layer);
+  return absl::StrCat(
+      experts.experts_per_token, " of ", experts.num_experts, " a token, MLP ", experts.mlp_dim,
+      experts.num_groups > 1 ? absl::StrCat(", from ", experts.groups_per_token, " of ",
+                                            experts.num_groups, " groups")
+                             : "",
+      experts.shared_mlp_dim > 0 ? absl::StrCat(", and a shared one of ", experts.shared_mlp_dim)
+                                 : "",
+      layers < spec.num_layers ? absl::StrCat(", in ", layers, " layers") : "",
+      layers == 0 ? ", which no layer uses" : "");
+}
+
 void ReadHeaders(const Checkpoint& checkpoint, ModelReport& report) {
   std::map<std::string, ModelReport::DTypeCount> counts;
   for (const TensorEntry& tensor : checkpoint.tensors()) {
@@ -78,8 +94,8 @@ void ReadHeaders(const Checkpoint& checkpoint, ModelReport& report) {
   }
 }
 
-// Weights at 4 and 2 bytes. Vectors (norms, biases) are floats always; the embedding is read from
-// the file, and a tied head is packed beside it.
+// Weights at 4 and 2 bytes. Vectors (norms, biases) are floats always; the embedding and experts
+// are read from the file, and a tied head is packed beside it.
 void EstimateMemory(const Checkpoint* checkpoint, ModelReport& report) {
   const ModelSpec& spec = *report.spec;
   const std::string embedding = spec.body == BodyKind::kDiT
@@ -92,6 +108,9 @@ void EstimateMemory(const Checkpoint* checkpoint, ModelReport& report) {
     num_parameters += size;
     if (tensor.name == embedding) {
       if (spec.tied_head) matrices += size;
+    } else if (spec.experts.num_experts > 0 && absl::StrContains(tensor.name, spec.names.experts)) {
+      const TensorEntry* expert = checkpoint == nullptr ? nullptr : checkpoint->Find(tensor.name);
+      if (expert != nullptr) report.mapped_bytes += expert->end_byte - expert->begin_byte;
     } else {
       (tensor.shape.size() == 2 ? matrices : vectors) += size;
     }
@@ -195,6 +214,7 @@ std::string FormatReport(const ModelReport& report) {
     lines.Title("\nnetwork");
     lines.Add("layers", absl::StrCat(spec.num_layers));
     lines.Add("width", absl::StrCat(spec.dim, ", MLP ", spec.mlp_dim));
+    if (spec.experts.num_experts > 0) lines.Add("experts", Experts(spec));
     lines.Add("heads",
               absl::StrCat(spec.num_heads, " x ", spec.head_dim,
                            spec.num_kv_heads != spec.num_heads
@@ -223,7 +243,12 @@ std::string FormatReport(const ModelReport& report) {
     const ForwardLimits limits;
     lines.Title("\nmemory (estimate)");
     lines.Add("weights", absl::StrCat(FormatBytes(report.weights_f32_bytes), " as F32, ",
-                                      FormatBytes(report.weights_half_bytes), " as F16 or BF16"));
+                                      FormatBytes(report.weights_half_bytes), " as F16 or BF16",
+                                      report.mapped_bytes > 0
+                                          ? absl::StrCat("; experts of ",
+                                                         FormatBytes(report.mapped_bytes),
+                                                         " stay in the file")
+                                          : ""));
     lines.Add("activations",
               absl::StrCat(FormatBytes(report.workspace_bytes), " for ", limits.rows_max, " rows"));
     lines.Add("keys and values",
@@ -267,6 +292,8 @@ nlohmann::ordered_json ReportToJson(const ModelReport& report) {
     out["network"] = {{"layers", spec.num_layers},
                       {"dim", spec.dim},
                       {"mlp_dim", spec.mlp_dim},
+                      {"experts", spec.experts.num_experts},
+                      {"experts_per_token", spec.experts.experts_per_token},
                       {"heads", spec.num_heads},
                       {"kv_heads", spec.num_kv_heads},
                       {"head_dim", spec.head_dim},
@@ -287,6 +314,7 @@ nlohmann::ordered_json ReportToJson(const ModelReport& report) {
     out["default_sampler"] = traits.default_sampler;
     out["memory"] = {{"weights_f32_bytes", report.weights_f32_bytes},
                      {"weights_half_bytes", report.weights_half_bytes},
+                     {"mapped_bytes", report.mapped_bytes},
                      {"workspace_bytes", report.workspace_bytes},
                      {"kv_bytes_per_position", report.kv_bytes_per_position}};
   }

@@ -34,6 +34,7 @@ struct ModelReport {
   // backend adds its own scratch, and padding of packed weights.
   int64_t weights_f32_bytes = 0;
   int64_t weights_half_bytes = 0;     // F16 or BF16; the embedding stays as stored
+  int64_t mapped_bytes = 0;           // experts as stored, read from the file; beside those
   int64_t workspace_bytes = 0;        // activations in float32
   int64_t kv_bytes_per_position = 0;  // one sequence, float32
 

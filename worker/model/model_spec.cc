@@ -1,5 +1,8 @@
 #include "worker/model/model_spec.h"
 
+#include <algorithm>
+#include <functional>
+
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -26,6 +29,33 @@ class TensorList {
   std::vector<ExpectedTensor> tensors_;
 };
 
+void AddExperts(const ModelSpec& spec, int32_t layer, TensorList& list) {
+  const DecoderNames& names = spec.names;
+  const ExpertSpec& experts = spec.experts;
+  const auto add_mlp = [&](const std::function<std::string(const std::string&)>& name,
+                           int64_t mlp_dim) {
+    list.AddLinear(name(names.expert_gate), mlp_dim, spec.dim, false);
+    list.AddLinear(name(names.expert_up), mlp_dim, spec.dim, false);
+    list.AddLinear(name(names.expert_down), spec.dim, mlp_dim, false);
+  };
+  list.AddLinear(LayerTensor(names.layer_prefix, layer, names.router), experts.num_experts,
+                 spec.dim, false);
+  if (experts.bias) {
+    list.Add(LayerTensor(names.layer_prefix, layer, names.router_bias), {experts.num_experts});
+  }
+  for (int32_t expert = 0; expert < experts.num_experts; ++expert) {
+    add_mlp([&](const std::string& leaf) { return ExpertTensor(names, layer, expert, leaf); },
+            experts.mlp_dim);
+  }
+  if (experts.shared_mlp_dim > 0) {
+    add_mlp(
+        [&](const std::string& leaf) {
+          return LayerTensor(names.layer_prefix, layer, names.shared_expert + leaf);
+        },
+        experts.shared_mlp_dim);
+  }
+}
+
 std::vector<ExpectedTensor> DecoderTensors(const ModelSpec& spec) {
   const DecoderNames& names = spec.names;
   const int64_t dim = spec.dim;
@@ -38,15 +68,23 @@ std::vector<ExpectedTensor> DecoderTensors(const ModelSpec& spec) {
       return LayerTensor(names.layer_prefix, layer, leaf);
     };
     list.Add(name(names.attention_norm) + ".weight", {dim});
-    list.AddLinear(name(names.q), q_dim, dim, spec.qkv_bias);
-    list.AddLinear(name(names.k), kv_dim, dim, spec.qkv_bias);
-    list.AddLinear(name(names.v), kv_dim, dim, spec.qkv_bias);
+    if (names.qkv.empty()) {
+      list.AddLinear(name(names.q), q_dim, dim, spec.qkv_bias);
+      list.AddLinear(name(names.k), kv_dim, dim, spec.qkv_bias);
+      list.AddLinear(name(names.v), kv_dim, dim, spec.qkv_bias);
+    } else {
+      list.AddLinear(name(names.qkv), q_dim + 2 * kv_dim, dim, spec.qkv_bias);
+    }
     if (spec.qk_norm) {
       list.Add(name(names.q_norm) + ".weight", {spec.head_dim});
       list.Add(name(names.k_norm) + ".weight", {spec.head_dim});
     }
     list.AddLinear(name(names.o), dim, q_dim, spec.o_bias);
     list.Add(name(names.mlp_norm) + ".weight", {dim});
+    if (HasExperts(spec, layer)) {
+      AddExperts(spec, layer, list);
+      continue;
+    }
     list.AddLinear(name(names.gate), spec.mlp_dim, dim, spec.mlp_bias);
     list.AddLinear(name(names.up), spec.mlp_dim, dim, spec.mlp_bias);
     list.AddLinear(name(names.down), dim, spec.mlp_dim, spec.mlp_bias);
@@ -108,6 +146,17 @@ std::string LayerTensor(absl::string_view prefix, int32_t layer, absl::string_vi
   return absl::StrCat(prefix, layer, ".", leaf);
 }
 
+std::string ExpertTensor(const DecoderNames& names, int32_t layer, int32_t expert,
+                         absl::string_view leaf) {
+  return absl::StrCat(names.layer_prefix, layer, ".", names.experts, expert, ".", leaf);
+}
+
+bool HasExperts(const ModelSpec& spec, int32_t layer) {
+  return spec.experts.num_experts > 0 &&
+         !(static_cast<size_t>(layer) < spec.experts.dense_layers.size() &&
+           spec.experts.dense_layers[layer]);
+}
+
 std::vector<ExpectedTensor> ExpectedTensors(const ModelSpec& spec) {
   return spec.body == BodyKind::kDiT ? DiTTensors(spec) : DecoderTensors(spec);
 }
@@ -165,7 +214,10 @@ int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequenc
   // gathered.
   const int64_t a_row =
       4 * 2 * int64_t{spec.dim} +
-      activation_bytes * (2 * int64_t{spec.dim} + 3 * q_dim + 2 * kv_dim + int64_t{spec.mlp_dim});
+      activation_bytes * (2 * int64_t{spec.dim} + 3 * q_dim + 2 * kv_dim +
+                          std::max<int64_t>(spec.mlp_dim, spec.experts.shared_mlp_dim)) +
+      // Router logits, then chosen experts and their weights.
+      4 * (int64_t{spec.experts.num_experts} + 2 * int64_t{spec.experts.experts_per_token});
   const int64_t rotary = 4 * positions_max * spec.head_dim;
   int64_t conditioning = 0;
   if (spec.body == BodyKind::kDiT) {

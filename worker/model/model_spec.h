@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "common/request/sampler_catalog.h"
+#include "kernels/backend.h"
 #include "worker/model/safetensors.h"
 
 namespace cinnabar {
@@ -28,6 +29,7 @@ struct DecoderNames {
   std::string head = "lm_head";
   std::string layer_prefix = "model.layers.";
   std::string attention_norm = "input_layernorm";
+  std::string qkv;  // one tensor of the rows q | k | v; empty: three
   std::string q = "self_attn.q_proj";
   std::string k = "self_attn.k_proj";
   std::string v = "self_attn.v_proj";
@@ -38,6 +40,29 @@ struct DecoderNames {
   std::string gate = "mlp.gate_proj";
   std::string up = "mlp.up_proj";
   std::string down = "mlp.down_proj";
+  std::string router = "mlp.gate";
+  std::string router_bias = "mlp.gate.expert_bias";  // the whole name
+  std::string experts = "mlp.experts.";              // then the expert's index, a dot and a leaf
+  std::string shared_expert = "mlp.shared_experts.";
+  std::string expert_gate = "gate_proj";
+  std::string expert_up = "up_proj";
+  std::string expert_down = "down_proj";
+};
+
+// Experts in place of the MLP; see RouteArgs of kernels/backend.h for the rules of the router.
+struct ExpertSpec {
+  int32_t num_experts = 0;  // 0: every layer has one MLP
+  int32_t experts_per_token = 0;
+  int32_t mlp_dim = 0;         // of one expert
+  int32_t shared_mlp_dim = 0;  // of the one that every token goes to; 0: there is none
+  std::vector<bool> dense_layers;  // [num_layers]: those that have one MLP all the same
+  RouterScore score = RouterScore::kSoftmax;
+  bool bias = false;
+  bool bias_counts = false;
+  int32_t num_groups = 1;
+  int32_t groups_per_token = 1;
+  bool renormalize = false;
+  float scale = 1.0F;
 };
 
 struct ModelSpec {
@@ -53,8 +78,10 @@ struct ModelSpec {
   int32_t mlp_dim = 0;
   float norm_eps = 1e-6F;
   double rope_theta = 10000.0;
+  int32_t rotary_dim = 0;  // leading dimensions of a head that are rotated, even; 0: all
 
   // kDecoder
+  ExpertSpec experts;
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
@@ -99,8 +126,13 @@ inline int32_t KvLayers(const ModelSpec& spec) {
   return spec.traits.causal_block_length > 0 ? spec.num_layers : 1;
 }
 
-// The name of layer `layer`'s tensor.
+// Whether a layer has experts.
+bool HasExperts(const ModelSpec& spec, int32_t layer);
+
+// The name of layer `layer`'s tensor, and of an expert's (without ".weight").
 std::string LayerTensor(absl::string_view prefix, int32_t layer, absl::string_view leaf);
+std::string ExpertTensor(const DecoderNames& names, int32_t layer, int32_t expert,
+                         absl::string_view leaf);
 
 }  // namespace cinnabar
 

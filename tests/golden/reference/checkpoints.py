@@ -248,6 +248,102 @@ def llada(directory, kv_heads=None, dtype="F32", shards=1, seed=108):
     write(directory, config, t, dtype, shards, others)
 
 
+# --- mixtures of experts ----------------------------------------------------------------------------------
+
+def expert_tensors(draw, t, config, layers, width, router_gain=3.0, shared=None, shared_name="mlp.shared_experts",
+                   bias_name=None):
+    """Puts experts in the place of the MLP of `layers`. The router is far from even, so that no choice hangs on
+    the last bit."""
+    d, count = config["hidden_size"], config["num_experts"]
+    for n in layers:
+        p = f"model.layers.{n}."
+        for part in ("gate", "up", "down"):
+            t.pop(f"{p}mlp.{part}_proj.weight")
+        t[p + "mlp.gate.weight"] = draw.matrix(count, d, router_gain)
+        if bias_name:
+            t[p + bias_name] = 0.15 * draw.normal(count)
+        for name, wide in [(f"mlp.experts.{e}", width) for e in range(count)] + ([(shared_name, shared)] if shared else []):
+            t[f"{p}{name}.gate_proj.weight"] = draw.matrix(wide, d, 1.5)
+            t[f"{p}{name}.up_proj.weight"] = draw.matrix(wide, d, 1.5)
+            t[f"{p}{name}.down_proj.weight"] = draw.matrix(d, wide, 1.5)
+
+
+def qwen3_moe(directory, architecture, seed, dtype="F32"):
+    """SDAR-MoE (block-causal) and RND1 (full attention, shifted): the second layer of three is dense in SDAR's."""
+    sdar_moe = architecture == "SDARMoeForCausalLM"
+    mask, eos, turn_end = 97, 93, 95
+    config = {
+        "architectures": [architecture], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": eos,
+        "decoder_sparse_step": 1, "eos_token_id": turn_end, "head_dim": 10, "hidden_act": "silu", "hidden_size": 34,
+        "initializer_range": 0.02, "intermediate_size": 41, "mask_token_id": mask, "max_position_embeddings": 2048,
+        "max_window_layers": 2, "mlp_only_layers": [1] if sdar_moe else [],
+        "model_type": "sdar_moe" if sdar_moe else "rnd1", "moe_intermediate_size": 9, "norm_topk_prob": True,
+        "num_attention_heads": 4, "num_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 3 if sdar_moe else 2,
+        "num_key_value_heads": 2, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 3000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 101}
+    if sdar_moe:
+        config["block_size"] = 4
+    draw = Draw(seed)
+    tensors = decoder_tensors(draw, config, qk_norm=True, mask=mask)
+    layers = [n for n in range(config["num_hidden_layers"]) if n not in config["mlp_only_layers"]]
+    expert_tensors(draw, tensors, config, layers, config["moe_intermediate_size"])
+    write(directory, config, tensors, dtype, others={
+        "generation_config.json": {"eos_token_id": [turn_end, eos]}})
+
+
+def llada_moe(directory, seed):
+    """Experts in the second layer alone, with a shared one beside."""
+    mask, eos = 97, 93
+    config = {
+        "architectures": ["LLaDAMoEModelLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+        "dense_intermediate_size": 41, "eos_token_id": eos, "expert_intermediate_size": 11, "hidden_act": "silu",
+        "hidden_size": 36, "initializer_range": 0.02, "mask_token_id": mask, "max_position_embeddings": 2048,
+        "model_type": "llada", "moe_layer_freq": [0, 1], "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax", "norm_topk_prob": False, "num_attention_heads": 3, "num_experts": 6,
+        "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_key_value_heads": 3, "pad_token_id": eos,
+        "partial_rotary_factor": 1, "qk_layernorm": True, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 5000.0, "routed_scaling_factor": 1, "router_num_group": None, "router_topk_group": None,
+        "shared_expert_intermediate_size": 9, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "use_cache": False, "vocab_size": 101}
+    draw = Draw(seed)
+    tensors = decoder_tensors(draw, {**config, "intermediate_size": config["dense_intermediate_size"]}, qk_norm=True,
+                              mask=mask)
+    expert_tensors(draw, tensors, config, [1], config["expert_intermediate_size"],
+                   shared=config["shared_expert_intermediate_size"], shared_name="shared_expert")
+    write(directory, config, tensors)
+
+
+def llada2(directory, seed, dtype="F32"):
+    mask, eos = 97, 93
+    config = {
+        "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "block_size": 8, "eos_token_id": eos,
+        "first_k_dense_replace": 1, "head_dim": 12, "hidden_act": "silu", "hidden_size": 30, "initializer_range": 0.02,
+        "intermediate_size": 33, "mask_token_id": mask, "max_position_embeddings": 2048, "model_type": "llada2_moe",
+        "moe_intermediate_size": 5, "moe_router_enable_expert_bias": True, "n_group": 4, "norm_topk_prob": True,
+        "num_attention_heads": 4, "num_experts": 12, "num_experts_per_tok": 4, "num_hidden_layers": 3,
+        "num_key_value_heads": 2, "num_shared_experts": 2, "pad_token_id": eos, "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 2000, "routed_scaling_factor": 2.5,
+        "score_function": "sigmoid", "tie_word_embeddings": False, "topk_group": 2, "torch_dtype": "bfloat16",
+        "use_bias": False, "use_cache": True, "use_qk_norm": True, "use_qkv_bias": False, "vocab_size": 101}
+    draw = Draw(seed)
+    t = decoder_tensors(draw, config, qk_norm=True, mask=mask)
+    expert_tensors(draw, t, config, [1, 2], config["moe_intermediate_size"], shared=10,
+                   bias_name="mlp.gate.expert_bias")
+    renamed = {"model.embed_tokens": "model.word_embeddings", "self_attn.o_proj": "attention.dense",
+               "self_attn.q_norm": "attention.query_layernorm", "self_attn.k_norm": "attention.key_layernorm"}
+    tensors = {}
+    for name, tensor in t.items():
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        if "self_attn.q_proj" in name:
+            parts = [t[name.replace("q_proj", x + "_proj")] for x in "qkv"]
+            tensors[name.replace("self_attn.q_proj", "attention.query_key_value")] = np.concatenate(parts)
+        elif "self_attn" not in name:
+            tensors[name] = tensor
+    write(directory, config, tensors, dtype)
+
+
 # --- adaLN bodies --------------------------------------------------------------------------------------
 
 def dit_tensors(draw, rows, d, heads, cond, blocks, prefix="", damp=None):
@@ -327,4 +423,9 @@ CHECKPOINTS = {
     "sedd_absorb": lambda directory: sedd(directory, "absorb", "loglinear", 112),
     "sedd_uniform": lambda directory: sedd(directory, "uniform", "geometric", 113),
     "mdlm": mdlm,
+    "sdar_moe": lambda directory: qwen3_moe(directory, "SDARMoeForCausalLM", seed=119),
+    "rnd1": lambda directory: qwen3_moe(directory, "RND1", seed=115),
+    "rnd1_bf16": lambda directory: qwen3_moe(directory, "RND1", seed=116, dtype="BF16"),
+    "llada_moe": lambda directory: llada_moe(directory, seed=117),
+    "llada2": lambda directory: llada2(directory, seed=118),
 }

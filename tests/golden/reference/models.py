@@ -65,8 +65,11 @@ def log_softmax(x):
     return x - top - np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
 
 
-def rotate(x, theta):
-    """Rotary embedding of [positions, heads, head_dim], half-split pairs (i, i + head_dim / 2)."""
+def rotate(x, theta, rotary_dim=None):
+    """Rotary embedding of [positions, heads, head_dim], half-split pairs (i, i + rotary_dim / 2) of the leading
+    rotary_dim dimensions (all by default)."""
+    if rotary_dim is not None and rotary_dim < x.shape[-1]:
+        return np.concatenate([rotate(x[..., :rotary_dim], theta), x[..., rotary_dim:]], axis=-1)
     half = x.shape[-1] // 2
     frequencies = theta ** (-np.arange(half, dtype=np.float64) / half)
     angles = np.arange(x.shape[0], dtype=np.float64)[:, None] * frequencies
@@ -88,6 +91,31 @@ def visibility(length, block_length):
     """Full attention, or block-causal: a position sees its own block and all before it."""
     blocks = np.arange(length) // block_length if block_length > 0 else np.zeros(length)
     return blocks[:, None] >= blocks[None, :]
+
+
+def route(logits, config):
+    """Experts of each row and their weights: (ids [n, k], weights [n, k]). `config` is that of a mixture of
+    experts: LLaDA2 (sigmoid, groups, a bias for the choice alone), LLaDA-MoE (softmax as it is), Qwen3-MoE
+    (softmax, renormalised)."""
+    k = config["num_experts_per_tok"]
+    bias = config.get("expert_bias", 0.0)
+    if config["architectures"][0].startswith("LLaDA2"):
+        scores = 1 / (1 + np.exp(-logits))
+        choice = scores + bias
+        grouped = choice.reshape(len(choice), config["n_group"], -1)
+        group_scores = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+        out = np.argsort(-group_scores, axis=-1, kind="stable")[:, config["topk_group"]:]
+        for row, groups in enumerate(out):
+            grouped[row, groups] = -np.inf
+        choice = grouped.reshape(choice.shape)
+    else:
+        scores = softmax(logits) + bias
+        choice = scores
+    ids = np.argsort(-choice, axis=-1, kind="stable")[:, :k]
+    weights = np.take_along_axis(scores, ids, axis=-1)
+    if not config["architectures"][0].startswith("LLaDAMoE"):
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return ids, weights * config.get("routed_scaling_factor", 1.0)
 
 
 # --- families ----------------------------------------------------------------------------------------
@@ -123,17 +151,45 @@ class DecoderBody(Model):
                      **{x: f"self_attn.{x}_proj" for x in "qkvo"},
                      "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
                      "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+            if "model.word_embeddings.weight" in t:  # LLaDA2
+                names.update(qkv="attention.query_key_value", o="attention.dense",
+                             q_norm="attention.query_layernorm", k_norm="attention.key_layernorm")
         found = {short: t.get(f"{prefix}{name}.weight") for short, name in names.items()}
         found.update({short + "_bias": t.get(f"{prefix}{name}.bias") for short, name in names.items()})
         return found
 
+    def experts(self, h, index):
+        """Of a layer that has any: the weighted sum of the chosen experts, and the shared one; else None."""
+        t, prefix = self.tensors, f"model.layers.{index}."
+        router = t.get(prefix + "mlp.gate.weight")
+        if router is None:
+            return None
+
+        def mlp(x, name):
+            gate, up, down = (t[f"{prefix}{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            return (silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+        bias = next((t[prefix + name] for name in ("mlp.gate.expert_bias", "mlp.expert_bias") if prefix + name in t),
+                    0.0)
+        chosen, weights = route(h @ router.T, {**self.config, "expert_bias": bias})
+        out = np.zeros_like(h)
+        for row in range(len(h)):
+            for expert, weight in zip(chosen[row], weights[row]):
+                out[row] += weight * mlp(h[row], f"mlp.experts.{expert}")
+        for shared in ("mlp.shared_experts", "shared_expert"):
+            if f"{prefix}{shared}.gate_proj.weight" in t:
+                out = out + mlp(h, shared)
+        return out
+
     def logits(self, ids, sigma=None):
         c, t = self.config, self.tensors
         llada = "model.transformer.wte.weight" in t
+        embedding = next(name for name in ("model.transformer.wte", "model.word_embeddings", "model.embed_tokens")
+                         if name + ".weight" in t)
         heads = c["n_heads"] if llada else c["num_attention_heads"]
         kv_heads = (c.get("n_kv_heads") or heads) if llada else c.get("num_key_value_heads", heads)
         eps, theta = c["rms_norm_eps"], c["rope_theta"]
-        x = t["model.transformer.wte.weight" if llada else "model.embed_tokens.weight"][np.asarray(ids)]
+        x = t[embedding + ".weight"][np.asarray(ids)]
         n = len(ids)
         visible = visibility(n, self.traits.block_length)
         for index in range(c["n_layers"] if llada else c["num_hidden_layers"]):
@@ -144,12 +200,22 @@ class DecoderBody(Model):
                 return y if w[name + "_bias"] is None else y + w[name + "_bias"]
 
             h = rms_norm(x, w["norm1"], eps)
-            q, k, v = (project(h, name).reshape(n, count, -1)
-                       for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
+            if w.get("qkv") is not None:
+                q, k, v = np.split(project(h, "qkv").reshape(n, heads + 2 * kv_heads, -1),
+                                   [heads, heads + kv_heads], axis=1)
+            else:
+                q, k, v = (project(h, name).reshape(n, count, -1)
+                           for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
             if w.get("q_norm") is not None:  # per head, before the rotation
                 q, k = rms_norm(q, w["q_norm"], eps), rms_norm(k, w["k_norm"], eps)
-            x = x + project(attend(rotate(q, theta), rotate(k, theta), v, visible), "o")
+            rotary_dim = int(q.shape[-1] * c.get("partial_rotary_factor", 1))
+            q, k = rotate(q, theta, rotary_dim), rotate(k, theta, rotary_dim)
+            x = x + project(attend(q, k, v, visible), "o")
             h = rms_norm(x, w["norm2"], eps)
+            mixed = self.experts(h, index)
+            if mixed is not None:
+                x = x + mixed
+                continue
             x = x + project(silu(project(h, "gate")) * project(h, "up"), "down")
         x = rms_norm(x, t["model.transformer.ln_f.weight" if llada else "model.norm.weight"], eps)
         if llada:
@@ -248,6 +314,14 @@ def read_traits(directory, config):
                       eot_token=special_id(directory, "<|eot_id|>"))
     if architecture == "SDARForCausalLM":
         return Traits("sdar", rows, config["mask_token_id"], block_length=config["block_size"], eos_tokens=eos)
+    if architecture == "SDARMoeForCausalLM":
+        return Traits("sdar_moe", rows, config["mask_token_id"], block_length=config["block_size"], eos_tokens=eos)
+    if architecture == "RND1":
+        return Traits("rnd1", rows, config["mask_token_id"], shift=True, eos_tokens=eos)
+    if architecture == "LLaDAMoEModelLM":
+        return Traits("llada_moe", rows, config["mask_token_id"], eos_tokens=eos)
+    if architecture == "LLaDA2MoeModelLM":
+        return Traits("llada2", rows, config["mask_token_id"], block_length=config["block_size"], eos_tokens=eos)
     if architecture == "MDLM":
         return Traits("mdlm", rows, rows - 1)
     if "graph" in config and "model" in config:  # SEDD names no architecture

@@ -77,6 +77,11 @@ std::vector<Family> Families() {
            {"block_static", "block_dynamic", "block_sequential", "low_confidence", "threshold",
             "entropy"}},
           {"sdar_b8", {"block_dynamic", "entropy_bounded"}},
+          {"sdar_moe", {"block_dynamic", "threshold"}},
+          {"rnd1", {"entropy", "threshold"}},
+          {"rnd1_bf16", {"entropy"}},
+          {"llada_moe", {"low_confidence", "factor"}},
+          {"llada2", {"block_dynamic", "block_static", "low_confidence"}},
           {"sedd_absorb", {"sedd_euler", "sedd_analytic"}},
           {"sedd_uniform", {"sedd_euler", "sedd_analytic"}}};
 }
@@ -220,7 +225,7 @@ INSTANTIATE_TEST_SUITE_P(Families, EngineTest, testing::ValuesIn(Families()),
                          [](const auto& info) { return std::string(info.param.model); });
 
 TEST(EngineCacheTest, TheBlockCacheChangesNoByte) {
-  for (const char* name : {"sdar_b4", "sdar_b8", "sdar_b4_f16"}) {
+  for (const char* name : {"sdar_b4", "sdar_b8", "sdar_b4_f16", "sdar_moe", "llada2"}) {
     const Loaded loaded = Load(name);
     for (int seed = 0; seed < 6; ++seed) {
       const SequenceState request =
@@ -247,7 +252,7 @@ TEST(EngineCacheTest, ALongPromptIsEncodedInPieces) {
 }
 
 TEST(EngineStepTest, AllocatesNothingOnceWarm) {
-  for (const char* name : {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb"}) {
+  for (const char* name : {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb", "llada2"}) {
     SCOPED_TRACE(name);
     const Loaded loaded = Load(name, 2);
     const ModelTraits& model = loaded.denoiser->traits();

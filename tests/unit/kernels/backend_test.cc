@@ -185,6 +185,198 @@ TEST_P(BackendTest, SwiGluPairsGateAndUp) {
   }
 }
 
+// Router logits [rows, 12] and what a rule makes of them, by hand in double.
+struct Routed {
+  std::vector<int32_t> experts;
+  Doubles weights;
+};
+Routed RouteByHand(const Floats& logits, const Floats& bias, const RouteArgs& rule) {
+  Routed result;
+  const int32_t n = rule.num_experts, size = n / rule.num_groups;
+  for (int64_t row = 0; row < rule.num_rows; ++row) {
+    Doubles score(n), choice(n);
+    double total = 0;
+    for (int32_t e = 0; e < n; ++e) total += std::exp(logits[row * n + e]);
+    for (int32_t e = 0; e < n; ++e) {
+      const double l = logits[row * n + e];
+      score[e] = rule.score == RouterScore::kSoftmax ? std::exp(l) / total : 1 / (1 + std::exp(-l));
+      choice[e] = score[e] + (rule.bias == nullptr ? 0 : bias[e]);
+    }
+    const auto group_score = [&](int32_t group) {
+      Doubles members(choice.begin() + group * size, choice.begin() + (group + 1) * size);
+      std::sort(members.rbegin(), members.rend());
+      return members[0] + (size > 1 ? members[1] : 0);
+    };
+    std::vector<int32_t> groups(rule.num_groups), candidates;
+    for (int32_t g = 0; g < rule.num_groups; ++g) groups[g] = g;
+    std::stable_sort(groups.begin(), groups.end(),
+                     [&](int32_t a, int32_t b) { return group_score(a) > group_score(b); });
+    groups.resize(rule.groups_kept);
+    std::sort(groups.begin(), groups.end());
+    for (const int32_t g : groups) {
+      for (int32_t e = g * size; e < (g + 1) * size; ++e) candidates.push_back(e);
+    }
+    std::stable_sort(candidates.begin(), candidates.end(),
+                     [&](int32_t a, int32_t b) { return choice[a] > choice[b]; });
+    candidates.resize(rule.experts_per_row);
+    std::sort(candidates.begin(), candidates.end());
+    double sum = 0;
+    for (const int32_t e : candidates) sum += rule.bias_counts ? choice[e] : score[e];
+    for (const int32_t e : candidates) {
+      result.experts.push_back(e);
+      result.weights.push_back((rule.bias_counts ? choice[e] : score[e]) * rule.scale /
+                               (rule.renormalize ? sum : 1));
+    }
+  }
+  return result;
+}
+
+TEST_P(BackendTest, RoutesAsTheRulesSay) {
+  const int64_t rows = 40;
+  const int32_t n = 12;
+  const Floats bias = RandomFloats(n, 5);
+  const Device biases(*backend_, bias);
+  for (int variant = 0; variant < 32; ++variant) {
+    Floats logits = RandomFloats(rows * n, 100 + variant);
+    for (float& logit : logits) logit *= 2;
+    // Ties: exactly equal logits, the lower id and the lower group win.
+    for (int64_t row = 0; row < rows; row += 3) {
+      for (int32_t e = 0; e < n; ++e) logits[row * n + e] = static_cast<float>(e % 2);
+    }
+    RouteArgs rule{.num_rows = rows, .num_experts = n, .experts_per_row = 1 + variant % 3};
+    rule.score = variant % 2 == 0 ? RouterScore::kSoftmax : RouterScore::kSigmoid;
+    rule.renormalize = variant % 4 < 2;
+    rule.num_groups = variant < 16 ? 1 : 4;
+    rule.groups_kept = variant < 16 ? 1 : 2;
+    rule.scale = variant % 5 == 0 ? 2.5F : 1.0F;
+    const bool biased = variant % 8 < 4;
+    rule.bias_counts = biased && variant % 3 == 0;
+    const Device device_logits(*backend_, logits);
+    const Device experts(*backend_, Floats(rows * rule.experts_per_row));
+    const Device weights(*backend_, Floats(rows * rule.experts_per_row));
+    rule.logits = device_logits.rows(n);
+    rule.bias = biased ? biases.data() : nullptr;
+    rule.experts = reinterpret_cast<int32_t*>(const_cast<float*>(experts.data()));
+    rule.weights = const_cast<float*>(weights.data());
+    ASSERT_TRUE(backend_->Route(rule).ok());
+    const Routed want = RouteByHand(logits, bias, rule);
+    const Floats chosen = experts.Get(*backend_, rows * rule.experts_per_row);
+    for (size_t i = 0; i < chosen.size(); ++i) {
+      int32_t expert;
+      std::memcpy(&expert, &chosen[i], sizeof(expert));
+      ASSERT_EQ(expert, want.experts[i]) << "variant " << variant << ", place " << i;
+    }
+    ExpectNear(weights.Get(*backend_, rows * rule.experts_per_row), want.weights,
+               Doubles(want.weights.size(), 4.0), 1e-6);
+  }
+}
+
+// Weights that stay where they are, of every dtype and unaligned, with experts that nobody chooses.
+TEST_P(BackendTest, ExpertsAgreeWithDouble) {
+  const int64_t rows = 37, dim = 35, mlp_dim = 21;
+  const int32_t num_experts = 5, per_row = 2;
+  for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+    std::vector<Floats> values;
+    std::vector<std::vector<char>> stored;
+    const auto matrix = [&](int64_t matrix_rows, int64_t cols, int seed) {
+      Floats drawn = RandomFloats(matrix_rows * cols, seed);
+      for (float& value : drawn) value = RoundTo(dtype, value);
+      std::vector<char>& bytes = stored.emplace_back(1 + drawn.size() * BytesOf(dtype));
+      for (size_t i = 0; i < drawn.size(); ++i) {
+        char* at = bytes.data() + 1 + i * BytesOf(dtype);
+        if (dtype == DType::kF32) std::memcpy(at, &drawn[i], 4);
+        if (dtype == DType::kBf16) std::memcpy(at, reinterpret_cast<char*>(&drawn[i]) + 2, 2);
+        const auto half = static_cast<_Float16>(drawn[i]);
+        if (dtype == DType::kF16) std::memcpy(at, &half, 2);
+      }
+      values.push_back(drawn);
+      return HostMatrix{bytes.data() + 1, dtype, matrix_rows, cols};
+    };
+    std::vector<std::unique_ptr<Weight>> gate_up, down;
+    stored.reserve(3 * num_experts);
+    for (int32_t e = 0; e < num_experts; ++e) {
+      const HostMatrix parts[] = {matrix(mlp_dim, dim, 10 + e), matrix(mlp_dim, dim, 20 + e)};
+      gate_up.push_back(*backend_->MapWeight(parts, RowOrder::kGatedPairs));
+      const HostMatrix way_down[] = {matrix(dim, mlp_dim, 30 + e)};
+      down.push_back(*backend_->MapWeight(way_down, RowOrder::kStacked));
+    }
+    ASSERT_TRUE(backend_
+                    ->Reserve({.rows_max = rows,
+                               .cols_max = dim,
+                               .vocabulary = 1,
+                               .queries_max = 1,
+                               .positions_max = 1,
+                               .head_dim_max = 2,
+                               .num_experts = num_experts,
+                               .experts_per_row = per_row,
+                               .expert_dim = dim,
+                               .expert_mlp_dim = mlp_dim})
+                    .ok());
+    const Floats x = RandomFloats(rows * dim, 1), before = RandomFloats(rows * dim, 2);
+    const Floats weights = RandomFloats(rows * per_row, 3);
+    Floats chosen(rows * per_row);
+    std::vector<int32_t> experts(rows * per_row);
+    for (int64_t row = 0; row < rows; ++row) {  // expert 3 is never chosen
+      experts[2 * row] = static_cast<int32_t>(row % 3);
+      experts[2 * row + 1] = row % 2 == 0 ? 4 : static_cast<int32_t>(row % 3);
+      if (experts[2 * row] == experts[2 * row + 1]) experts[2 * row + 1] = 4;
+    }
+    std::memcpy(chosen.data(), experts.data(), chosen.size() * sizeof(float));
+    const auto run = [&](int64_t first, int64_t count) {
+      const Device xs(*backend_, Floats(x.begin() + first * dim, x.begin() + (first + count) * dim));
+      const Device out(*backend_,
+                       Floats(before.begin() + first * dim, before.begin() + (first + count) * dim));
+      const Device ids(*backend_, Floats(chosen.begin() + first * per_row,
+                                         chosen.begin() + (first + count) * per_row));
+      const Device shares(*backend_, Floats(weights.begin() + first * per_row,
+                                            weights.begin() + (first + count) * per_row));
+      EXPECT_TRUE(backend_
+                      ->Experts({.x = xs.rows(dim),
+                                 .num_rows = count,
+                                 .gate_up = gate_up,
+                                 .down = down,
+                                 .experts_per_row = per_row,
+                                 .experts = reinterpret_cast<const int32_t*>(ids.data()),
+                                 .weights = shares.data(),
+                                 .out = out.rows(dim)})
+                      .ok());
+      return out.Get(*backend_, count * dim);
+    };
+    const Floats got = run(0, rows);
+    Doubles want(rows * dim), scale(rows * dim, 0.0);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t o = 0; o < dim; ++o) want[row * dim + o] = before[row * dim + o];
+      for (int32_t i = 0; i < per_row; ++i) {
+        const int32_t e = experts[row * per_row + i];
+        Doubles inner(mlp_dim);
+        for (int64_t c = 0; c < mlp_dim; ++c) {
+          double g = 0, u = 0;
+          for (int64_t k = 0; k < dim; ++k) {
+            g += static_cast<double>(x[row * dim + k]) * values[3 * e][c * dim + k];
+            u += static_cast<double>(x[row * dim + k]) * values[3 * e + 1][c * dim + k];
+          }
+          inner[c] = g / (1 + std::exp(-g)) * u;
+        }
+        for (int64_t o = 0; o < dim; ++o) {
+          for (int64_t c = 0; c < mlp_dim; ++c) {
+            const double term =
+                weights[row * per_row + i] * inner[c] * values[3 * e + 2][o * mlp_dim + c];
+            want[row * dim + o] += term;
+            scale[row * dim + o] += std::abs(term);
+          }
+        }
+      }
+    }
+    for (double& s : scale) s += 1;
+    ExpectNear(got, want, scale, 2e-5);
+    // A row alone gives the same bits.
+    for (const int64_t row : {int64_t{0}, int64_t{5}, rows - 1}) {
+      const Floats alone = run(row, 1);
+      EXPECT_EQ(std::memcmp(alone.data(), got.data() + row * dim, dim * sizeof(float)), 0) << row;
+    }
+  }
+}
+
 TEST_P(BackendTest, NormsAgreeWithDouble) {
   for (const int64_t dim : {1, 15, 16, 33, 700}) {
     const int64_t rows = 9;

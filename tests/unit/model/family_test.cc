@@ -309,13 +309,168 @@ TEST(FamilyTest, AWrongFieldIsNamed) {
   for (const auto& c : cases) EXPECT_THAT(Error(c.config), HasSubstr(c.message));
 }
 
+json Rnd1Config() {
+  json config = QwenConfig("RND1");
+  config.update({{"hidden_size", 2048},
+                 {"num_hidden_layers", 48},
+                 {"num_attention_heads", 32},
+                 {"num_key_value_heads", 4},
+                 {"head_dim", 128},
+                 {"moe_intermediate_size", 768},
+                 {"num_experts", 128},
+                 {"num_experts_per_tok", 8},
+                 {"norm_topk_prob", true},
+                 {"tie_word_embeddings", false}});
+  return config;
+}
+
+// LLaDA2.0-mini.
+json Llada2Config() {
+  return {{"architectures", {"LLaDA2MoeModelLM"}},
+          {"hidden_size", 2048},
+          {"intermediate_size", 5120},
+          {"moe_intermediate_size", 512},
+          {"num_hidden_layers", 20},
+          {"num_attention_heads", 16},
+          {"num_key_value_heads", 4},
+          {"head_dim", 128},
+          {"num_experts", 256},
+          {"num_experts_per_tok", 8},
+          {"n_group", 8},
+          {"topk_group", 4},
+          {"num_shared_experts", 1},
+          {"first_k_dense_replace", 1},
+          {"rope_theta", 600000},
+          {"partial_rotary_factor", 0.5},
+          {"rms_norm_eps", 1e-6},
+          {"routed_scaling_factor", 2.5},
+          {"score_function", "sigmoid"},
+          {"vocab_size", 157184},
+          {"max_position_embeddings", 32768},
+          {"tie_word_embeddings", false},
+          {"eos_token_id", 156892}};
+}
+
+json LladaMoeConfig() {
+  return {{"architectures", {"LLaDAMoEModelLM"}},
+          {"hidden_size", 2048},
+          {"expert_intermediate_size", 1024},
+          {"dense_intermediate_size", 8192},
+          {"num_hidden_layers", 16},
+          {"num_attention_heads", 16},
+          {"num_key_value_heads", 16},
+          {"moe_layer_freq", std::vector<int>(16, 1)},
+          {"num_experts", 64},
+          {"num_experts_per_tok", 8},
+          {"qk_layernorm", true},
+          {"rope_theta", 50000},
+          {"rms_norm_eps", 1e-5},
+          {"vocab_size", 157184},
+          {"max_position_embeddings", 8192},
+          {"tie_word_embeddings", false}};
+}
+
+// How many elements the forward pass reads.
+int64_t NumParameters(const ModelSpec& spec) {
+  int64_t total = 0;
+  for (const ExpectedTensor& tensor : ExpectedTensors(spec)) {
+    int64_t size = 1;
+    for (const int64_t dimension : tensor.shape) size *= dimension;
+    total += size;
+  }
+  return total;
+}
+
+TEST(FamilyTest, Rnd1IsAShiftedMixtureOfExperts) {
+  const ModelSpec spec = *Spec(Rnd1Config());
+  EXPECT_EQ(spec.traits.family, "rnd1");
+  EXPECT_TRUE(spec.traits.shift_logits);
+  EXPECT_EQ(spec.traits.causal_block_length, 0);
+  EXPECT_EQ(spec.traits.mask_token, 151669);
+  EXPECT_TRUE(spec.qk_norm);
+  EXPECT_TRUE(spec.experts.renormalize);
+  EXPECT_TRUE(HasExperts(spec, 0));
+  EXPECT_EQ(NumParameters(spec), 30'532'122'624);  // Qwen3-30B-A3B
+}
+
+TEST(FamilyTest, SdarMoeIsBlockCausalAndObeysItsDenseLayers) {
+  json config = Rnd1Config();
+  config["architectures"] = {"SDARMoeForCausalLM"};
+  config["decoder_sparse_step"] = 2;
+  config["mlp_only_layers"] = {3};
+  const ModelSpec spec = *Spec(config);
+  EXPECT_EQ(spec.traits.family, "sdar_moe");
+  EXPECT_EQ(spec.traits.causal_block_length, 4);
+  EXPECT_FALSE(spec.traits.shift_logits);
+  EXPECT_FALSE(HasExperts(spec, 0));
+  EXPECT_TRUE(HasExperts(spec, 1));
+  EXPECT_FALSE(HasExperts(spec, 3));
+  EXPECT_TRUE(HasExperts(spec, 5));
+}
+
+TEST(FamilyTest, Llada2RotatesHalfOfAHeadAndGroupsItsExperts) {
+  const ModelSpec spec = *Spec(Llada2Config());
+  EXPECT_EQ(spec.traits.family, "llada2");
+  EXPECT_EQ(spec.rotary_dim, 64);
+  EXPECT_EQ(spec.traits.causal_block_length, 32);
+  EXPECT_EQ(spec.traits.mask_token, 156895);
+  EXPECT_EQ(spec.experts.score, RouterScore::kSigmoid);
+  EXPECT_EQ(spec.experts.num_groups, 8);
+  EXPECT_EQ(spec.experts.groups_per_token, 4);
+  EXPECT_TRUE(spec.experts.bias);
+  EXPECT_FALSE(spec.experts.bias_counts);
+  EXPECT_FLOAT_EQ(spec.experts.scale, 2.5F);
+  EXPECT_FALSE(HasExperts(spec, 0));
+  EXPECT_TRUE(HasExperts(spec, 1));
+  const std::vector<ExpectedTensor> tensors = ExpectedTensors(spec);
+  const auto shape_of = [&](const std::string& name) {
+    for (const ExpectedTensor& tensor : tensors) {
+      if (tensor.name == name) return tensor.shape;
+    }
+    return std::vector<int64_t>{};
+  };
+  using Shape = std::vector<int64_t>;
+  EXPECT_EQ(shape_of("model.layers.0.attention.query_key_value.weight"), (Shape{3072, 2048}));
+  EXPECT_EQ(shape_of("model.layers.0.mlp.gate_proj.weight"), (Shape{5120, 2048}));
+  EXPECT_EQ(shape_of("model.layers.1.mlp.gate.weight"), (Shape{256, 2048}));
+  EXPECT_EQ(shape_of("model.layers.1.mlp.gate.expert_bias"), (Shape{256}));
+  EXPECT_EQ(shape_of("model.layers.1.mlp.experts.255.down_proj.weight"), (Shape{2048, 512}));
+  EXPECT_EQ(shape_of("model.layers.1.mlp.shared_experts.up_proj.weight"), (Shape{512, 2048}));
+}
+
+TEST(FamilyTest, LladaMoeTakesTheScoresAsTheyAre) {
+  const ModelSpec spec = *Spec(LladaMoeConfig());
+  EXPECT_EQ(spec.traits.family, "llada_moe");
+  EXPECT_EQ(spec.traits.mask_token, 156895);
+  EXPECT_FALSE(spec.experts.renormalize);
+  EXPECT_TRUE(HasExperts(spec, 0));
+  EXPECT_EQ(spec.experts.shared_mlp_dim, 0);
+  json mixed = With(LladaMoeConfig(), "moe_layer_freq", std::vector<int>(16, 1));
+  mixed["moe_layer_freq"][2] = 0;
+  EXPECT_FALSE(HasExperts(*Spec(mixed), 2));
+}
+
+TEST(FamilyTest, ExpertsThatDoNotFitAreRefusedByField) {
+  EXPECT_THAT(Error(With(Llada2Config(), "n_group", 7)), HasSubstr("n_group"));
+  EXPECT_THAT(Error(With(Llada2Config(), "topk_group", 9)), HasSubstr("topk_group"));
+  EXPECT_THAT(Error(With(Llada2Config(), "partial_rotary_factor", 0.01)),
+              HasSubstr("partial_rotary_factor"));
+  EXPECT_THAT(Error(With(Llada2Config(), "expert_capacity", 3)), HasSubstr("expert_capacity"));
+  EXPECT_THAT(Error(With(Llada2Config(), "score_function", "softmax")),
+              HasSubstr("score_function"));
+  EXPECT_THAT(Error(With(Rnd1Config(), "num_experts", 4)), HasSubstr("num_experts_per_tok"));
+  EXPECT_THAT(Error(Without(Rnd1Config(), "num_experts")), HasSubstr("num_experts"));
+  EXPECT_THAT(Error(With(Rnd1Config(), "num_experts_per_tok", 65)),
+              HasSubstr("num_experts_per_tok"));
+  EXPECT_THAT(Error(With(LladaMoeConfig(), "moe_layer_freq", {1, 0})), HasSubstr("moe_layer_freq"));
+  EXPECT_THAT(Error(With(LladaMoeConfig(), "router_num_group", 2)), HasSubstr("router_num_group"));
+  EXPECT_THAT(Error(With(LladaMoeConfig(), "routed_scaling_factor", 2)),
+              HasSubstr("routed_scaling_factor"));
+}
+
 TEST(FamilyTest, AKnownArchitectureSaysWhatIsMissing) {
   for (const auto& [architecture, word] :
-       {std::pair{"LLaDAMoEModelLM", "experts"},
-        {"LLaDA2MoeModelLM", "experts"},
-        {"RND1", "experts"},
-        {"SDARMoeForCausalLM", "experts"},
-        {"Fast_dLLM_QwenForCausalLM", "shifted inside a block"},
+       {std::pair{"Fast_dLLM_QwenForCausalLM", "shifted inside a block"},
         {"DiffusionGemmaForBlockDiffusion", "encoder"},
         {"BD3LM", "window"},
         {"LlamaForCausalLM", "supported are A2DQwen2LMHeadModel"}}) {

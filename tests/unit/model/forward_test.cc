@@ -114,7 +114,8 @@ const std::vector<std::string>& Models() {
   static const auto* const models = new std::vector<std::string>{
       "a2d_llama", "a2d_qwen2",   "a2d_qwen3",   "dream",       "dream_bf16",
       "llada",     "llada_gqa",   "mdlm",        "open_dcoder", "sdar_b4",
-      "sdar_b8",   "sdar_b4_f16", "sedd_absorb", "sedd_uniform"};
+      "sdar_b8",   "sdar_b4_f16", "sedd_absorb", "sedd_uniform", "sdar_moe", "rnd1",
+      "rnd1_bf16", "llada_moe", "llada2"};
   return *models;
 }
 

@@ -128,6 +128,10 @@ class ReferenceBackend : public Backend {
     return std::unique_ptr<Weight>(
         new PlainWeight(std::move(values), rows, parts[0].cols, order, dtype));
   }
+  absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
+                                                    RowOrder order) override {
+    return LoadWeight(parts, order, parts[0].dtype);
+  }
   absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
     return LoadWeight({table}, RowOrder::kStacked, table.dtype);
   }
@@ -271,6 +275,72 @@ class ReferenceBackend : public Backend {
         }
         for (int32_t i = 0; i < dim; ++i) {
           RowOf(args.out, r)[h * dim + i] = static_cast<float>(out[i] / total);
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Route(const RouteArgs& args) override {
+    const int32_t n = args.num_experts, size = n / args.num_groups;
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      const float* logits = RowOf(args.logits, r);
+      std::vector<double> score(n), choice(n);
+      double total = 0;
+      for (int32_t e = 0; e < n; ++e) total += std::exp(double{logits[e]});
+      for (int32_t e = 0; e < n; ++e) {
+        score[e] = args.score == RouterScore::kSoftmax ? std::exp(double{logits[e]}) / total
+                                                       : 1 / (1 + std::exp(-double{logits[e]}));
+        choice[e] = score[e] + (args.bias == nullptr ? 0.0 : args.bias[e]);
+      }
+      std::vector<std::pair<double, int32_t>> groups;  // (-score, group)
+      for (int32_t g = 0; g < args.num_groups; ++g) {
+        std::vector<double> in_group(choice.begin() + g * size, choice.begin() + (g + 1) * size);
+        std::sort(in_group.rbegin(), in_group.rend());
+        groups.push_back({-(in_group[0] + (size > 1 ? in_group[1] : 0.0)), g});
+      }
+      std::sort(groups.begin(), groups.end());
+      std::vector<std::pair<double, int32_t>> candidates;
+      for (int32_t g = 0; g < args.groups_kept; ++g) {
+        for (int32_t e = groups[g].second * size; e < (groups[g].second + 1) * size; ++e) {
+          candidates.push_back({-choice[e], e});
+        }
+      }
+      std::sort(candidates.begin(), candidates.end());
+      std::vector<int32_t> chosen;
+      for (int32_t i = 0; i < args.experts_per_row; ++i) chosen.push_back(candidates[i].second);
+      std::sort(chosen.begin(), chosen.end());
+      double sum = 1e-20;
+      for (const int32_t e : chosen) sum += args.bias_counts ? choice[e] : score[e];
+      for (int32_t i = 0; i < args.experts_per_row; ++i) {
+        const double weight = args.bias_counts ? choice[chosen[i]] : score[chosen[i]];
+        args.experts[r * args.experts_per_row + i] = chosen[i];
+        args.weights[r * args.experts_per_row + i] =
+            static_cast<float>(weight * args.scale / (args.renormalize ? sum : 1.0));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Experts(const ExpertsArgs& args) override {
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      for (int32_t i = 0; i < args.experts_per_row; ++i) {
+        const int64_t place = r * args.experts_per_row + i;
+        const auto& gate_up = static_cast<const PlainWeight&>(*args.gate_up[args.experts[place]]);
+        const auto& down = static_cast<const PlainWeight&>(*args.down[args.experts[place]]);
+        const auto dot = [](const float* w, const auto* x, int64_t count) {
+          double sum = 0;
+          for (int64_t k = 0; k < count; ++k) sum += double{w[k]} * x[k];
+          return sum;
+        };
+        std::vector<double> inner(down.cols());
+        for (int64_t c = 0; c < down.cols(); ++c) {
+          inner[c] = Silu(dot(gate_up.row(c), RowOf(args.x, r), gate_up.cols())) *
+                     dot(gate_up.row(down.cols() + c), RowOf(args.x, r), gate_up.cols());
+        }
+        for (int64_t c = 0; c < down.rows(); ++c) {
+          RowOf(args.out, r)[c] += static_cast<float>(
+              args.weights[place] * dot(down.row(c), inner.data(), down.cols()));
         }
       }
     }
