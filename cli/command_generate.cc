@@ -31,6 +31,7 @@ struct GenerateFlags {
   std::string input;
   int32_t gen_length = 0;
   std::string forbid;
+  std::string kv_reuse = NameOf(KvReuse::kExact);
   DecodingParams params;
   bool json = false;
   bool watch = false;
@@ -71,6 +72,9 @@ void GenerateFlags::Register(FlagSet& flags) {
   flags.Add("top-k", &params.top_k, "K", "most likely K tokens; 0 is off");
   flags.Add("alg-temp", &params.alg_temp, "T", "randomness of the order of transfers");
   flags.Add("eps", &params.eps, "E", "end of the time schedule");
+  flags.Add("sub-block-length", &params.sub_block_length, "N", "blocks inside a block");
+  flags.Add("kv-reuse", &kv_reuse, "WHAT",
+            "exact, or approximate and faster: prefix, dual (Fast-dLLM)");
   flags.Add("cfg-scale", &params.cfg_scale, "S", "classifier-free guidance; doubles the work");
   flags.Add("logits-eos-inf", &params.logits_eos_inf, "never predict the end of text");
   flags.Add("confidence-eos-eot-inf", &params.confidence_eos_eot_inf,
@@ -234,6 +238,8 @@ absl::StatusOr<RemoteGeneration> MakeRemote(const GenerateFlags& flags, const Fl
   add(diffusion, "entropy-bound", "entropy_bound", params.entropy_bound);
   add(diffusion, "alg-temp", "alg_temp", params.alg_temp);
   add(diffusion, "eps", "eps", params.eps);
+  add(diffusion, "sub-block-length", "sub_block_length", params.sub_block_length);
+  add(diffusion, "kv-reuse", "kv_reuse", flags.kv_reuse);
   add(diffusion, "cfg-scale", "cfg_scale", params.cfg_scale);
   add(diffusion, "eos-penalty", "eos_penalty", params.eos_penalty);
   add(diffusion, "logits-eos-inf", "logits_eos_inf", params.logits_eos_inf);
@@ -257,6 +263,7 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
           absl::StrCat("--", name, " goes with --url, which asks a running gateway"));
     }
   }
+  CINNABAR_ASSIGN_OR_RETURN(flags.params.kv_reuse, ParseKvReuse(flags.kv_reuse), "--kv-reuse");
   for (const absl::string_view id : absl::StrSplit(flags.forbid, ',', absl::SkipEmpty())) {
     if (!absl::SimpleAtoi(id, &flags.params.forbidden_ids.emplace_back())) {
       return absl::InvalidArgumentError(absl::StrCat("--forbid ", flags.forbid, ": not token ids"));

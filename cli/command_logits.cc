@@ -41,7 +41,7 @@ absl::Status WriteLogits(const ModelFlags& flags, const std::string& input_path,
     }
   }
   CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<KvMemory> kv,
-                            session.backend->AllocateKv(denoiser.SequenceKvShape(length)));
+                            session.backend->AllocateKv(denoiser.SequenceKvShape(length, KvReuse::kExact)));
   const SequenceSpan span{
       .num_rows = length, .block_length = model.causal_block_length, .kv = kv.get()};
   const float sigma = input.sigma.value_or(0.0F);

@@ -24,6 +24,8 @@ constexpr KnobName kKnobNames[] = {
     {Knob::kEntropyBound, "entropy-bound"},
     {Knob::kAlgTemp, "alg-temp"},
     {Knob::kEps, "eps"},
+    {Knob::kSubBlockLength, "sub-block-length"},
+    {Knob::kKvReuse, "kv-reuse"},
     {Knob::kCfgScale, "cfg-scale"},
     {Knob::kEosSwitches, "logits-eos-inf, confidence-eos-eot-inf"},
 };

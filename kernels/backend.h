@@ -124,11 +124,11 @@ struct SequenceSpan {
   int32_t row_begin = 0;  // first row in the packed batch
   int32_t num_rows = 0;   // >= 1
   int32_t first_position = 0;
-  // 0: full attention, every row sees positions 0 .. first_position + num_rows - 1.
-  // B > 0: block-causal, a row at position p sees the positions of blocks 0 .. p / B, up to the
-  // last position of this span. Positions before first_position are read from `kv`, where an
-  // earlier pass has left them.
+  // 0: full attention, every row sees positions 0 .. keys_end - 1.
+  // B > 0: block-causal, a row at position p sees the positions of blocks 0 .. p / B below
+  // keys_end. Positions outside the span are read from `kv`, where an earlier pass has left them.
   int32_t block_length = 0;
+  int32_t keys_end = 0;  // 0: the end of the span; else at or after it
   KvMemory* kv = nullptr;
   // Row of the modulation tensor that belongs to this sequence (DiT bodies); else unused.
   int32_t modulation_row = 0;
@@ -223,7 +223,7 @@ struct PrepareHeadsArgs {
   float norm_eps = 1e-6F;
   RotaryTable rotary;
   absl::Span<const SequenceSpan> sequences;
-  int32_t layer = 0;  // layer index inside KvMemory
+  int32_t layer = 0;  // of KvMemory; memory of one layer is used by every layer in turn
 };
 
 // out = softmax(q k^T * scale) v for every head over the keys that SequenceSpan lets a row see, all
@@ -234,9 +234,13 @@ struct AttendArgs {
   HeadShape heads;
   float scale = 1.0F;
   absl::Span<const SequenceSpan> sequences;
-  int32_t layer = 0;
-  Rows out;  // [num_rows, num_heads * head_dim]
+  int32_t layer = 0;  // as in PrepareHeadsArgs
+  Rows out;           // [num_rows, num_heads * head_dim]
 };
+
+inline int32_t KeysEnd(const SequenceSpan& span) {
+  return span.keys_end > 0 ? span.keys_end : span.first_position + span.num_rows;
+}
 
 // --- Experts
 // -------------------------------------------------------------------------------------------

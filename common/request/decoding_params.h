@@ -6,9 +6,23 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
 namespace cinnabar {
 
 using TokenId = int32_t;
+
+// Which keys and values a step takes from earlier ones. Anything but kExact is an approximation:
+// what is reused was computed while other tokens stood in the open block. Source: Fast-dLLM,
+// arXiv:2505.22618.
+enum class KvReuse : uint8_t {
+  kExact,   // what cannot have changed: finished blocks of a block-causal model
+  kPrefix,  // positions before the open block, computed when it was opened
+  kDual,    // all positions outside the open block (block-causal: outside the open sub-block)
+};
+const char* NameOf(KvReuse reuse);                             // "exact", "prefix", "dual"
+absl::StatusOr<KvReuse> ParseKvReuse(absl::string_view name);  // InvalidArgument lists the names
 
 // Settings of one generation. A sampler reads only the knobs that its SamplerEntry names
 // (sampler_catalog.h); setting another one is an error, not a no-op. Lengths count tokens.
@@ -17,13 +31,17 @@ struct DecodingParams {
   int32_t num_steps = 0;  // denoising steps for the whole canvas; 0: one for each masked position
   int32_t block_length =
       0;  // blocks are decoded left to right; 0: the model's block, else the canvas
-  float temperature = 0.0F;             // >= 0; 0 takes the argmax
-  float top_p = 1.0F;                   // in (0, 1]; 1 is off
-  int32_t top_k = 0;                    // >= 0; 0 is off
-  float threshold = 0.9F;               // confidence, in [0, 1]
-  float factor = 1.0F;                  // > 0
-  float entropy_bound = 0.1F;           // nats, >= 0
-  float alg_temp = 0.0F;                // >= 0; randomises the order of transfers
+  float temperature = 0.0F;    // >= 0; 0 takes the argmax
+  float top_p = 1.0F;          // in (0, 1]; 1 is off
+  int32_t top_k = 0;           // >= 0; 0 is off
+  float threshold = 0.9F;      // confidence, in [0, 1]
+  float factor = 1.0F;         // > 0
+  float entropy_bound = 0.1F;  // nats, >= 0
+  float alg_temp = 0.0F;       // >= 0; randomises the order of transfers
+  // Blocks of a block are decoded left to right too; divides block_length. 0: the sampler's
+  // default.
+  int32_t sub_block_length = 0;
+  KvReuse kv_reuse = KvReuse::kExact;
   float eps = 1e-3F;                    // end of the time schedule, in (0, 1)
   float cfg_scale = 0.0F;               // >= 0; classifier-free guidance, doubles the forward
   bool logits_eos_inf = false;          // EOS may never be predicted

@@ -9,6 +9,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "common/base/check.h"
 #include "common/base/status.h"
 
 namespace cinnabar {
@@ -21,6 +22,8 @@ constexpr uint32_t Bits(Knob first, Rest... rest) {
 }
 
 constexpr uint32_t kGuidedBlocks = Bits(Knob::kBlockLength, Knob::kCfgScale);
+// Those whose authors run them on reused keys and values.
+constexpr uint32_t kReusing = Bits(Knob::kKvReuse);
 constexpr uint32_t kLlada = kGuidedBlocks | Bits(Knob::kNumSteps, Knob::kEosSwitches);
 constexpr uint32_t kFastDllm = kGuidedBlocks | Bits(Knob::kEosSwitches);
 constexpr uint32_t kDream =
@@ -30,7 +33,8 @@ constexpr uint32_t kBlockDiffusion =
 
 constexpr std::array kCatalog = {
     SamplerEntry{"low_confidence", "", "LLaDA, arXiv:2502.09992",
-                 "the most probable predictions first, a fixed share in each step", kLlada},
+                 "the most probable predictions first, a fixed share in each step",
+                 kLlada | kReusing},
     SamplerEntry{"random", "", "LLaDA, arXiv:2502.09992",
                  "positions in random order, a fixed share in each step", kLlada},
     SamplerEntry{"origin", "", "Dream, arXiv:2508.15487",
@@ -45,10 +49,15 @@ constexpr std::array kCatalog = {
                  "the lowest entropy first, by the time schedule", kDream | Bits(Knob::kAlgTemp)},
     SamplerEntry{"threshold", "", "Fast-dLLM, arXiv:2505.22618",
                  "every prediction at least as probable as the threshold, and the best one",
-                 kFastDllm | Bits(Knob::kThreshold)},
+                 kFastDllm | kReusing | Bits(Knob::kThreshold)},
     SamplerEntry{"factor", "", "Fast-dLLM, arXiv:2505.22618",
                  "as many as their probabilities allow under a bound that grows with the rank",
-                 kFastDllm | Bits(Knob::kFactor)},
+                 kFastDllm | kReusing | Bits(Knob::kFactor)},
+    SamplerEntry{
+        "fast_dllm_v2", "hierarchy_block", "Fast-dLLM v2, arXiv:2509.26328",
+        "blocks of a block left to right, every prediction above the threshold, and the "
+        "best one",
+        kReusing | Bits(Knob::kThreshold, Knob::kBlockLength, Knob::kTopP, Knob::kSubBlockLength)},
     SamplerEntry{"entropy_bounded", "", "EB-Sampler, arXiv:2505.24857",
                  "the longest prefix by entropy whose joint entropy stays under a bound",
                  kGuidedBlocks | Bits(Knob::kEntropyBound)},
@@ -79,6 +88,7 @@ constexpr std::array kCatalog = {
 constexpr int32_t kNumStepsMax = 1 << 16;
 // Smaller ones overflow what they divide; 0 is the way to say "none".
 constexpr float kTemperatureMin = 1e-6F;
+constexpr int32_t kSubBlockLength = 8;  // of Fast-dLLM v2
 // The vocabulary head takes 16 exceptions for a row (kVocabularyRulesMax in kernels/backend.h,
 // which this folder does not see; worker/decoding asserts that they agree).
 constexpr size_t kRulesMax = 16;
@@ -129,6 +139,9 @@ absl::Status CheckRanges(const DecodingParams& p, const ModelTraits& model) {
   if (!temperature_ok(p.alg_temp)) {
     return Invalid("alg_temp: ", p.alg_temp, "; use 0 or at least ", kTemperatureMin);
   }
+  if (p.sub_block_length < 0) {
+    return Invalid("sub_block_length: ", p.sub_block_length, " is negative; 0 takes the default");
+  }
   if (!(p.eps > 0 && p.eps < 1)) return Invalid("eps: ", p.eps, " is not in (0, 1)");
   if (!(p.cfg_scale >= 0 && std::isfinite(p.cfg_scale))) {
     return Invalid("cfg_scale: ", p.cfg_scale, "; use 0 (off) or more");
@@ -164,6 +177,8 @@ absl::Status CheckUnread(const DecodingParams& p, const SamplerEntry& entry) {
       {Knob::kFactor, "factor", p.factor != unset.factor},
       {Knob::kEntropyBound, "entropy_bound", p.entropy_bound != unset.entropy_bound},
       {Knob::kAlgTemp, "alg_temp", p.alg_temp != unset.alg_temp},
+      {Knob::kSubBlockLength, "sub_block_length", p.sub_block_length != 0},
+      {Knob::kKvReuse, "kv_reuse", p.kv_reuse != KvReuse::kExact},
       {Knob::kEps, "eps", p.eps != unset.eps},
       {Knob::kCfgScale, "cfg_scale", p.cfg_scale != unset.cfg_scale},
       {Knob::kEosSwitches, "logits_eos_inf", p.logits_eos_inf},
@@ -198,6 +213,25 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
     return Invalid("temperature: sampler ", entry.name,
                    " draws from the scores as they are; leave "
                    "it out or use 1");
+  }
+  if (p.kv_reuse != KvReuse::kExact) {
+    // Sub-blocks reuse inside of a block; finished blocks of a block-causal model are exact anyhow.
+    const bool inside = Reads(entry, Knob::kSubBlockLength);
+    if (model.parameterization != Parameterization::kMaskPrediction) {
+      return Invalid("kv_reuse: not for models that predict scores; leave it out");
+    }
+    if (p.cfg_scale > 0) return Invalid("kv_reuse: not with cfg_scale; leave one of them out");
+    if (inside && p.kv_reuse != KvReuse::kDual) {
+      return Invalid("kv_reuse: sampler ", entry.name, " takes dual; use that or leave it out");
+    }
+    if (!inside && model.causal_block_length > 0) {
+      return Invalid("kv_reuse: this model's finished blocks are reused exactly; leave it out");
+    }
+    if (entry.name == "low_confidence" && model.shift_logits) {
+      return Invalid(
+          "kv_reuse: with shifted logits a block's first position takes a step of its "
+          "own, which the shares of low_confidence leave no room for; use threshold");
+    }
   }
   if (p.cfg_scale > 0 && model.causal_block_length > 0) {
     return Invalid("cfg_scale: not for block-causal models; leave it out");
@@ -240,6 +274,26 @@ int32_t CountBlocks(const ModelTraits& model, int32_t block_length, int32_t canv
 }
 
 }  // namespace
+
+const char* NameOf(KvReuse reuse) {
+  switch (reuse) {
+    case KvReuse::kExact:
+      return "exact";
+    case KvReuse::kPrefix:
+      return "prefix";
+    case KvReuse::kDual:
+      return "dual";
+  }
+  CINNABAR_CHECK(false) << "not a kv_reuse: " << static_cast<int>(reuse);
+  return "";
+}
+
+absl::StatusOr<KvReuse> ParseKvReuse(absl::string_view name) {
+  for (const KvReuse reuse : {KvReuse::kExact, KvReuse::kPrefix, KvReuse::kDual}) {
+    if (name == NameOf(reuse)) return reuse;
+  }
+  return Invalid("\"", name.substr(0, 40), "\" is none of exact, prefix, dual");
+}
 
 absl::Span<const SamplerEntry> SamplerCatalog() { return kCatalog; }
 
@@ -291,6 +345,16 @@ absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const
     }
   }
 
+  if (Reads(entry, Knob::kSubBlockLength)) {
+    if (result.sub_block_length == 0) {
+      result.sub_block_length =
+          result.block_length % kSubBlockLength == 0 ? kSubBlockLength : result.block_length;
+    }
+    if (result.block_length % result.sub_block_length != 0) {
+      return Invalid("sub_block_length: ", result.sub_block_length,
+                     " does not divide the blocks of ", result.block_length);
+    }
+  }
   if (Reads(entry, Knob::kNumSteps)) {
     const int32_t num_blocks = CountBlocks(model, result.block_length, canvas_begin, canvas_length);
     if (num_blocks > kNumStepsMax) {

@@ -29,6 +29,8 @@ enum class Knob : uint32_t {
   kEps = 1U << 8,
   kCfgScale = 1U << 9,
   kEosSwitches = 1U << 10,  // logits_eos_inf, confidence_eos_eot_inf
+  kKvReuse = 1U << 11,
+  kSubBlockLength = 1U << 12,
 };
 
 // What the network's output means; a sampler fits some kinds.
@@ -46,7 +48,9 @@ struct ModelTraits {
   TokenId mask_token = -1;          // -1: none (uniform noise)
   std::vector<TokenId> eos_tokens;  // end of text and end of turn; may be empty
   TokenId eot_token = -1;  // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
-  bool shift_logits = false;  // the prediction for position i is row i-1 (row 0 for position 0)
+  // The prediction for position i is row i-1 (row 0 for position 0). A block-causal model's first
+  // row of a block is that of the block before, once its tokens are final.
+  bool shift_logits = false;
   int32_t causal_block_length = 0;  // > 0: block-causal attention in blocks of this many positions
   Parameterization parameterization = Parameterization::kMaskPrediction;
   bool conditioned_on_sigma = false;  // the network reads the noise level

@@ -29,6 +29,20 @@ absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire) {
   params.forbidden_ids.assign(wire.forbidden_ids().begin(), wire.forbidden_ids().end());
   params.pickable_ids = wire.pickable_ids();
   params.seed = wire.seed();
+  params.sub_block_length = wire.sub_block_length();
+  switch (wire.kv_reuse()) {
+    case v1::KV_REUSE_EXACT:
+      break;
+    case v1::KV_REUSE_PREFIX:
+      params.kv_reuse = KvReuse::kPrefix;
+      break;
+    case v1::KV_REUSE_DUAL:
+      params.kv_reuse = KvReuse::kDual;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("kv_reuse: ", wire.kv_reuse(), " is none of exact, prefix, dual"));
+  }
   return params;
 }
 
@@ -52,6 +66,8 @@ v1::DecodingParams ToWire(const DecodingParams& params) {
   wire.mutable_forbidden_ids()->Assign(params.forbidden_ids.begin(), params.forbidden_ids.end());
   wire.set_pickable_ids(params.pickable_ids);
   wire.set_seed(params.seed);
+  wire.set_sub_block_length(params.sub_block_length);
+  wire.set_kv_reuse(static_cast<v1::KvReuse>(params.kv_reuse));
   return wire;
 }
 

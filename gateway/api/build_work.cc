@@ -163,6 +163,8 @@ DecodingParams MergeParams(const GenerationRequest& request, const ServedModel& 
   if (is_set("factor")) merged.factor = asked.factor;
   if (is_set("entropy_bound")) merged.entropy_bound = asked.entropy_bound;
   if (is_set("alg_temp")) merged.alg_temp = asked.alg_temp;
+  if (is_set("sub_block_length")) merged.sub_block_length = asked.sub_block_length;
+  if (is_set("kv_reuse")) merged.kv_reuse = asked.kv_reuse;
   if (is_set("eps")) merged.eps = asked.eps;
   if (is_set("cfg_scale")) merged.cfg_scale = asked.cfg_scale;
   if (is_set("eos_penalty")) merged.eos_penalty = asked.eos_penalty;

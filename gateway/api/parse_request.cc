@@ -204,12 +204,17 @@ class Reader {
 
 // ---- The diffusion contract ----
 
-constexpr std::array<absl::string_view, 18> kDiffusionFields = {
-    "sampler",   "steps",         "block_length",     "threshold",
-    "factor",    "entropy_bound", "alg_temp",         "eps",
-    "cfg_scale", "eos_penalty",   "logits_eos_inf",   "confidence_eos_eot_inf",
-    "steps_min", "may_degrade",   "deadline_seconds", "canvas_tokens",
-    "frames",    "num_steps"};  // the last is a name to recognise, not to take
+constexpr std::array<absl::string_view, 20> kDiffusionFields = {
+    "sub_block_length", "kv_reuse",
+    "sampler",          "steps",
+    "block_length",     "threshold",
+    "factor",           "entropy_bound",
+    "alg_temp",         "eps",
+    "cfg_scale",        "eos_penalty",
+    "logits_eos_inf",   "confidence_eos_eot_inf",
+    "steps_min",        "may_degrade",
+    "deadline_seconds", "canvas_tokens",
+    "frames",           "num_steps"};  // the last is a name to recognise, not to take
 
 constexpr absl::string_view kTopLevelFields[] = {"temperature", "top_p",  "top_k",   "seed",
                                                  "max_tokens",  "stop",   "stream",  "diffusing",
@@ -605,6 +610,20 @@ void Parser::ReadDiffusion() {
   if (const auto block_length = integer("block_length", 1, limits_.max_tokens_max)) {
     params.block_length = *block_length;
     was_set("block_length");
+  }
+  if (const auto sub_block_length = integer("sub_block_length", 1, limits_.max_tokens_max)) {
+    params.sub_block_length = *sub_block_length;
+    was_set("sub_block_length");
+  }
+  if (const std::string* kv_reuse = reader.String("kv_reuse")) {
+    const absl::StatusOr<KvReuse> found = ParseKvReuse(*kv_reuse);
+    if (!found.ok()) {
+      reader.Fail(InvalidValue("diffusion.kv_reuse", absl::StrCat("diffusion.kv_reuse: ",
+                                                                  found.status().message(), ".")));
+    } else {
+      params.kv_reuse = *found;
+      was_set("kv_reuse");
+    }
   }
   number("threshold", 0, 1, false, &DecodingParams::threshold);
   number("factor", 0, kNumberMax, true, &DecodingParams::factor);

@@ -112,6 +112,8 @@ Json KnobNames(const SamplerEntry& entry) {
       {Knob::kEntropyBound, "entropy_bound"},
       {Knob::kAlgTemp, "alg_temp"},
       {Knob::kEps, "eps"},
+      {Knob::kSubBlockLength, "sub_block_length"},
+      {Knob::kKvReuse, "kv_reuse"},
       {Knob::kCfgScale, "cfg_scale"},
       {Knob::kEosSwitches, "logits_eos_inf"},
       {Knob::kEosSwitches, "confidence_eos_eot_inf"}};

@@ -26,6 +26,8 @@ std::set<std::string> KnobsSet(const v1::DecodingParams& wire) {
   add(wire.has_entropy_bound(), "entropy_bound");
   add(wire.alg_temp() != 0, "alg_temp");
   add(wire.has_eps(), "eps");
+  add(wire.sub_block_length() != 0, "sub_block_length");
+  add(wire.kv_reuse() != v1::KV_REUSE_EXACT, "kv_reuse");
   add(wire.cfg_scale() != 0, "cfg_scale");
   add(wire.logits_eos_inf(), "logits_eos_inf");
   add(wire.confidence_eos_eot_inf(), "confidence_eos_eot_inf");

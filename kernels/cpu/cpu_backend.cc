@@ -106,8 +106,9 @@ class PanelKv : public KvMemory {
   int64_t memory_bytes() const override { return Bytes(shape_); }
   const KvShape& shape() const { return shape_; }
   float* Keys(int32_t layer, int32_t head) const {
+    const int64_t kept = shape_.num_layers == 1 ? 0 : layer;
     return reinterpret_cast<float*>(memory_.get()) +
-           (int64_t{layer} * shape_.num_kv_heads + head) * HeadFloats(shape_);
+           (kept * shape_.num_kv_heads + head) * HeadFloats(shape_);
   }
   float* Values(int32_t layer, int32_t head) const {
     return Keys(layer, head) + Positions(shape_) * shape_.head_dim;
@@ -384,7 +385,8 @@ class CpuBackend : public Backend {
                    args.experts_per_row <= args.num_experts / args.num_groups * args.groups_kept);
     ForRows(args.num_rows, [&](int64_t row) {
       RouteRow(args, args.logits.f32() + row * args.logits.stride,
-               args.experts + row * args.experts_per_row, args.weights + row * args.experts_per_row);
+               args.experts + row * args.experts_per_row,
+               args.weights + row * args.experts_per_row);
     });
     return absl::OkStatus();
   }
@@ -417,8 +419,7 @@ class CpuBackend : public Backend {
       const int32_t* mine = places + std::exchange(begin, begins[e]);
       if (count == 0) continue;
       ForRows(count, [&](int64_t i) {
-        std::memcpy(inputs + i * dim,
-                    args.x.f32() + mine[i] / args.experts_per_row * args.x.stride,
+        std::memcpy(inputs + i * dim, args.x.f32() + mine[i] / args.experts_per_row * args.x.stride,
                     dim * sizeof(float));
       });
       LinearArgs linear;
@@ -673,7 +674,7 @@ class CpuBackend : public Backend {
 
   // Number of leading positions that a row sees.
   static int64_t VisibleKeys(const SequenceSpan& span, int64_t row_in_span) {
-    const int64_t all = int64_t{span.first_position} + span.num_rows;
+    const int64_t all = KeysEnd(span);
     if (span.block_length == 0) return all;
     const int64_t block = (span.first_position + row_in_span) / span.block_length;
     return std::min<int64_t>(all, (block + 1) * span.block_length);

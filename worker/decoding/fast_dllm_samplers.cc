@@ -10,7 +10,7 @@ class FastDllm : public Sampler {
  public:
   void Plan(const StepContext& context, StepPlan& plan) const final {
     StartPlan(context, plan);
-    QueryUndecided(context, plan);
+    if (!ReuseKv(context, plan)) QueryUndecided(context, plan);
     for (PositionQuery& query : plan.queries) query.pick_temperature = context.params.temperature;
     AddEosRules(context, plan);
   }

@@ -20,7 +20,7 @@ class LowConfidence final : public Sampler {
  public:
   void Plan(const StepContext& context, StepPlan& plan) const override {
     StartPlan(context, plan);
-    QueryUndecided(context, plan);
+    if (!ReuseKv(context, plan)) QueryUndecided(context, plan);
     for (PositionQuery& query : plan.queries) query.pick_temperature = context.params.temperature;
     AddEosRules(context, plan);
   }

@@ -29,6 +29,7 @@ constexpr Registration kRegistry[] = {
     {"entropy", EntropySampler},
     {"threshold", ThresholdSampler},
     {"factor", FactorSampler},
+    {"fast_dllm_v2", FastDllmV2Sampler},
     {"entropy_bounded", EntropyBoundedSampler},
     {"block_static", BlockStaticSampler},
     {"block_dynamic", BlockDynamicSampler},
@@ -45,6 +46,7 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
                int32_t index, DecodingState& state) {
   const int32_t num_blocks = NumBlocks(canvas, model, params.block_length);
   state.block_step = 0;
+  state.reused_block.clear();
   for (; index < num_blocks; ++index) {
     const BlockRange block = BlockAt(canvas, model, params.block_length, index);
     state.block_masks = CountUndecided(canvas, block.begin, block.end);
@@ -64,6 +66,8 @@ void StepPlan::Clear() {
   sigma = 0.0F;
   visible_begin = 0;
   visible_end = 0;
+  rows_begin = 0;
+  rows_end = 0;
   queries.clear();
 }
 

@@ -33,6 +33,9 @@ struct DecodingState {
   int32_t step = 0;         // denoising steps done in all; keys the random source
   int32_t nfe = 0;          // forward passes taken part in
   bool finished = false;
+  // kv_reuse other than exact: the open block's tokens as they stood in the last pass that computed
+  // every position, from which reused keys and values can be had again. Empty: no such pass yet.
+  std::vector<TokenId> reused_block;
 };
 
 // Everything a sampler may look at.
@@ -63,9 +66,13 @@ struct StepPlan {
   bool forward = true;  // false: nothing to compute, Decide() is called with no answers
   float sigma = 0.0F;   // noise level for networks that read it
   // Positions [begin, end) that the network sees; positions restart from 0 at `begin`. Block-causal
-  // models ignore it (they see everything up to the end of the open block).
+  // models see everything up to the end of the open block, or up to `end` where that comes before.
   int32_t visible_begin = 0;
   int32_t visible_end = 0;
+  // Not empty: positions [begin, end) alone are computed, and see the others' keys and values as
+  // the last whole pass of the open block left them (state.reused_block is not empty).
+  int32_t rows_begin = 0;
+  int32_t rows_end = 0;
   std::vector<PositionQuery> queries;  // ascending positions, inside the open block
 
   void Clear();  // keeps capacity

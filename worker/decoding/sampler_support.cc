@@ -24,6 +24,19 @@ void StartPlan(const StepContext& context, StepPlan& plan) {
   plan.visible_end = context.canvas.length();
 }
 
+bool ReuseKv(const StepContext& context, StepPlan& plan) {
+  const BlockRange& block = context.block;
+  if (context.params.kv_reuse == KvReuse::kExact) return false;
+  if (!context.state.reused_block.empty()) {
+    plan.rows_begin = block.begin;
+    plan.rows_end = context.params.kv_reuse == KvReuse::kDual ? block.end : context.canvas.length();
+    return false;
+  }
+  if (!context.model.shift_logits || !context.canvas.undecided(block.begin)) return false;
+  AddQuery(block.begin, plan);
+  return true;
+}
+
 PositionQuery& AddQuery(int32_t position, StepPlan& plan) {
   PositionQuery& query = plan.queries.emplace_back();
   query.position = position;

@@ -22,6 +22,12 @@ SelectionScratch& ThreadScratch();
 // Clears the plan; the network sees the whole sequence.
 void StartPlan(const StepContext& context, StepPlan& plan);
 
+// Leaves to earlier passes what params.kv_reuse says. With shifted logits a block's first position
+// is decided by the row before it, which only whole passes compute: then the plan asks for that
+// position alone in the block's first step (Fast-dLLM, dream/model/generation_utils_block.py).
+// True: it does, and the rest of the plan must be left as it is.
+bool ReuseKv(const StepContext& context, StepPlan& plan);
+
 // Appends a query for `position`, with neutral settings.
 PositionQuery& AddQuery(int32_t position, StepPlan& plan);
 // A query for every undecided position of the open block.
@@ -62,6 +68,7 @@ const Sampler* TopkMarginSampler();
 const Sampler* EntropySampler();
 const Sampler* ThresholdSampler();
 const Sampler* FactorSampler();
+const Sampler* FastDllmV2Sampler();
 const Sampler* EntropyBoundedSampler();
 const Sampler* BlockStaticSampler();
 const Sampler* BlockDynamicSampler();

@@ -21,11 +21,18 @@ struct Engine::Sequence {
   int64_t kv_bytes = 0;
   // Block-causal: positions [0, kv_final) have the keys and values of their final tokens in `kv`.
   int32_t kv_final = 0;
+  // kv_reuse: `kv` holds what the whole pass over state.decoding.reused_block left.
+  bool kv_reusable = false;
   BlockRange block;  // the open block, set with the plan
   StepPlan plan;
   StepOutcome outcome;
 
   bool guided() const { return state.params.cfg_scale > 0; }
+  bool reuses() const { return state.params.kv_reuse != KvReuse::kExact; }
+  // The step computes rows of its own choice. False where the sequence was resumed and their
+  // neighbours must be computed again first.
+  bool partial() const { return plan.rows_end > plan.rows_begin && kv_reusable; }
+  bool restoring() const { return plan.rows_end > plan.rows_begin && !kv_reusable; }
 };
 
 // Everything one forward pass needs, reused from turn to turn.
@@ -33,7 +40,8 @@ struct Engine::Scratch {
   struct Member {
     Sequence* sequence;
     int32_t first_query;
-    bool prefill_only;
+    RowRange rows;
+    bool keys_and_values_only;  // no step yet: a long prompt, or what a resumed sequence reuses
   };
   std::vector<Member> members;
   std::vector<TokenId> ids;
@@ -84,8 +92,6 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   }
   if (model_.causal_block_length > 0) {
     if (copies > 1) return absl::InvalidArgumentError("cfg_scale: not for block-causal models");
-    if (model_.shift_logits)
-      return absl::UnimplementedError("block-causal model with shifted logits");
     // A step computes the open block and, once, the block before it.
     if (2 * model_.causal_block_length > options_.limits.rows_max) {
       return absl::InvalidArgumentError(
@@ -102,7 +108,7 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
     return absl::ResourceExhaustedError(
         absl::StrCat(num_sequences(), " sequences are running already"));
   }
-  const KvShape shape = denoiser_.SequenceKvShape(length);
+  const KvShape shape = denoiser_.SequenceKvShape(length, state.params.kv_reuse);
   const int64_t kv_bytes = copies * denoiser_.backend().KvBytes(shape);
   if (kv_bytes > options_.kv_bytes_max) {
     return absl::InvalidArgumentError(absl::StrCat("the sequence needs ", kv_bytes,
@@ -124,6 +130,7 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   sequence->kv_bytes = kv_bytes;
   sequence->plan.queries.reserve(length);
   sequence->outcome.transfers.reserve(length);
+  if (sequence->reuses()) sequence->state.decoding.reused_block.reserve(length);
   kv_bytes_ += kv_bytes;
   active_.push_back(std::move(sequence));
   return active_.back()->id;
@@ -200,6 +207,7 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
                            .settled = sequence.outcome.settled,
                            .block = sequence.block});
   ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
+  if (state.decoding.reused_block.empty()) sequence.kv_reusable = false;  // another block is open
   ++counters_.steps;
   counters_.tokens_committed += static_cast<int64_t>(transfers.size());
   if (state.decoding.finished) EndSequence(sequence, absl::OkStatus(), report);
@@ -221,15 +229,21 @@ void Engine::PlanUntilForward(Sequence& sequence, StepReport& report) {
   }
 }
 
-int32_t Engine::RowsOf(const Sequence& sequence) const {
-  if (model_.causal_block_length > 0) {
-    const int32_t rows = sequence.block.end - sequence.kv_final;
-    if (rows <= options_.limits.rows_max) return rows;
-    const int32_t whole_blocks =
-        options_.limits.rows_max / model_.causal_block_length * model_.causal_block_length;
-    return std::min(whole_blocks, sequence.block.begin - sequence.kv_final);
+Engine::RowRange Engine::RowsOf(const Sequence& sequence) const {
+  const StepPlan& plan = sequence.plan;
+  if (sequence.partial()) return {plan.rows_begin, plan.rows_end};
+  if (model_.causal_block_length == 0) return {plan.visible_begin, plan.visible_end};
+  const int32_t end = std::min(sequence.block.end, plan.visible_end);
+  int32_t begin = std::min(sequence.kv_final, end);
+  // Shifted, the prediction for the block's first position is the last row of the block before.
+  if (model_.shift_logits && begin == sequence.block.begin && begin > 0 && !plan.queries.empty() &&
+      plan.queries[0].position == begin) {
+    --begin;
   }
-  return (sequence.plan.visible_end - sequence.plan.visible_begin) * (sequence.guided() ? 2 : 1);
+  if (end - begin <= options_.limits.rows_max) return {begin, end};
+  const int32_t whole_blocks =
+      options_.limits.rows_max / model_.causal_block_length * model_.causal_block_length;
+  return {begin, std::min(begin + whole_blocks, sequence.block.begin)};
 }
 
 void Engine::AppendSpan(Sequence& sequence, bool unconditional) {
@@ -238,18 +252,23 @@ void Engine::AppendSpan(Sequence& sequence, bool unconditional) {
   SequenceSpan span{.row_begin = static_cast<int32_t>(batch.ids.size()),
                     .kv = unconditional ? sequence.kv_unconditional.get() : sequence.kv.get(),
                     .modulation_row = static_cast<int32_t>(batch.spans.size())};
-  int32_t begin = sequence.plan.visible_begin;
-  if (model_.causal_block_length > 0) {
-    begin = sequence.kv_final;
-    span.first_position = begin;
-    span.block_length = model_.causal_block_length;
-    span.num_rows = RowsOf(sequence);
-  } else {
-    span.num_rows = sequence.plan.visible_end - begin;
+  const RowRange rows = RowsOf(sequence);
+  span.num_rows = rows.end - rows.begin;
+  span.block_length = model_.causal_block_length;
+  if (model_.causal_block_length > 0 || sequence.partial()) span.first_position = rows.begin;
+  if (sequence.partial()) {
+    span.keys_end = model_.causal_block_length > 0 ? sequence.block.end : canvas.length();
   }
-  for (int32_t position = begin; position < begin + span.num_rows; ++position) {
+  for (int32_t position = rows.begin; position < rows.end; ++position) {
     const bool hidden = unconditional && canvas.states[position] == PositionState::kGiven;
     batch.ids.push_back(hidden ? model_.mask_token : canvas.tokens[position]);
+  }
+  if (sequence.restoring()) {
+    const std::vector<TokenId>& block = sequence.state.decoding.reused_block;
+    for (int32_t position = std::max(rows.begin, sequence.block.begin);
+         position < std::min(rows.end, sequence.block.end); ++position) {
+      batch.ids[span.row_begin + position - rows.begin] = block[position - sequence.block.begin];
+    }
   }
   batch.spans.push_back(span);
   batch.sigmas.push_back(sequence.plan.sigma);
@@ -302,16 +321,19 @@ void Engine::AppendToBatch(Sequence& sequence) {
   const int32_t first_span = static_cast<int32_t>(batch.spans.size());
   AppendSpan(sequence, /*unconditional=*/false);
   const SequenceSpan span = batch.spans[first_span];
-  const bool causal = model_.causal_block_length > 0;
-  const bool prefill_only = causal && span.first_position + span.num_rows < sequence.block.end;
-  batch.members.push_back({&sequence, first_query, prefill_only});
-  if (prefill_only) return;
+  const RowRange rows = RowsOf(sequence);
+  const bool prefill_only = model_.causal_block_length > 0 && !sequence.partial() &&
+                            rows.end < std::min(sequence.block.end, sequence.plan.visible_end);
+  batch.members.push_back({.sequence = &sequence,
+                           .first_query = first_query,
+                           .rows = rows,
+                           .keys_and_values_only = prefill_only || sequence.restoring()});
+  if (batch.members.back().keys_and_values_only) return;
 
   // Packed row that holds the prediction for a position: its own, or with shifted logits the one
   // before.
-  const int32_t span_first = causal ? span.first_position : sequence.plan.visible_begin;
   const auto row_of = [&](int32_t position, const SequenceSpan& in) {
-    const int32_t row = position - span_first;
+    const int32_t row = position - rows.begin;
     return in.row_begin + (model_.shift_logits && row > 0 ? row - 1 : row);
   };
   const auto hidden_row_of = [&](int32_t packed_row) {
@@ -333,6 +355,16 @@ void Engine::AppendToBatch(Sequence& sequence) {
   }
 }
 
+// A whole pass over the open block has been made: its keys and values may be reused.
+void Engine::RememberBlock(Sequence& sequence) {
+  if (!sequence.restoring()) {
+    const std::vector<TokenId>& tokens = sequence.state.canvas.tokens;
+    sequence.state.decoding.reused_block.assign(tokens.begin() + sequence.block.begin,
+                                                tokens.begin() + sequence.block.end);
+  }
+  sequence.kv_reusable = true;
+}
+
 absl::Status Engine::RunBatch(StepReport& report) {
   Scratch& batch = *scratch_;
   CINNABAR_RETURN_IF_ERROR(denoiser_.Forward({.ids = batch.ids,
@@ -351,13 +383,16 @@ absl::Status Engine::RunBatch(StepReport& report) {
 
   for (const Scratch::Member& member : batch.members) {
     Sequence& sequence = *member.sequence;
-    if (model_.causal_block_length > 0 && options_.block_cache) {
-      const int32_t final_end =
-          member.prefill_only ? sequence.kv_final + RowsOf(sequence) : sequence.block.begin;
+    const bool partial = sequence.partial();
+    if (model_.causal_block_length > 0 && options_.block_cache && !partial) {
+      const int32_t final_end = std::min(member.rows.end, sequence.block.begin);
       counters_.rows_prefilled += final_end - sequence.kv_final;
       sequence.kv_final = final_end;
     }
-    if (member.prefill_only) continue;
+    if (sequence.reuses() && !partial && member.rows.end >= sequence.block.end) {
+      RememberBlock(sequence);
+    }
+    if (member.keys_and_values_only) continue;
     const absl::Span<VocabularyAnswer> answers =
         absl::MakeSpan(batch.answers).subspan(member.first_query, sequence.plan.queries.size());
     const double offset = denoiser_.OutputOffset(sequence.plan.sigma);
@@ -395,8 +430,9 @@ absl::Status Engine::Step(absl::Time now, StepReport& report) {
       PlanUntilForward(*sequence, report);
     }
     if (sequence->ended) continue;
-    const int32_t rows = RowsOf(*sequence);
+    const RowRange range = RowsOf(*sequence);
     const int32_t spans = sequence->guided() ? 2 : 1;
+    const int32_t rows = (range.end - range.begin) * spans;
     const bool full =
         static_cast<int32_t>(scratch_->ids.size()) + rows > options_.limits.rows_max ||
         static_cast<int32_t>(scratch_->spans.size()) + spans > options_.limits.sequences_max;

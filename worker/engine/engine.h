@@ -104,12 +104,18 @@ class Engine {
   struct Sequence;
   struct Scratch;
 
+  struct RowRange {  // positions that the next pass computes
+    int32_t begin = 0;
+    int32_t end = 0;
+  };
+
   void EndSequence(Sequence& sequence, absl::Status status, StepReport& report);
   void PlanUntilForward(Sequence& sequence, StepReport& report);
-  int32_t RowsOf(const Sequence& sequence) const;
+  RowRange RowsOf(const Sequence& sequence) const;
   void AppendToBatch(Sequence& sequence);
   void AppendSpan(Sequence& sequence, bool unconditional);
   void AppendQuery(const Sequence& sequence, const PositionQuery& position_query);
+  void RememberBlock(Sequence& sequence);
   absl::Status RunBatch(StepReport& report);
   void Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> answers, bool forward,
                 StepReport& report);

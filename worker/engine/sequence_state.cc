@@ -75,6 +75,19 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
     return absl::InvalidArgumentError(absl::StrCat(
         "block_masks ", decoding.block_masks, " for a block with ", open, " undecided positions"));
   }
+  if (decoding.reused_block.empty()) return absl::OkStatus();
+  if (state.params.kv_reuse == KvReuse::kExact ||
+      static_cast<int32_t>(decoding.reused_block.size()) != block.end - block.begin) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "reused_block has ", decoding.reused_block.size(), " tokens; the open block reuses ",
+        state.params.kv_reuse == KvReuse::kExact ? 0 : block.end - block.begin));
+  }
+  for (const TokenId token : decoding.reused_block) {
+    if (token < 0 || token >= model.vocab_size) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("reused_block: ", token, " is outside the vocabulary"));
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -119,6 +132,8 @@ v1::SequenceState ToWire(const SequenceState& state, absl::string_view model_fin
   wire.set_step(state.decoding.step);
   wire.set_nfe(state.decoding.nfe);
   wire.set_finished(state.decoding.finished);
+  wire.mutable_reused_block()->Assign(state.decoding.reused_block.begin(),
+                                      state.decoding.reused_block.end());
   return wire;
 }
 
@@ -164,7 +179,8 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
                     .block_masks = wire.block_masks(),
                     .step = wire.step(),
                     .nfe = wire.nfe(),
-                    .finished = wire.finished()};
+                    .finished = wire.finished(),
+                    .reused_block = {wire.reused_block().begin(), wire.reused_block().end()}};
   CINNABAR_RETURN_IF_ERROR(CheckDecodingState(state, model));
   return state;
 }

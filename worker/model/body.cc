@@ -142,19 +142,19 @@ absl::StatusOr<Rows> Body::TakeRows(int64_t rows, int64_t cols, DType dtype) {
 
 WorkspaceShape Body::Workspace() const {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
-  return {.rows_max = limits_.rows_max,
-          .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
-                                int64_t{spec_.experts.mlp_dim},
-                                int64_t{spec_.experts.shared_mlp_dim}, int64_t{spec_.cond_dim},
-                                int64_t{kSigmaFrequencies}}),
-          .vocabulary = spec_.traits.vocab_size,
-          .queries_max = limits_.rows_max,
-          .positions_max = limits_.positions_max,
-          .head_dim_max = spec_.head_dim,
-          .num_experts = spec_.experts.num_experts,
-          .experts_per_row = spec_.experts.experts_per_token,
-          .expert_dim = spec_.dim,
-          .expert_mlp_dim = spec_.experts.mlp_dim};
+  return {
+      .rows_max = limits_.rows_max,
+      .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
+                            int64_t{spec_.experts.mlp_dim}, int64_t{spec_.experts.shared_mlp_dim},
+                            int64_t{spec_.cond_dim}, int64_t{kSigmaFrequencies}}),
+      .vocabulary = spec_.traits.vocab_size,
+      .queries_max = limits_.rows_max,
+      .positions_max = limits_.positions_max,
+      .head_dim_max = spec_.head_dim,
+      .num_experts = spec_.experts.num_experts,
+      .experts_per_row = spec_.experts.experts_per_token,
+      .expert_dim = spec_.dim,
+      .expert_mlp_dim = spec_.experts.mlp_dim};
 }
 
 absl::Status Body::TakeWorkspace() {
@@ -163,11 +163,14 @@ absl::Status Body::TakeWorkspace() {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
   const int64_t kv_dim = int64_t{spec_.num_kv_heads} * spec_.head_dim;
   const std::tuple<Rows*, int64_t, DType> wanted[] = {
-      {&residual_, spec_.dim, DType::kF32},    {&normed_, spec_.dim, activation},
-      {&qkv_, q_dim + 2 * kv_dim, activation}, {&attention_, q_dim, activation},
+      {&residual_, spec_.dim, DType::kF32},
+      {&normed_, spec_.dim, activation},
+      {&qkv_, q_dim + 2 * kv_dim, activation},
+      {&attention_, q_dim, activation},
       {&mlp_, std::max(spec_.mlp_dim, spec_.experts.shared_mlp_dim), activation},
       {&wanted_residual_, spec_.dim, DType::kF32},
-      {&wanted_attention_, q_dim, activation}, {&hidden_, spec_.dim, activation}};
+      {&wanted_attention_, q_dim, activation},
+      {&hidden_, spec_.dim, activation}};
   for (const auto& [member, cols, dtype] : wanted) {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
   }
@@ -246,8 +249,8 @@ float Body::attention_scale() const {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(spec_.head_dim)));
 }
 
-KvShape Body::SequenceKvShape(int32_t positions) const {
-  return {.num_layers = KvLayers(spec_),
+KvShape Body::SequenceKvShape(int32_t positions, KvReuse reuse) const {
+  return {.num_layers = reuse == KvReuse::kExact ? KvLayers(spec_) : spec_.num_layers,
           .num_kv_heads = spec_.num_kv_heads,
           .head_dim = spec_.head_dim,
           .positions_max = positions};
@@ -268,11 +271,10 @@ absl::Status Body::CheckBatch(const ForwardBatch& batch) const {
     CINNABAR_CHECK(sequence.kv != nullptr && sequence.first_position >= 0);
     CINNABAR_CHECK(sequence.block_length == spec_.traits.causal_block_length)
         << "block length " << sequence.block_length;
-    // A cache is kept only where each layer has its own.
-    CINNABAR_CHECK(sequence.first_position == 0 || sequence.block_length > 0)
-        << "a full-attention sequence starts at " << sequence.first_position;
-    CINNABAR_CHECK(int64_t{sequence.first_position} + sequence.num_rows <= limits_.positions_max)
-        << "position " << sequence.first_position + int64_t{sequence.num_rows};
+    CINNABAR_CHECK(int64_t{sequence.first_position} + sequence.num_rows <= KeysEnd(sequence) &&
+                   KeysEnd(sequence) <= limits_.positions_max)
+        << "positions " << sequence.first_position << " + " << sequence.num_rows << " of "
+        << KeysEnd(sequence);
     row += sequence.num_rows;
   }
   CINNABAR_CHECK(row == num_rows) << "sequences have " << row << " of " << num_rows << " rows";
@@ -320,7 +322,6 @@ absl::Status Body::GatherWanted(const ForwardBatch& batch) {
 absl::Status Body::Attention(absl::Span<const SequenceSpan> sequences, int64_t num_rows,
                              int32_t layer, const Weight& qkv, const float* qkv_bias,
                              const float* q_norm, const float* k_norm, bool keys_and_values_only) {
-  const int32_t kv_layer = KvLayers(spec_) == 1 ? 0 : layer;
   CINNABAR_RETURN_IF_ERROR(backend_.Linear(
       {.x = normed_, .num_rows = num_rows, .weight = &qkv, .bias = qkv_bias, .out = qkv_}));
   CINNABAR_RETURN_IF_ERROR(backend_.PrepareHeads({.qkv = qkv_,
@@ -331,14 +332,14 @@ absl::Status Body::Attention(absl::Span<const SequenceSpan> sequences, int64_t n
                                                   .norm_eps = spec_.norm_eps,
                                                   .rotary = rotary_,
                                                   .sequences = sequences,
-                                                  .layer = kv_layer}));
+                                                  .layer = layer}));
   if (keys_and_values_only) return absl::OkStatus();
   return backend_.Attend({.q = qkv_,
                           .num_rows = num_rows,
                           .heads = heads(),
                           .scale = attention_scale(),
                           .sequences = sequences,
-                          .layer = kv_layer,
+                          .layer = layer,
                           .out = attention_});
 }
 
@@ -422,7 +423,8 @@ double Body::OutputOffset(float sigma) const {
 }
 
 Denoiser::Memory Body::memory() const {
-  const int64_t kv_bytes = backend_.KvBytes(SequenceKvShape(limits_.positions_max));
+  const int64_t kv_bytes =
+      backend_.KvBytes(SequenceKvShape(limits_.positions_max, KvReuse::kExact));
   return {.weights_bytes = weights_bytes_,
           .workspace_bytes = buffers_bytes_ + backend_.WorkspaceBytes(Workspace()),
           .kv_bytes_per_position = (kv_bytes + limits_.positions_max - 1) / limits_.positions_max};

@@ -57,7 +57,7 @@ class Body : public Denoiser {
  public:
   const ModelTraits& traits() const override { return spec_.traits; }
   Backend& backend() const override { return backend_; }
-  KvShape SequenceKvShape(int32_t positions) const override;
+  KvShape SequenceKvShape(int32_t positions, KvReuse reuse) const override;
   absl::Status Forward(const ForwardBatch& batch) override;
   absl::Status Answer(absl::Span<const VocabularyQuery> queries,
                       absl::Span<VocabularyAnswer> answers) override;

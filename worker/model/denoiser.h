@@ -46,13 +46,15 @@ class Denoiser {
   virtual const ModelTraits& traits() const = 0;
   virtual Backend& backend() const = 0;
 
-  // Shape of the KvMemory that one sequence of up to `positions` needs. Block-causal models keep
-  // all layers (the cache); full-attention models one layer, overwritten by each layer in turn.
-  virtual KvShape SequenceKvShape(int32_t positions) const = 0;
+  // Shape of the KvMemory that one sequence of up to `positions` needs. Block-causal models, and
+  // any `reuse` but the exact one, keep all layers (the cache); else a full-attention model needs
+  // one layer, overwritten by each layer in turn.
+  virtual KvShape SequenceKvShape(int32_t positions, KvReuse reuse) const = 0;
 
   // Runs the network. Afterwards hidden row i of Answer() and Logits() is the final, normed state
   // of packed row wanted_rows[i], until the next Forward(). For block-causal sequences the keys and
-  // values of all rows are in their KvMemory; a full-attention one starts at position 0.
+  // values of all rows are in their KvMemory, as for any sequence whose memory keeps all layers; a
+  // full-attention one without those starts at position 0.
   // Synchronizes. InvalidArgument for an id outside the vocabulary; any other misfit of the batch
   // is the caller's bug.
   virtual absl::Status Forward(const ForwardBatch& batch) = 0;

@@ -19,6 +19,7 @@ inline constexpr int64_t kExpertsMax = 1 << 12;
 
 // The first row that Qwen3's tokenizer leaves unused, which its descendants took for the mask.
 inline constexpr TokenId kQwen3Mask = 151669;
+inline constexpr TokenId kQwen25Mask = 151665;  // and that of Qwen2.5
 
 // How an architecture deviates from ReadTransformersDecoder().
 struct DecoderKeys {
@@ -31,7 +32,8 @@ struct DecoderKeys {
 // norms of heads, experts and traits other than vocabulary and positions.
 void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec, const DecoderKeys& keys = {});
 
-// Experts as Qwen3's mixtures have them: softmax, weights of the chosen renormalised, no shared one.
+// Experts as Qwen3's mixtures have them: softmax, weights of the chosen renormalised, no shared
+// one.
 void ReadQwen3Experts(JsonFields& config, ModelSpec& spec);
 
 // Numbers of experts, per token and groups against each other; InvalidArgument by field.
@@ -48,6 +50,9 @@ void SettleHeads(JsonFields& config, absl::string_view heads_key, ModelSpec& spe
 // SDAR and the second Dream have it.
 absl::StatusOr<ModelSpec> ReadBlockCausalQwen3(const CheckpointFacts& facts,
                                                int64_t block_length_default, bool experts = false);
+
+// The adaLN transformer of MDLM and BD3-LM: everything but the default sampler and blocks.
+void ReadMdlmNetwork(JsonFields& config, const CheckpointFacts& facts, ModelSpec& spec);
 
 // Mask token (InvalidArgument when there is none) and end-of-text ids of a masked family.
 void ReadMaskedTokens(JsonFields& config, const CheckpointFacts& facts, TokenId mask_fallback,

@@ -26,7 +26,7 @@ class NullDenoiser : public Denoiser {
 
   const ModelTraits& traits() const override { return traits_; }
   Backend& backend() const override { return backend_; }
-  KvShape SequenceKvShape(int32_t positions) const override {
+  KvShape SequenceKvShape(int32_t positions, KvReuse /*reuse*/) const override {
     return {.num_layers = 1, .num_kv_heads = 1, .head_dim = 1, .positions_max = positions};
   }
 

@@ -45,7 +45,7 @@ def eos_used(result, model, ids, given, options):
 
 
 SAMPLERS = ("low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "threshold", "factor",
-            "entropy_bounded", "block_static", "block_dynamic", "block_sequential")
+            "entropy_bounded", "fast_dllm_v2", "block_static", "block_dynamic", "block_sequential")
 HOLES = "g4 m5 g3 m4 g1 m2 g3"  # a canvas of 15 positions, 11 of them masked
 
 # name, model, layout, options, condition
@@ -150,6 +150,37 @@ GREEDY = [
     ("block_dynamic_sdar_b8_one_given", "sdar_b8", "g1 +15", dict(steps=6, threshold=0.6), None),
     ("block_dynamic_sdar_b4_f16", "sdar_b4_f16", "g6 +10", dict(steps=12, threshold=0.5),
      events("above quota")),
+    # Reused keys and values: Fast-dLLM's prefix and dual caches, and v2's inside a block.
+    ("threshold_llada_prefix", "llada", "g9 +24", dict(threshold=0.6, block_length=8, kv_reuse="prefix"),
+     both(effect(kv_reuse="exact"), events("reused", "above", "fallback"))),
+    ("threshold_llada_dual", "llada", "g9 +24", dict(threshold=0.6, block_length=8, kv_reuse="dual"),
+     both(effect(kv_reuse="exact"), effect(kv_reuse="prefix"), events("reused"))),
+    ("threshold_llada_dual_infill", "llada", HOLES, dict(threshold=0.45, block_length=6, kv_reuse="dual"),
+     effect(kv_reuse="exact")),
+    ("threshold_dream_prefix", "dream", "g8 +16", dict(threshold=0.5, block_length=8, kv_reuse="prefix"),
+     both(effect(kv_reuse="exact"), events("reused"))),
+    ("threshold_dream_dual_infill", "dream", HOLES, dict(threshold=0.5, block_length=5, kv_reuse="dual"),
+     both(effect(kv_reuse="prefix"), events("reused"))),
+    ("factor_llada_dual", "llada", "g9 +20", dict(factor=1.25, block_length=10, kv_reuse="dual"),
+     effect(kv_reuse="exact")),
+    ("low_confidence_llada_prefix", "llada", "g7 +18", dict(steps=12, block_length=9, kv_reuse="prefix"),
+     effect(kv_reuse="exact")),
+    ("threshold_a2d_qwen2_dual", "a2d_qwen2", "g6 +16", dict(threshold=0.55, block_length=8, kv_reuse="dual"),
+     effect(kv_reuse="exact")),
+    ("fast_dllm_v2_default", "fast_dllm_v2", "g9 +39", dict(), None),
+    ("fast_dllm_v2_sub_blocks", "fast_dllm_v2", "g16 +32", dict(threshold=0.5, sub_block_length=4),
+     both(effect(sub_block_length=8), events("above", "fallback"))),
+    ("fast_dllm_v2_one_at_a_time", "fast_dllm_v2", "g21 +16", dict(threshold=1.0), None),
+    ("fast_dllm_v2_dual", "fast_dllm_v2", "g9 +39", dict(threshold=0.5, kv_reuse="dual"),
+     both(effect(kv_reuse="exact"), events("reused", "above"))),
+    ("fast_dllm_v2_dual_infill", "fast_dllm_v2", HOLES + " g4 m5 g2", dict(threshold=0.6, kv_reuse="dual"), None),
+    ("fast_dllm_v2_sdar_b8", "sdar_b8", "g5 +19", dict(threshold=0.5, sub_block_length=4), events("above")),
+    ("block_dynamic_fast_dllm_v2", "fast_dllm_v2", "g9 +23", dict(steps=32, threshold=0.45),
+     events("above quota", "fallback")),
+    ("entropy_bounded_fast_dllm_v2_infill", "fast_dllm_v2", HOLES + " g2", dict(entropy_bound=2.0), None),
+    # BD3-LM.
+    ("block_dynamic_bd3lm", "bd3lm", "g9 +23", dict(steps=24, threshold=0.45), events("above quota", "fallback")),
+    ("block_static_bd3lm_infill", "bd3lm", HOLES + " g2", dict(steps=9), None),
     # Mixtures of experts.
     ("block_static_sdar_moe", "sdar_moe", "g9 +11", dict(steps=9), None),
     ("block_dynamic_sdar_moe_infill", "sdar_moe", HOLES + " g2", dict(steps=16, threshold=0.4), None),

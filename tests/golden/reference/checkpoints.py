@@ -406,6 +406,37 @@ def mdlm(directory, seed=111):
     write(directory, config, dit_tensors(Draw(seed), 89, 28, 2, 9, 2, prefix="backbone.", damp=88))
 
 
+def fast_dllm_v2(directory, seed):
+    mask, eos, turn_end = 97, 93, 95
+    config = {
+        "architectures": ["Fast_dLLM_QwenForCausalLM"], "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration.Fast_dLLM_QwenConfig", "AutoModelForCausalLM":
+                     "modeling.Fast_dLLM_QwenForCausalLM"},
+        "bd_size": 16, "bos_token_id": eos, "eos_token_id": turn_end, "hidden_act": "silu", "hidden_size": 36,
+        "initializer_range": 0.02, "intermediate_size": 46, "mask_token_id": mask, "max_position_embeddings": 2048,
+        "max_window_layers": 2, "model_type": "Fast_dLLM_Qwen", "num_attention_heads": 6, "num_hidden_layers": 2,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 4000.0,
+        "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": False,
+        "use_sliding_window": False, "vocab_size": 101}
+    tensors = decoder_tensors(Draw(seed), config, qkv_bias=True, mask=mask)
+    write(directory, config, tensors, others={"generation_config.json": {"eos_token_id": [turn_end, eos]}})
+
+
+def bd3lm(directory, seed):
+    config = {
+        "_name_or_path": "kuleshov-group/bd3lm-owt-block_size8", "adaln": True, "architectures": ["BD3LM"],
+        "attn_backend": "sdpa", "auto_map": {"AutoConfig": "configuration_bd3lm.BD3LMConfig", "AutoModelForMaskedLM":
+                                             "modeling_bd3lm.BD3LM"},
+        "block_size": 8, "causal": False, "cond_dim": 9, "cross_attn": True, "dropout": 0.1, "hidden_dim": 28,
+        "model_length": 1024, "model_type": "bd3lm", "n_blocks": 2, "n_heads": 2, "return_dict": False,
+        "sampling_eps_max": 0.999, "sampling_eps_min": 0.001, "time_conditioning": False, "torch_dtype": "float32",
+        "var_min": True, "vocab_size": 89}
+    tensors = dit_tensors(Draw(seed), 89, 28, 2, 9, 2, prefix="backbone.", damp=88)
+    tensors["sampling_eps_min"] = np.array([0.001])  # buffers of the training schedule
+    tensors["sampling_eps_max"] = np.array([0.999])
+    write(directory, config, tensors)
+
+
 # --- the list --------------------------------------------------------------------------------------------
 
 CHECKPOINTS = {
@@ -428,4 +459,6 @@ CHECKPOINTS = {
     "rnd1_bf16": lambda directory: qwen3_moe(directory, "RND1", seed=116, dtype="BF16"),
     "llada_moe": lambda directory: llada_moe(directory, seed=117),
     "llada2": lambda directory: llada2(directory, seed=118),
+    "fast_dllm_v2": lambda directory: fast_dllm_v2(directory, seed=121),
+    "bd3lm": lambda directory: bd3lm(directory, seed=122),
 }

@@ -65,21 +65,21 @@ def log_softmax(x):
     return x - top - np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
 
 
-def rotate(x, theta, rotary_dim=None):
-    """Rotary embedding of [positions, heads, head_dim], half-split pairs (i, i + rotary_dim / 2) of the leading
-    rotary_dim dimensions (all by default)."""
+def rotate(x, theta, rotary_dim=None, first=0):
+    """Rotary embedding of [positions, heads, head_dim] at positions `first`, ..., half-split pairs
+    (i, i + rotary_dim / 2) of the leading rotary_dim dimensions (all by default)."""
     if rotary_dim is not None and rotary_dim < x.shape[-1]:
-        return np.concatenate([rotate(x[..., :rotary_dim], theta), x[..., rotary_dim:]], axis=-1)
+        return np.concatenate([rotate(x[..., :rotary_dim], theta, first=first), x[..., rotary_dim:]], axis=-1)
     half = x.shape[-1] // 2
     frequencies = theta ** (-np.arange(half, dtype=np.float64) / half)
-    angles = np.arange(x.shape[0], dtype=np.float64)[:, None] * frequencies
+    angles = np.arange(first, first + x.shape[0], dtype=np.float64)[:, None] * frequencies
     cosine, sine = (f(angles)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
-    first, second = x[..., :half], x[..., half:]
-    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    low, high = x[..., :half], x[..., half:]
+    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
 
 
 def attend(q, k, v, visible):
-    """q [n, heads, hd], k and v [n, kv_heads, hd], visible [n, n] bool (query, key) -> [n, heads * hd]."""
+    """q [n, heads, hd], k and v [m, kv_heads, hd], visible [n, m] bool (query, key) -> [n, heads * hd]."""
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
@@ -129,8 +129,8 @@ class Model:
     def logits(self, ids, sigma=None):
         raise NotImplementedError
 
-    def predictions(self, ids, sigma=None):
-        rows = self.logits(ids, sigma)
+    def predictions(self, ids, sigma=None, **reuse):
+        rows = self.logits(ids, sigma, **reuse)
         return np.concatenate([rows[:1], rows[:-1]]) if self.traits.shift else rows
 
 
@@ -181,17 +181,20 @@ class DecoderBody(Model):
                 out = out + mlp(h, shared)
         return out
 
-    def logits(self, ids, sigma=None):
+    def logits(self, ids, sigma=None, memory=None, span=None):
+        """`memory` {layer: (k, v)} keeps the keys and values of this pass. With `span` (begin, end) these positions
+        alone are computed, and theirs replaced; the others are those that an earlier pass left there."""
         c, t = self.config, self.tensors
+        begin, end = span or (0, len(ids))
         llada = "model.transformer.wte.weight" in t
         embedding = next(name for name in ("model.transformer.wte", "model.word_embeddings", "model.embed_tokens")
                          if name + ".weight" in t)
         heads = c["n_heads"] if llada else c["num_attention_heads"]
         kv_heads = (c.get("n_kv_heads") or heads) if llada else c.get("num_key_value_heads", heads)
         eps, theta = c["rms_norm_eps"], c["rope_theta"]
-        x = t[embedding + ".weight"][np.asarray(ids)]
-        n = len(ids)
-        visible = visibility(n, self.traits.block_length)
+        x = t[embedding + ".weight"][np.asarray(ids[begin:end])]
+        n = end - begin
+        visible = visibility(len(ids), self.traits.block_length)[begin:end]
         for index in range(c["n_layers"] if llada else c["num_hidden_layers"]):
             w = self.layer(index)
 
@@ -209,7 +212,11 @@ class DecoderBody(Model):
             if w.get("q_norm") is not None:  # per head, before the rotation
                 q, k = rms_norm(q, w["q_norm"], eps), rms_norm(k, w["k_norm"], eps)
             rotary_dim = int(q.shape[-1] * c.get("partial_rotary_factor", 1))
-            q, k = rotate(q, theta, rotary_dim), rotate(k, theta, rotary_dim)
+            q, k = rotate(q, theta, rotary_dim, begin), rotate(k, theta, rotary_dim, begin)
+            if span:
+                k, v = (np.concatenate([old[:begin], new, old[end:]]) for old, new in zip(memory[index], (k, v)))
+            if memory is not None:
+                memory[index] = k, v
             x = x + project(attend(q, k, v, visible), "o")
             h = rms_norm(x, w["norm2"], eps)
             mixed = self.experts(h, index)
@@ -233,11 +240,11 @@ def timestep_embedding(sigma, dim=256):
 
 
 class DiTBody(Model):
-    """adaLN transformer of SEDD and MDLM. SEDD gives log-scores, scaled and with the own entry 0; MDLM raw
-    logits and, without time conditioning, sigma 0."""
+    """adaLN transformer of SEDD, MDLM and BD3-LM. SEDD gives log-scores, scaled and with the own entry 0; the others
+    raw logits and, without time conditioning, sigma 0."""
 
     def logits(self, ids, sigma=None):
-        t, mdlm = self.tensors, self.traits.family == "mdlm"
+        t, mdlm = self.tensors, self.traits.family in ("mdlm", "bd3lm")
         prefix = "backbone." if mdlm else ""
         heads = self.config["n_heads"] if mdlm else self.config["model"]["n_heads"]
         blocks = self.config["n_blocks"] if mdlm else self.config["model"]["n_blocks"]
@@ -251,7 +258,7 @@ class DiTBody(Model):
 
         x = t[prefix + "vocab_embed.embedding"][np.asarray(ids)]
         n = len(ids)
-        visible = visibility(n, 0)
+        visible = visibility(n, self.traits.block_length)
         embedding = timestep_embedding(sigma).astype(x.dtype)
         c = silu(linear(silu(linear(embedding, "sigma_map.mlp.0")), "sigma_map.mlp.2"))
         for index in range(blocks):
@@ -322,6 +329,11 @@ def read_traits(directory, config):
         return Traits("llada_moe", rows, config["mask_token_id"], eos_tokens=eos)
     if architecture == "LLaDA2MoeModelLM":
         return Traits("llada2", rows, config["mask_token_id"], block_length=config["block_size"], eos_tokens=eos)
+    if architecture == "Fast_dLLM_QwenForCausalLM":
+        return Traits("fast_dllm_v2", rows, config["mask_token_id"], shift=True, block_length=config["bd_size"],
+                      eos_tokens=eos)
+    if architecture == "BD3LM":
+        return Traits("bd3lm", rows, rows - 1, block_length=config["block_size"])
     if architecture == "MDLM":
         return Traits("mdlm", rows, rows - 1)
     if "graph" in config and "model" in config:  # SEDD names no architecture
@@ -348,4 +360,4 @@ def load(directory, dtype=np.float64):
     path = directory / "tokenizer.json"
     if path.exists():
         traits.tokenizer_size = 1 + max(t["id"] for t in json.loads(path.read_text())["added_tokens"])
-    return (DiTBody if traits.family in ("sedd", "mdlm") else DecoderBody)(config, tensors, traits)
+    return (DiTBody if traits.family in ("sedd", "mdlm", "bd3lm") else DecoderBody)(config, tensors, traits)

@@ -192,6 +192,12 @@ def select(name, options, answers, positions, block_masks, block_step, block_ste
         above = [i for i in range(m) if p[i] >= threshold]
         events.add("above" if len(above) > 1 else "fallback" if not above else "one")
         return above or take_best(p, 1, relative, events)
+    if name == "fast_dllm_v2":
+        threshold = options.get("threshold", 0.9)
+        require(all(abs(c - threshold) > relative(c, threshold) for c in p), "threshold")
+        above = [i for i in range(m) if p[i] > threshold]
+        events.add("above" if len(above) > 1 else "fallback" if not above else "one")
+        return above or take_best(p, 1, relative, events)
     if name == "factor":
         order = take_best(p, m, relative, events)
         bounds = [1 - options.get("factor", 1.0) / (rank + 1) for rank in range(1, m + 1)]
@@ -261,16 +267,41 @@ def generate(model, ids, given, options):
         uncounted = [t for t in (*traits.eos_tokens, traits.eot_token) if t >= 0]
     filters = {"top_k": options.get("top_k", 0), "top_p": options.get("top_p", 1.0),
                "top_k_first": name.startswith("block_")} if name in FILTERED else {}
+    reuse = options.get("kv_reuse", "exact")
     result = Result(x, [], 0, 0, set())
     for begin, end in blocks:
         block_masks = sum(not g for g in given[begin:end])
         block_step = 0
+        memory = {}  # keys and values of the last pass over the whole block
         while True:
             positions = [i for i in range(begin, end) if x[i] == mask and not given[i]]
             if not positions:
                 break
             seen = x[:end] if traits.block_length else x  # block-causal: later blocks do not exist yet
-            rows = model.predictions(seen)
+            first_alone, span = False, None
+            if name == "fast_dllm_v2":
+                first_alone = traits.shift and positions[0] == begin > 0
+                sub = options.get("sub_block_length") or 8
+                sub_begin = positions[0] // sub * sub
+                positions = [i for i in positions if i < sub_begin + sub]
+                if reuse == "dual" and memory and whole_pass_in == sub_begin and positions[0] > sub_begin:
+                    span = sub_begin, min(sub_begin + sub, end)
+            elif reuse != "exact":
+                first_alone = traits.shift and positions[0] == begin and not memory
+                span = (begin, end if reuse == "dual" else len(x)) if memory else None
+            if first_alone:
+                positions = positions[:1]
+            if name == "fast_dllm_v2" and first_alone:
+                rows = model.predictions(x[:begin] + [mask])  # the row before sees nothing of the block
+            elif reuse == "exact":
+                rows = model.predictions(seen)
+            elif span:
+                result.events.add("reused")
+                rows = np.zeros((len(x), traits.vocab_size))
+                rows[span[0]:span[1]] = model.predictions(seen, memory=memory, span=span)
+            else:
+                rows = model.predictions(seen, memory=memory)
+                whole_pass_in = sub_begin if name == "fast_dllm_v2" else begin
             if options.get("cfg_scale", 0) > 0:
                 hidden = [mask if g else t for t, g in zip(x, given)]
                 unconditional = model.predictions(hidden)

@@ -350,6 +350,10 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
   if (Reads(entry, Knob::kTopP) && maybe()) params.top_p = one_of({0.97F, 0.8F});
   if (Reads(entry, Knob::kTopK) && maybe()) params.top_k = 6 + below(10);
   if (Reads(entry, Knob::kThreshold)) params.threshold = one_of({0.0F, 0.2F, 0.5F, 0.9F, 1.0F});
+  if (Reads(entry, Knob::kSubBlockLength) && model.causal_block_length == 0) {
+    params.block_length = 6;
+    params.sub_block_length = static_cast<int32_t>(one_of({1, 2, 3, 6}));
+  }
   if (Reads(entry, Knob::kFactor)) params.factor = one_of({0.2F, 1.0F, 2.0F, 8.0F});
   if (Reads(entry, Knob::kEntropyBound)) params.entropy_bound = one_of({0.0F, 0.1F, 2.0F, 50.0F});
   if (Reads(entry, Knob::kAlgTemp) && maybe()) params.alg_temp = one_of({0.1F, 1.0F});
@@ -364,7 +368,8 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
   if (maybe()) params.eos_penalty = one_of({1.5F, -2.0F});
   if (maybe()) params.forbidden_ids = {2, 7, 4};
   if (maybe()) params.pickable_ids = model.tokenizer_size;
-  if (Reads(entry, Knob::kBlockLength) && model.causal_block_length == 0 && maybe()) {
+  if (Reads(entry, Knob::kBlockLength) && params.block_length == 0 &&
+      model.causal_block_length == 0 && maybe()) {
     params.block_length = 1 + below(9);
   }
   if (Reads(entry, Knob::kNumSteps) && below(4) != 0) {

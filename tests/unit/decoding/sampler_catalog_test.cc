@@ -89,14 +89,16 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
   const auto dream = with(guided_blocks, {Knob::kNumSteps, Knob::kTopP, Knob::kTopK, Knob::kEps});
   const std::set<Knob> sdar = {Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kTopK};
   const std::map<std::string, std::set<Knob>> want = {
-      {"low_confidence", llada},
+      {"low_confidence", with(llada, {Knob::kKvReuse})},
       {"random", llada},
       {"origin", dream},
       {"maskgit_plus", with(dream, {Knob::kAlgTemp})},
       {"topk_margin", with(dream, {Knob::kAlgTemp})},
       {"entropy", with(dream, {Knob::kAlgTemp})},
-      {"threshold", with(fast_dllm, {Knob::kThreshold})},
-      {"factor", with(fast_dllm, {Knob::kFactor})},
+      {"threshold", with(fast_dllm, {Knob::kThreshold, Knob::kKvReuse})},
+      {"factor", with(fast_dllm, {Knob::kFactor, Knob::kKvReuse})},
+      {"fast_dllm_v2",
+       {Knob::kThreshold, Knob::kBlockLength, Knob::kTopP, Knob::kSubBlockLength, Knob::kKvReuse}},
       {"entropy_bounded", with(guided_blocks, {Knob::kEntropyBound})},
       {"block_static", sdar},
       {"block_dynamic", with(sdar, {Knob::kThreshold})},
@@ -220,6 +222,8 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
   unmasked.mask_token = -1;
   ModelTraits endless = MaskModel();
   endless.eos_tokens.clear();
+  ModelTraits shifted = MaskModel();
+  shifted.shift_logits = true;
   ModelTraits neither = endless;
   neither.eot_token = -1;
   for (const ErrorCase& c : std::vector<ErrorCase>{
@@ -241,6 +245,22 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
            {{.cfg_scale = 0.5F}, "cfg_scale: ", "no mask token", unmasked},
            {{.logits_eos_inf = true}, "logits_eos_inf: ", "no EOS", endless},
            {{.confidence_eos_eot_inf = true}, "confidence_eos_eot_inf: ", "neither", neither},
+           {{.sampler = "threshold", .kv_reuse = KvReuse::kDual},
+            "kv_reuse: ",
+            "reused exactly",
+            BlockModel()},
+           {{.sampler = "fast_dllm_v2", .kv_reuse = KvReuse::kPrefix}, "kv_reuse: ", "takes dual"},
+           {{.sampler = "threshold", .kv_reuse = KvReuse::kPrefix, .cfg_scale = 1.0F},
+            "kv_reuse: ",
+            "not with cfg_scale"},
+           {{.kv_reuse = KvReuse::kDual}, "kv_reuse: ", "use threshold", shifted},
+           {{.sampler = "fast_dllm_v2", .sub_block_length = 3},
+            "sub_block_length: 3 ",
+            "blocks of 4",
+            BlockModel()},
+           {{.sampler = "fast_dllm_v2", .sub_block_length = -1},
+            "sub_block_length: -1 ",
+            "default"},
            {{.block_length = 8}, "block_length: 8", "blocks of 4", BlockModel()},
            {{.sampler = "mdlm_ancestral", .block_length = 4}, "block_length: ", "leave it out"},
            {{.block_length = 4}, "block_length: ", "the whole canvas", UniformModel()},
@@ -265,6 +285,8 @@ TEST(ResolveParamsErrorTest, AKnobThatIsNotReadIsAnErrorThatNamesTheReaders) {
       {Knob::kEntropyBound, "entropy_bound", {.entropy_bound = 0.5F}},
       {Knob::kAlgTemp, "alg_temp", {.alg_temp = 0.5F}},
       {Knob::kEps, "eps", {.eps = 0.5F}},
+      {Knob::kSubBlockLength, "sub_block_length", {.sub_block_length = 4}},
+      {Knob::kKvReuse, "kv_reuse", {.kv_reuse = KvReuse::kDual}},
       {Knob::kCfgScale, "cfg_scale", {.cfg_scale = 0.5F}},
       {Knob::kEosSwitches, "logits_eos_inf", {.logits_eos_inf = true}},
       {Knob::kEosSwitches, "confidence_eos_eot_inf", {.confidence_eos_eot_inf = true}},

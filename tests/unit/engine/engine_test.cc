@@ -64,9 +64,10 @@ struct Family {
 
 std::vector<Family> Families() {
   const std::vector<const char*> mask_samplers = {
-      "low_confidence", "random",           "origin",         "maskgit_plus",    "topk_margin",
-      "entropy",        "threshold",        "factor",         "entropy_bounded", "block_static",
-      "block_dynamic",  "block_sequential", "mdlm_ancestral", "mdlm_cached",     "mdlm_semi_ar"};
+      "low_confidence",  "random",       "origin",        "maskgit_plus",
+      "topk_margin",     "entropy",      "threshold",     "factor",
+      "entropy_bounded", "block_static", "block_dynamic", "block_sequential",
+      "mdlm_ancestral",  "mdlm_cached",  "mdlm_semi_ar",  "fast_dllm_v2"};
   return {{"dream", mask_samplers},
           {"llada", mask_samplers},
           {"open_dcoder", {"threshold", "entropy"}},
@@ -82,6 +83,8 @@ std::vector<Family> Families() {
           {"rnd1_bf16", {"entropy"}},
           {"llada_moe", {"low_confidence", "factor"}},
           {"llada2", {"block_dynamic", "block_static", "low_confidence"}},
+          {"fast_dllm_v2", {"fast_dllm_v2", "block_dynamic", "threshold"}},
+          {"bd3lm", {"block_dynamic", "mdlm_ancestral"}},
           {"sedd_absorb", {"sedd_euler", "sedd_analytic"}},
           {"sedd_uniform", {"sedd_euler", "sedd_analytic"}}};
 }
@@ -115,6 +118,17 @@ SequenceState RandomSequence(const ModelTraits& model, const std::string& sample
   if (reads(Knob::kTopP) && random() % 2 == 0) params.top_p = 0.9F;
   if (reads(Knob::kTopK) && random() % 2 == 0) params.top_k = 20;
   if (reads(Knob::kThreshold)) params.threshold = 0.5F;
+  if (reads(Knob::kSubBlockLength)) {
+    params.sub_block_length = 4;
+    if (model.causal_block_length == 0) params.block_length = 8;
+    if (random() % 2 == 0) params.kv_reuse = KvReuse::kDual;
+  } else if (reads(Knob::kKvReuse) && random() % 2 == 0 && params.cfg_scale == 0 &&
+             model.causal_block_length == 0 &&
+             !(model.shift_logits && sampler == "low_confidence")) {
+    params.kv_reuse = random() % 2 == 0 ? KvReuse::kPrefix : KvReuse::kDual;
+    params.block_length = 6;
+    if (reads(Knob::kNumSteps)) params.block_length = 0;
+  }
   if (reads(Knob::kAlgTemp) && random() % 2 == 0) params.alg_temp = 0.3F;
   if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 5;
   auto state = MakeSequence(ids, given, params, model);
@@ -315,8 +329,8 @@ class PoisonedDenoiser : public Denoiser {
   explicit PoisonedDenoiser(Denoiser& real) : real_(real) {}
   const ModelTraits& traits() const override { return real_.traits(); }
   Backend& backend() const override { return real_.backend(); }
-  KvShape SequenceKvShape(int32_t positions) const override {
-    return real_.SequenceKvShape(positions);
+  KvShape SequenceKvShape(int32_t positions, KvReuse reuse) const override {
+    return real_.SequenceKvShape(positions, reuse);
   }
   absl::Status Forward(const ForwardBatch& batch) override {
     return fail_next ? (fail_next = false, absl::UnavailableError("device lost"))

@@ -31,9 +31,13 @@ SequenceState Example() {
 }
 
 TEST(SequenceStateTest, TheWireFormLosesNothing) {
-  const SequenceState state = Example();
+  SequenceState state = Example();
+  state.params.kv_reuse = KvReuse::kPrefix;
+  state.decoding.reused_block.assign(8, 99);
   const absl::StatusOr<SequenceState> back = FromWire(ToWire(state, "m"), Model(), "m");
   ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(back->params.kv_reuse, KvReuse::kPrefix);
+  EXPECT_EQ(back->decoding.reused_block, state.decoding.reused_block);
   EXPECT_EQ(back->canvas.tokens, state.canvas.tokens);
   EXPECT_EQ(back->canvas.states, state.canvas.states);
   EXPECT_EQ(back->canvas.begin, 11);
@@ -70,6 +74,18 @@ TEST(SequenceStateTest, ABrokenStateIsAnErrorThatSaysWhatIsWrong) {
       {"block_index", [](auto& s) { s.set_block_index(4000); }},
       {"before the open block", [](auto& s) { s.set_block_index(1); }},
       {"block_masks", [](auto& s) { s.set_block_masks(0); }},
+      {"reused_block", [](auto& s) { s.add_reused_block(7); }},
+      {"reused_block",
+       [](auto& s) {
+         s.mutable_params()->set_kv_reuse(v1::KV_REUSE_DUAL);
+         for (int i = 0; i < 7; ++i) s.add_reused_block(7);
+       }},
+      {"vocabulary",
+       [](auto& s) {
+         s.mutable_params()->set_kv_reuse(v1::KV_REUSE_DUAL);
+         for (int i = 0; i < 8; ++i) s.add_reused_block(100);
+       }},
+      {"kv_reuse", [](auto& s) { s.mutable_params()->set_kv_reuse(static_cast<v1::KvReuse>(7)); }},
       {"block_masks", [](auto& s) { s.set_block_masks(1000); }},
       {"finished", [](auto& s) { s.set_finished(true); }},
       {"forbidden_ids",

@@ -302,7 +302,7 @@ TEST(BuildWorkTest, ParamsAreResolvedAndErrorsNameTheField) {
     const char* message;
   };
   const Case cases[] = {
-      {R"("diffusion": {"threshold": 0.5})", "diffusion.threshold", "use threshold, block_dynamic"},
+      {R"("diffusion": {"threshold": 0.5})", "diffusion.threshold", "use threshold, fast_dllm_v2"},
       {R"("diffusion": {"alg_temp": 0.5})", "diffusion.alg_temp", "does not read it"},
       {R"("diffusion": {"sampler": "threshold", "steps": 8})", "diffusion.steps",
        "diffusion.steps: sampler"},

@@ -103,7 +103,8 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
                       "factor": 2, "entropy_bound": 0.2, "alg_temp": 0.3, "eps": 0.01,
                       "cfg_scale": 1.5, "eos_penalty": -1, "logits_eos_inf": true,
                       "confidence_eos_eot_inf": true, "steps_min": 16, "deadline_seconds": 2.5,
-                      "canvas_tokens": 48, "frames": true})");
+                      "canvas_tokens": 48, "frames": true, "sub_block_length": 4,
+                      "kv_reuse": "dual"})");
     EXPECT_EQ(request.n, 3);
     EXPECT_THAT(request.max_tokens, Optional(64));
     EXPECT_THAT(request.canvas_tokens, Optional(48));
@@ -122,6 +123,8 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
     EXPECT_FLOAT_EQ(params.top_p, 0.9F);
     EXPECT_EQ(params.top_k, 40);
     EXPECT_FLOAT_EQ(params.threshold, 0.8F);
+    EXPECT_EQ(params.sub_block_length, 4);
+    EXPECT_EQ(params.kv_reuse, KvReuse::kDual);
     EXPECT_FLOAT_EQ(params.factor, 2);
     EXPECT_FLOAT_EQ(params.entropy_bound, 0.2F);
     EXPECT_FLOAT_EQ(params.alg_temp, 0.3F);
@@ -133,7 +136,7 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
                 UnorderedElementsAre("sampler", "num_steps", "block_length", "temperature", "top_p",
                                      "top_k", "threshold", "factor", "entropy_bound", "alg_temp",
                                      "eps", "cfg_scale", "eos_penalty", "logits_eos_inf",
-                                     "confidence_eos_eot_inf"));
+                                     "confidence_eos_eot_inf", "sub_block_length", "kv_reuse"));
     EXPECT_THAT(request.warnings, IsEmpty());
   }
 }
@@ -423,6 +426,9 @@ TEST(ParseRequestTest, RefusalsOfTheDiffusionContract) {
       {R"("entropy_bound": -1)", "invalid_value", "diffusion.entropy_bound"},
       {R"("alg_temp": -1)", "invalid_value", "diffusion.alg_temp"},
       {R"("eps": 0)", "invalid_value", "diffusion.eps"},
+      {R"("kv_reuse": "full")", "invalid_value", "diffusion.kv_reuse", "exact, prefix, dual"},
+      {R"("kv_reuse": 1)", "invalid_type", "diffusion.kv_reuse"},
+      {R"("sub_block_length": 0)", "invalid_value", "diffusion.sub_block_length"},
       {R"("cfg_scale": -1)", "invalid_value", "diffusion.cfg_scale"},
       {R"("cfg_scale": 1e300)", "invalid_value", "diffusion.cfg_scale"},
       {R"("eos_penalty": "x")", "invalid_type", "diffusion.eos_penalty"},

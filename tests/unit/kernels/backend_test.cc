@@ -323,9 +323,10 @@ TEST_P(BackendTest, ExpertsAgreeWithDouble) {
     }
     std::memcpy(chosen.data(), experts.data(), chosen.size() * sizeof(float));
     const auto run = [&](int64_t first, int64_t count) {
-      const Device xs(*backend_, Floats(x.begin() + first * dim, x.begin() + (first + count) * dim));
-      const Device out(*backend_,
-                       Floats(before.begin() + first * dim, before.begin() + (first + count) * dim));
+      const Device xs(*backend_,
+                      Floats(x.begin() + first * dim, x.begin() + (first + count) * dim));
+      const Device out(
+          *backend_, Floats(before.begin() + first * dim, before.begin() + (first + count) * dim));
       const Device ids(*backend_, Floats(chosen.begin() + first * per_row,
                                          chosen.begin() + (first + count) * per_row));
       const Device shares(*backend_, Floats(weights.begin() + first * per_row,

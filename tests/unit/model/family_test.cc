@@ -468,11 +468,41 @@ TEST(FamilyTest, ExpertsThatDoNotFitAreRefusedByField) {
               HasSubstr("routed_scaling_factor"));
 }
 
+TEST(FamilyTest, FastDllmV2ShiftsInsideItsBlocks) {
+  const json config = QwenConfig("Fast_dLLM_QwenForCausalLM");
+  const ModelSpec spec = *Spec(config);
+  EXPECT_EQ(spec.traits.family, "fast_dllm_v2");
+  EXPECT_TRUE(spec.traits.shift_logits && spec.qkv_bias);
+  EXPECT_EQ(spec.traits.causal_block_length, 32);
+  EXPECT_EQ(spec.traits.mask_token, 151665);
+  EXPECT_EQ(Spec(With(config, "bd_size", 16))->traits.causal_block_length, 16);
+  EXPECT_THAT(Error(With(config, "bd_size", 0)), HasSubstr("bd_size"));
+}
+
+TEST(FamilyTest, Bd3lmIsMdlmInBlocks) {
+  const json config = {{"architectures", {"BD3LM"}},
+                       {"block_size", 16},
+                       {"vocab_size", 50258},
+                       {"model_length", 1024},
+                       {"hidden_dim", 768},
+                       {"cond_dim", 128},
+                       {"n_blocks", 12},
+                       {"n_heads", 12},
+                       {"time_conditioning", false}};
+  const ModelSpec spec = *Spec(config);
+  EXPECT_EQ(spec.traits.family, "bd3lm");
+  EXPECT_EQ(spec.traits.causal_block_length, 16);
+  EXPECT_EQ(spec.traits.mask_token, 50257);
+  EXPECT_EQ(spec.traits.positions_max, 1024);
+  EXPECT_FALSE(spec.traits.conditioned_on_sigma);
+  EXPECT_THAT(Error(With(config, "time_conditioning", true)), HasSubstr("time_conditioning"));
+  EXPECT_THAT(Error(With(config, "adaln", false)), HasSubstr("adaln"));
+  EXPECT_THAT(Error(Without(config, "block_size")), HasSubstr("block_size"));
+}
+
 TEST(FamilyTest, AKnownArchitectureSaysWhatIsMissing) {
   for (const auto& [architecture, word] :
-       {std::pair{"Fast_dLLM_QwenForCausalLM", "shifted inside a block"},
-        {"DiffusionGemmaForBlockDiffusion", "encoder"},
-        {"BD3LM", "window"},
+       {std::pair{"DiffusionGemmaForBlockDiffusion", "encoder"},
         {"LlamaForCausalLM", "supported are A2DQwen2LMHeadModel"}}) {
     const json config = {{"architectures", {architecture}}};
     EXPECT_EQ(Spec(config).status().code(), absl::StatusCode::kUnimplemented);

@@ -92,7 +92,7 @@ struct Loaded {
 
   KvMemory* NewKv(int32_t positions) {
     absl::StatusOr<std::unique_ptr<KvMemory>> kv =
-        backend->AllocateKv(model->SequenceKvShape(positions));
+        backend->AllocateKv(model->SequenceKvShape(positions, KvReuse::kExact));
     EXPECT_TRUE(kv.ok()) << kv.status();
     memories.push_back(std::move(*kv));
     return memories.back().get();
@@ -112,10 +112,10 @@ Loaded Load(const std::string& backend, const std::string& model, const LoadOpti
 
 const std::vector<std::string>& Models() {
   static const auto* const models = new std::vector<std::string>{
-      "a2d_llama", "a2d_qwen2",   "a2d_qwen3",   "dream",       "dream_bf16",
-      "llada",     "llada_gqa",   "mdlm",        "open_dcoder", "sdar_b4",
-      "sdar_b8",   "sdar_b4_f16", "sedd_absorb", "sedd_uniform", "sdar_moe", "rnd1",
-      "rnd1_bf16", "llada_moe", "llada2"};
+      "a2d_llama",   "a2d_qwen2",    "a2d_qwen3",   "dream",   "dream_bf16", "llada",
+      "llada_gqa",   "mdlm",         "open_dcoder", "sdar_b4", "sdar_b8",    "sdar_b4_f16",
+      "sedd_absorb", "sedd_uniform", "sdar_moe",    "rnd1",    "rnd1_bf16",  "llada_moe",
+      "llada2",      "fast_dllm_v2", "bd3lm"};
   return *models;
 }
 

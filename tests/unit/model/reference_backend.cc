@@ -68,8 +68,9 @@ struct PlainKv : public KvMemory {
   }
   int64_t memory_bytes() const override { return static_cast<int64_t>(8 * k.size()); }
   size_t At(int32_t layer, int32_t position, int32_t head) const {
-    CINNABAR_CHECK(layer < shape.num_layers && position < shape.positions_max);
-    return ((int64_t{layer} * shape.positions_max + position) * shape.num_kv_heads + head) *
+    const int32_t kept = shape.num_layers == 1 ? 0 : layer;
+    CINNABAR_CHECK(kept < shape.num_layers && position < shape.positions_max);
+    return ((int64_t{kept} * shape.positions_max + position) * shape.num_kv_heads + head) *
            shape.head_dim;
   }
   KvShape shape;
@@ -250,7 +251,7 @@ class ReferenceBackend : public Backend {
     for (int64_t r = 0; r < args.num_rows; ++r) {
       const SequenceSpan& sequence = SequenceOf(args.sequences, r);
       const auto position = static_cast<int32_t>(sequence.first_position + r - sequence.row_begin);
-      int32_t visible = sequence.first_position + sequence.num_rows;
+      int32_t visible = KeysEnd(sequence);
       if (const int32_t block = sequence.block_length; block > 0) {
         visible = std::min(visible, (position / block + 1) * block);
       }
@@ -339,8 +340,8 @@ class ReferenceBackend : public Backend {
                      dot(gate_up.row(down.cols() + c), RowOf(args.x, r), gate_up.cols());
         }
         for (int64_t c = 0; c < down.rows(); ++c) {
-          RowOf(args.out, r)[c] += static_cast<float>(
-              args.weights[place] * dot(down.row(c), inner.data(), down.cols()));
+          RowOf(args.out, r)[c] +=
+              static_cast<float>(args.weights[place] * dot(down.row(c), inner.data(), down.cols()));
         }
       }
     }
