@@ -281,8 +281,9 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
 
   const int32_t length = static_cast<int32_t>(job.ids.size());
   const int32_t rows = (length + kBlockLengthMax) * (flags.params.cfg_scale > 0 ? 2 : 1);
-  CINNABAR_ASSIGN_OR_RETURN(const ModelSession session,
-                            OpenModel(flags.model, length + kBlockLengthMax, rows));
+  const ForwardLimits limits = {
+      .rows_max = rows, .sequences_max = 2, .positions_max = length + kBlockLengthMax};
+  CINNABAR_ASSIGN_OR_RETURN(const ModelSession session, OpenModel(flags.model, limits));
   const ModelTraits& model = session.denoiser->traits();
   // Exact control takes every id; text takes those that have one.
   if (!set.Has("input") && tokenizer->vocab_size() < model.vocab_size) {
@@ -292,8 +293,7 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
                             MakeSequence(job.ids, job.given, flags.params, model));
   const int32_t num_undecided = CountUndecided(state.canvas, 0, length);
   EngineOptions options;
-  options.limits = {
-      .rows_max = rows, .sequences_max = 2, .positions_max = length + kBlockLengthMax};
+  options.limits = limits;
   options.kv_bytes_max = int64_t{1} << 40;
   Engine engine(*session.denoiser, options);
   CINNABAR_ASSIGN_OR_RETURN(const SequenceId id, engine.Add(std::move(state)));

@@ -20,7 +20,9 @@ absl::Status WriteLogits(const ModelFlags& flags, const std::string& input_path,
   CINNABAR_ASSIGN_OR_RETURN(const InputFile input, ReadInputFile(input_path));
   const int32_t length = static_cast<int32_t>(input.ids.size());
   CINNABAR_ASSIGN_OR_RETURN(const ModelSession session,
-                            OpenModel(flags, length + kBlockLengthMax, length + kBlockLengthMax));
+                            OpenModel(flags, {.rows_max = length + kBlockLengthMax,
+                                              .sequences_max = 1,
+                                              .positions_max = length + kBlockLengthMax}));
   Denoiser& denoiser = *session.denoiser;
   const ModelTraits& model = denoiser.traits();
   if (input.sigma.has_value() && !model.conditioned_on_sigma) {
@@ -40,8 +42,9 @@ absl::Status WriteLogits(const ModelFlags& flags, const std::string& input_path,
           "ids[", i, "] = ", ids[i], " is outside the vocabulary of ", model.vocab_size));
     }
   }
-  CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<KvMemory> kv,
-                            session.backend->AllocateKv(denoiser.SequenceKvShape(length, KvReuse::kExact)));
+  CINNABAR_ASSIGN_OR_RETURN(
+      const std::unique_ptr<KvMemory> kv,
+      session.backend->AllocateKv(denoiser.SequenceKvShape(length, KvReuse::kExact)));
   const SequenceSpan span{
       .num_rows = length, .block_length = model.causal_block_length, .kv = kv.get()};
   const float sigma = input.sigma.value_or(0.0F);

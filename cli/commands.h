@@ -20,6 +20,7 @@ int RunLogits(const std::vector<std::string>& args);
 int RunModel(const std::vector<std::string>& args);
 int RunQueue(const std::vector<std::string>& args);
 int RunSamplers(const std::vector<std::string>& args);
+int RunScore(const std::vector<std::string>& args);
 int RunTop(const std::vector<std::string>& args);
 int RunUp(const std::vector<std::string>& args);
 

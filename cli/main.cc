@@ -22,6 +22,7 @@ constexpr Command kCommands[] = {
     {"logits", "write the logits of one forward pass, to compare with other implementations",
      cinnabar::RunLogits},
     {"model", "inspect a checkpoint", cinnabar::RunModel},
+    {"score", "estimate the likelihood of a text", cinnabar::RunScore},
     {"top", "watch a running cluster: queues, workers, tokens/s, waste, cost", cinnabar::RunTop},
     {"queue", "look into the queue, cancel requests, read the dead letters", cinnabar::RunQueue},
     {"up", "run a whole cluster on this machine", cinnabar::RunUp},

@@ -35,7 +35,7 @@ void ModelFlags::Register(FlagSet& flags) {
   flags.Add("isa", &isa, "NAME", "auto, avx512, avx2 or generic; all give the same bits");
 }
 
-absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, int32_t positions, int32_t rows) {
+absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, const ForwardLimits& limits) {
   if (flags.directory.empty()) {
     return absl::InvalidArgumentError(
         "--model is missing: name a folder with config.json and *.safetensors");
@@ -49,7 +49,6 @@ absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, int32_t position
   CINNABAR_ASSIGN_OR_RETURN(
       session.backend, MakeBackend(flags.device == "cuda" ? BackendKind::kCuda : BackendKind::kCpu,
                                    {.num_threads = flags.num_threads, .isa = flags.isa}));
-  const ForwardLimits limits{.rows_max = rows, .sequences_max = 2, .positions_max = positions};
   CINNABAR_ASSIGN_OR_RETURN(session.denoiser, LoadDenoiser(flags.directory, *session.backend,
                                                            {.weight_dtype = dtype}, limits));
   return session;

@@ -35,8 +35,8 @@ struct ModelSession {
   std::unique_ptr<Denoiser> denoiser;
 };
 
-// Loads the network with scratch for sequences of `positions` and passes of `rows` rows.
-absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, int32_t positions, int32_t rows);
+// Loads the network with scratch for passes of `limits`.
+absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, const ForwardLimits& limits);
 
 // The input file of `generate` and `logits`: {"ids": [...], "given": [...], "sigma": number}.
 // Unknown fields, wrong types and lengths are errors that name the field. Without "given" every

@@ -24,7 +24,7 @@ def run(*args, code=0):
 
 class CommandLine(unittest.TestCase):
     def test_help_teaches(self):
-        for command in ([], ["generate"], ["logits"], ["model"], ["samplers"]):
+        for command in ([], ["generate"], ["logits"], ["model"], ["samplers"], ["score"]):
             text = run(*command, "--help").stdout
             self.assertIn("cinnabar", text)
         self.assertIn("--threshold", run("generate", "--help").stdout)
@@ -59,6 +59,30 @@ class CommandLine(unittest.TestCase):
         again = json.loads(run("generate", "--model", LLADA, "--prompt", "ab", "--gen-length", 8, "--json",
                                "--threads", 1).stdout)
         self.assertEqual(again["tokens"], out["tokens"])
+
+    def test_score(self):
+        small = SOURCE / "models/cinnabar-py-4m"
+        code = "def total(values):\n    return "
+        out = {answer: json.loads(run("score", "--model", small, "--prompt", code, "--answer", answer, "--json").stdout)
+               for answer in ("sum(values)", "zip(def)")}
+        self.assertGreater(out["sum(values)"]["log_likelihood"], out["zip(def)"]["log_likelihood"] + 3)
+        llada = json.loads(run("score", "--model", small, "--prompt", code, "--answer", "sum(values)", "--rule", "llada",
+                               "--json").stdout)
+        self.assertLess(abs(llada["log_likelihood"] - out["sum(values)"]["log_likelihood"]), 4)
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "text.py"
+            path.write_text("def add(a, b):\n    return a + b\n" * 20)
+            done = run("score", "--model", small, "--text-file", path, "--window", 64, "--samples", 8)
+            self.assertIn("bits over 640 bytes", done.stdout)
+            again = run("score", "--model", small, "--text-file", path, "--window", 64, "--samples", 8)
+            self.assertEqual(done.stdout, again.stdout)
+            path.write_text("")
+            self.assertIn("no token", run("score", "--model", small, "--text-file", path, code=2).stderr)
+        for args, words in [(["--answer", "x", "--rule", "mean"], "nelbo or llada"), ([], "what to score"),
+                            (["--answer", "x", "--input", "y"], "one of"), (["--answer", "x", "--samples", 0], "at least 1"),
+                            (["--text-file", "x", "--prompt", "y"], "goes with --answer")]:
+            with self.subTest(args=args):
+                self.assertIn(words, run("score", "--model", small, *args, code=2).stderr)
 
     def test_fill_in_keeps_prefix_and_suffix(self):
         out = json.loads(run("generate", "--model", LLADA, "--prompt", "ab", "--suffix", "cd", "--gen-length", 5,
