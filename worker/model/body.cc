@@ -140,21 +140,41 @@ absl::StatusOr<Rows> Body::TakeRows(int64_t rows, int64_t cols, DType dtype) {
   return result;
 }
 
-WorkspaceShape Body::Workspace() const {
-  const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
-  return {.rows_max = limits_.rows_max,
-          .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
-                                int64_t{spec_.experts.mlp_dim},
-                                int64_t{spec_.experts.shared_mlp_dim}, int64_t{spec_.cond_dim},
-                                int64_t{kSigmaFrequencies}}),
-          .vocabulary = spec_.traits.vocab_size,
-          .queries_max = limits_.rows_max,
-          .positions_max = limits_.positions_max,
-          .head_dim_max = spec_.head_dim,
-          .num_experts = spec_.experts.num_experts,
-          .experts_per_row = spec_.experts.experts_per_token,
-          .expert_dim = spec_.dim,
-          .expert_mlp_dim = spec_.experts.mlp_dim};
+WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits) {
+  const int64_t q_dim = int64_t{spec.num_heads} * spec.head_dim;
+  return {.rows_max = limits.rows_max,
+          .cols_max = std::max({int64_t{spec.dim}, q_dim, int64_t{spec.mlp_dim},
+                                int64_t{spec.experts.mlp_dim}, int64_t{spec.experts.shared_mlp_dim},
+                                int64_t{spec.cond_dim}, int64_t{kSigmaFrequencies}}),
+          .vocabulary = spec.traits.vocab_size,
+          .queries_max = limits.rows_max,
+          .positions_max = limits.positions_max,
+          .head_dim_max = spec.head_dim,
+          .num_experts = spec.experts.num_experts,
+          .experts_per_row = spec.experts.experts_per_token,
+          .expert_dim = spec.dim,
+          .expert_mlp_dim = spec.experts.mlp_dim};
+}
+
+KvShape KvShapeFor(const ModelSpec& spec, int32_t positions) {
+  return {.num_layers = KvLayers(spec),
+          .num_kv_heads = spec.num_kv_heads,
+          .head_dim = spec.head_dim,
+          .positions_max = positions};
+}
+
+int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, const Backend& backend) {
+  const int64_t bytes = backend.KvBytes(KvShapeFor(spec, positions_max));
+  return (bytes + positions_max - 1) / positions_max;
+}
+
+int32_t LogitsRows(const ModelSpec& spec, const ForwardLimits& limits) {
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(kLogitsFloats / spec.traits.vocab_size, 1, limits.rows_max));
+}
+
+int64_t LogitsBytes(const ModelSpec& spec, const ForwardLimits& limits) {
+  return int64_t{LogitsRows(spec, limits)} * spec.traits.vocab_size * BytesOf(DType::kF32);
 }
 
 absl::Status Body::TakeWorkspace() {
@@ -163,18 +183,21 @@ absl::Status Body::TakeWorkspace() {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
   const int64_t kv_dim = int64_t{spec_.num_kv_heads} * spec_.head_dim;
   const std::tuple<Rows*, int64_t, DType> wanted[] = {
-      {&residual_, spec_.dim, DType::kF32},    {&normed_, spec_.dim, activation},
-      {&qkv_, q_dim + 2 * kv_dim, activation}, {&attention_, q_dim, activation},
+      {&residual_, spec_.dim, DType::kF32},
+      {&normed_, spec_.dim, activation},
+      {&qkv_, q_dim + 2 * kv_dim, activation},
+      {&attention_, q_dim, activation},
       {&mlp_, std::max(spec_.mlp_dim, spec_.experts.shared_mlp_dim), activation},
       {&wanted_residual_, spec_.dim, DType::kF32},
-      {&wanted_attention_, q_dim, activation}, {&hidden_, spec_.dim, activation}};
+      {&wanted_attention_, q_dim, activation},
+      {&hidden_, spec_.dim, activation}};
   for (const auto& [member, cols, dtype] : wanted) {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
   }
   const int64_t vocab_size = spec_.traits.vocab_size;
-  logits_rows_ = static_cast<int32_t>(std::clamp<int64_t>(kLogitsFloats / vocab_size, 1, rows));
+  logits_rows_ = LogitsRows(spec_, limits_);
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> logits,
-                            backend_.Allocate(logits_rows_ * vocab_size * BytesOf(DType::kF32)));
+                            backend_.Allocate(LogitsBytes(spec_, limits_)));
   buffers_bytes_ += logits->size_bytes();
   logits_ = {.data = logits->data(), .stride = vocab_size, .dtype = DType::kF32};
   buffers_.push_back(std::move(logits));
@@ -182,7 +205,7 @@ absl::Status Body::TakeWorkspace() {
   wanted_sigmas_.reserve(rows);
   wanted_sequences_.reserve(limits_.sequences_max);
   CINNABAR_RETURN_IF_ERROR(MakeRotaryTable());
-  return backend_.Reserve(Workspace());
+  return backend_.Reserve(WorkspaceFor(spec_, limits_));
 }
 
 absl::Status Body::MakeRotaryTable() {
@@ -246,12 +269,7 @@ float Body::attention_scale() const {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(spec_.head_dim)));
 }
 
-KvShape Body::SequenceKvShape(int32_t positions) const {
-  return {.num_layers = KvLayers(spec_),
-          .num_kv_heads = spec_.num_kv_heads,
-          .head_dim = spec_.head_dim,
-          .positions_max = positions};
-}
+KvShape Body::SequenceKvShape(int32_t positions) const { return KvShapeFor(spec_, positions); }
 
 absl::Status Body::CheckBatch(const ForwardBatch& batch) const {
   const auto num_rows = static_cast<int64_t>(batch.ids.size());
@@ -422,10 +440,9 @@ double Body::OutputOffset(float sigma) const {
 }
 
 Denoiser::Memory Body::memory() const {
-  const int64_t kv_bytes = backend_.KvBytes(SequenceKvShape(limits_.positions_max));
   return {.weights_bytes = weights_bytes_,
-          .workspace_bytes = buffers_bytes_ + backend_.WorkspaceBytes(Workspace()),
-          .kv_bytes_per_position = (kv_bytes + limits_.positions_max - 1) / limits_.positions_max};
+          .workspace_bytes = buffers_bytes_ + backend_.WorkspaceBytes(WorkspaceFor(spec_, limits_)),
+          .kv_bytes_per_position = KvBytesPerPosition(spec_, limits_.positions_max, backend_)};
 }
 
 }  // namespace cinnabar
