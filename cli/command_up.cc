@@ -199,7 +199,7 @@ absl::StatusOr<ChildSpec> RedisChild(const std::string& folder, const std::strin
   std::ofstream out(config);
   // Nothing is ever evicted: full is an answer to the client (503), a lost request is not. No
   // snapshots beside the log: it alone is read at the start.
-  out << "port 0\nunixsocket " << folder << "/redis.sock\nunixsocketperm 700\ndir \"" << folder
+  out << "port 0\nunixsocket \"" << folder << "/redis.sock\"\nunixsocketperm 700\ndir \"" << folder
       << "/redis\"\nappendonly yes\nappendfsync " << fsync
       << "\nsave \"\"\nmaxmemory-policy noeviction\nloglevel warning\ndaemonize no\n";
   out.close();
