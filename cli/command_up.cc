@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -28,6 +29,7 @@
 #include "common/keys/pepper.h"
 #include "common/program/program.h"
 #include "common/redis/client.h"
+#include "kernels/device_name.h"
 
 namespace cinnabar {
 namespace {
@@ -41,6 +43,7 @@ enum StopOrder : int32_t { kStopGateway, kStopWorkers, kStopScheduler, kStopRedi
 struct Flags {
   std::vector<std::string> models;
   std::string device = "cpu";
+  std::string devices;
   int32_t workers = 1;
   int32_t threads = 0;
   std::string listen = "127.0.0.1:8080";
@@ -59,7 +62,10 @@ struct Flags {
             "a Hugging Face folder; repeatable [models/cinnabar-py-4m]");
     set.Add("workers", &workers, "N", "for each model");
     set.Add("threads", &threads, "N", "of a worker; 0 shares the cores out");
-    set.Add("device", &device, "cpu|null", "null makes tokens up: for load tests only");
+    set.Add("device", &device, "DEVICE",
+            "of every worker: cpu, cuda, cuda:N; null makes tokens up: for load tests only");
+    set.Add("devices", &devices, "N,N",
+            "CUDA devices, and one worker for each model on each of them: 0,1");
     set.Section("Addresses");
     set.Add("listen", &listen, "HOST:PORT", "HTTP: the API and the gateway's /metrics");
     set.Add("grpc-listen", &grpc_listen, "HOST:PORT", "gRPC; empty: none");
@@ -172,7 +178,10 @@ absl::Status LockFolder(const std::string& folder) {
   return absl::OkStatus();
 }
 
+// The one beside this program (a bundle's), else the machine's.
 absl::StatusOr<std::string> FindRedisServer() {
+  std::string beside = (ProgramFolder() / "redis-server").string();
+  if (access(beside.c_str(), X_OK) == 0) return beside;
   const char* path = std::getenv("PATH");
   for (const absl::string_view folder : absl::StrSplit(path == nullptr ? "/usr/bin" : path, ':')) {
     std::string program = absl::StrCat(folder, "/redis-server");
@@ -190,13 +199,42 @@ absl::StatusOr<ChildSpec> RedisChild(const std::string& folder, const std::strin
   std::ofstream out(config);
   // Nothing is ever evicted: full is an answer to the client (503), a lost request is not. No
   // snapshots beside the log: it alone is read at the start.
-  out << "port 0\nunixsocket " << folder << "/redis.sock\nunixsocketperm 700\ndir \"" << folder
+  out << "port 0\nunixsocket \"" << folder << "/redis.sock\"\nunixsocketperm 700\ndir \"" << folder
       << "/redis\"\nappendonly yes\nappendfsync " << fsync
       << "\nsave \"\"\nmaxmemory-policy noeviction\nloglevel warning\ndaemonize no\n";
   out.close();
   if (!out) return absl::FailedPreconditionError(absl::StrCat("cannot write ", config));
   spec.args = {program, config};
   return spec;
+}
+
+// What --device of each worker of a model is.
+absl::StatusOr<std::vector<std::string>> WorkerDevices(const Flags& flags, const FlagSet& set) {
+  if (flags.devices.empty()) {
+    if (flags.device != "null") {
+      CINNABAR_RETURN_IF_ERROR(ParseDeviceName(flags.device).status(), "--device");
+    }
+    return std::vector<std::string>(flags.workers, flags.device);
+  }
+  if (set.Has("device") || set.Has("workers")) {
+    return absl::InvalidArgumentError(
+        "--devices says how many workers there are and where: leave --device and --workers out");
+  }
+  std::vector<std::string> devices;
+  for (const absl::string_view index : absl::StrSplit(flags.devices, ',')) {
+    const std::string name = absl::StrCat("cuda:", index);
+    const absl::StatusOr<DeviceName> device = ParseDeviceName(name);
+    if (!device.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--devices ", flags.devices, ": write it as 0,1"));
+    }
+    if (std::count(devices.begin(), devices.end(), name) > 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--devices ", flags.devices, ": ", index, " is there twice"));
+    }
+    devices.push_back(name);
+  }
+  return devices;
 }
 
 absl::Status Validate(const Flags& flags) {
@@ -225,6 +263,7 @@ void Append(std::vector<std::string>& to, const std::vector<std::string>& more) 
 std::string PepperPath(const std::string& folder) { return folder + "/pepper"; }
 
 std::vector<ChildSpec> ClusterChildren(const Flags& flags, const std::vector<ServedModel>& models,
+                                       const std::vector<std::string>& devices,
                                        const std::string& folder, const std::string& redis) {
   const std::string bin = ProgramFolder().string();
   int32_t next_port = flags.metrics_port;
@@ -244,15 +283,15 @@ std::vector<ChildSpec> ClusterChildren(const Flags& flags, const std::vector<Ser
   Append(scheduler.args, flags.scheduler_flags);
   children.push_back(std::move(scheduler));
 
-  const auto num_workers = static_cast<int32_t>(models.size()) * flags.workers;
+  const auto num_workers = static_cast<int32_t>(models.size() * devices.size());
   const auto cores = static_cast<int32_t>(std::thread::hardware_concurrency());
   const int32_t threads = flags.threads > 0 ? flags.threads : std::max(1, cores / num_workers);
   for (int32_t i = 0; i < num_workers; ++i) {
-    const ServedModel& model = models[i / flags.workers];
+    const ServedModel& model = models[i / devices.size()];
     ChildSpec worker = program("cinnabar-worker", absl::StrCat("worker-", i), kStopWorkers);
     metrics(worker);
     Append(worker.args, {"--model", model.path, "--model-name", model.name, "--device",
-                         flags.device, "--threads", absl::StrCat(threads)});
+                         devices[i % devices.size()], "--threads", absl::StrCat(threads)});
     Append(worker.args, flags.worker_flags);
     children.push_back(std::move(worker));
   }
@@ -305,7 +344,7 @@ bool GatewayAnswers(const std::string& listen) {
   return reply.ok() && reply->head.status == 200;
 }
 
-void PrintSummary(const Flags& flags, const std::vector<ServedModel>& models,
+void PrintSummary(const Flags& flags, const std::vector<ServedModel>& models, size_t num_workers,
                   const std::string& folder, const std::string& redis, absl::Duration took) {
   const std::string url = "http://" + flags.listen;
   const std::string names = absl::StrJoin(
@@ -317,7 +356,7 @@ void PrintSummary(const Flags& flags, const std::vector<ServedModel>& models,
   if (!flags.grpc_listen.empty()) std::printf("  gRPC     %s\n", flags.grpc_listen.c_str());
   std::printf("  metrics  %s/metrics", url.c_str());
   if (flags.metrics_port != 0) {
-    const int32_t last = flags.metrics_port + flags.workers * static_cast<int32_t>(models.size());
+    const int32_t last = flags.metrics_port + static_cast<int32_t>(num_workers);
     std::printf(", 127.0.0.1:%d (scheduler), :%d%s (workers)", flags.metrics_port,
                 flags.metrics_port + 1,
                 last > flags.metrics_port + 1 ? absl::StrCat(" to :", last).c_str() : "");
@@ -342,9 +381,10 @@ void PrintSummary(const Flags& flags, const std::vector<ServedModel>& models,
   std::fflush(stdout);
 }
 
-absl::Status Up(const Flags& flags) {
+absl::Status Up(const Flags& flags, const FlagSet& set) {
   const absl::Time begin = absl::Now();
   CINNABAR_RETURN_IF_ERROR(Validate(flags));
+  CINNABAR_ASSIGN_OR_RETURN(const std::vector<std::string> devices, WorkerDevices(flags, set));
   CINNABAR_ASSIGN_OR_RETURN(const std::vector<ServedModel> models, ReadModels(flags));
   CINNABAR_ASSIGN_OR_RETURN(const std::string folder, DataFolder(flags));
   CINNABAR_RETURN_IF_ERROR(LockFolder(folder));
@@ -371,13 +411,13 @@ absl::Status Up(const Flags& flags) {
     printer.Print("up", absl::StrCat("waits for Redis at ", redis));
     CINNABAR_RETURN_IF_ERROR(supervisor->RunUntil([&] { return RedisAnswers(redis); }));
     if (supervisor->stopping()) return absl::OkStatus();
-    for (ChildSpec& spec : ClusterChildren(flags, models, folder, redis)) {
+    for (ChildSpec& spec : ClusterChildren(flags, models, devices, folder, redis)) {
       CINNABAR_RETURN_IF_ERROR(supervisor->Start(std::move(spec)));
     }
     CINNABAR_RETURN_IF_ERROR(supervisor->RunUntil(
         [&] { return supervisor->AllReady() && GatewayAnswers(flags.listen); }));
     if (supervisor->stopping()) return absl::OkStatus();
-    PrintSummary(flags, models, folder, redis, absl::Now() - begin);
+    PrintSummary(flags, models, models.size() * devices.size(), folder, redis, absl::Now() - begin);
     NotifyReady();
     return supervisor->RunUntil([] { return false; });
   };
@@ -400,7 +440,7 @@ int RunUp(const std::vector<std::string>& args) {
   flags.Register(set);
   return RunCommand("up", set, args, [&]() -> absl::Status {
     CINNABAR_RETURN_IF_ERROR(TakesNoText(set, "--help lists them"));
-    return Up(flags);
+    return Up(flags, set);
   });
 }
 

@@ -24,6 +24,7 @@ struct ModelFlags {
   std::string directory;
   std::string device = "cpu";
   std::string dtype = "auto";
+  std::string activations = "auto";
   std::string isa = "auto";
   int32_t num_threads = 0;
 

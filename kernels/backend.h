@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -407,11 +408,23 @@ struct WorkspaceShape {
   int64_t expert_mlp_dim = 0;  // columns between gate, up and down
 };
 
+// What a device tells of itself; a field that it cannot tell stays as it is here.
+struct DeviceStats {
+  std::string pci_address;  // "0000:4b:00.0"; empty: no PCI device
+  int64_t memory_total_bytes = -1;
+  int64_t memory_free_bytes = -1;
+  double busy_seconds = -1;  // that its ops ran, by its own clock
+  int64_t graph_hits = 0;    // steps that ran as a recorded graph
+  int64_t graph_misses = 0;  // steps whose shape had none
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
 
   virtual std::string Describe() const = 0;  // "cpu avx512, 2 threads"
+  // From any thread, beside the other calls. May take a millisecond: not once a step.
+  virtual DeviceStats Stats() const { return {}; }
   virtual DType activation_dtype()
       const = 0;  // of every Rows but the residual stream, which is float32
 
@@ -466,10 +479,15 @@ struct BackendOptions {
   int32_t num_threads = 0;  // CPU: 0 takes every core
   // CPU: "auto", "avx512", "avx2" or "generic". Every choice gives the same bits.
   std::string isa = "auto";
+  int32_t device_index = 0;  // CUDA
+  // Of what flows between the ops, the residual stream excepted. Empty: the backend's own choice.
+  // The CPU takes kF32 alone.
+  std::optional<DType> activation_dtype;
 };
 
 // Unimplemented when that backend was not built, Unavailable when there is no device (or the CPU
-// lacks the asked instruction set), InvalidArgument for an unknown isa.
+// lacks the asked instruction set), InvalidArgument for an unknown isa or an activation dtype that
+// is not computed.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
                                                      const BackendOptions& options);
 

@@ -198,7 +198,8 @@ int RunProgram(FlagSet& flags, int argc, char** argv, const std::function<absl::
   status = serve();
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s: %s\n", name.c_str(), std::string(status.message()).c_str());
-  return absl::IsInvalidArgument(status) ? 2 : 1;
+  if (absl::IsInvalidArgument(status)) return 2;
+  return absl::IsAborted(status) ? 3 : 1;
 }
 
 }  // namespace cinnabar

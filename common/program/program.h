@@ -65,7 +65,8 @@ void NotifyReady();
 void NotifyStopping();
 
 // The whole main(): blocks the signals, parses the flags, answers --help and --version, runs
-// `serve` and prints its error. The exit status: 0, 2 for wrong flags, 1 for the rest.
+// `serve` and prints its error. The exit status: 0, 2 for wrong flags (InvalidArgument), 3 for a
+// device that failed while it served (Aborted), 1 for the rest.
 int RunProgram(FlagSet& flags, int argc, char** argv, const std::function<absl::Status()>& serve);
 
 }  // namespace cinnabar

@@ -4,6 +4,13 @@
 //
 //   engine_bench [--model small|medium|half|all] [--threads 1,2] [--rows 128,256,512] [--batch 1,8]
 //                [--dtype float32,bfloat16] [--isa auto] [--rounds 5] [--skip-cache]
+//
+// Or steps of published models' shapes, on any device, with weights made up in memory:
+//
+//   engine_bench --shape llada-8b,dream-7b,llada2-mini [--device cuda] [--dtype bfloat16]
+//                [--activations auto] [--cells block:1x32@512,block:64x32@1024,canvas:8x1024]
+//                [--steps 30] [--seconds 3] [--ceilings FILE] [--json FILE] [--invariance]
+//                [--threads N]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -12,10 +19,13 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
 #include "common/base/check.h"
+#include "common/config/flags.h"
 #include "tests/bench/peak.h"
+#include "tests/bench/shape_bench.h"
 #include "tests/support/random_checkpoint.h"
 #include "worker/engine/engine.h"
 
@@ -207,6 +217,36 @@ void BenchCache(const std::string& directory, const RandomCheckpoint& shape,
   }
 }
 
+int ShapesMain(int argc, char** argv) {
+  bench::ShapeBenchOptions options;
+  FlagSet set("engine_bench --shape NAME,NAME [flags]", "Steps of published models' shapes.");
+  std::string shapes, cells;
+  float seconds = static_cast<float>(options.seconds_max);
+  set.Add("shape", &shapes, "NAMES", "memory_checkpoint.h lists them");
+  set.Add("device", &options.device, "DEVICE", "cpu, cuda or cuda:N");
+  set.Add("dtype", &options.dtype, "TYPE", "of the weights: float32 or bfloat16");
+  set.Add("activations", &options.activations, "TYPE", "auto, float32 or bfloat16");
+  set.Add("cells", &cells, "CELLS", "block:64x32@1024 or canvas:8x1024, with commas");
+  set.Add("steps", &options.steps_max, "N", "timed at most");
+  set.Add("seconds", &seconds, "S", "that a cell may take");
+  set.Add("threads", &options.num_threads, "N", "of the CPU");
+  set.Add("ceilings", &options.ceilings_path, "FILE", "what device_ceilings wrote");
+  set.Add("json", &options.json_path, "FILE", "where the figures go as well");
+  set.Add("invariance", &options.invariance, "compare a sequence alone with itself in the batch");
+  absl::Status status = set.Parse(std::vector<std::string>(argv + 1, argv + argc));
+  if (set.help_asked()) {
+    std::fputs(set.Help().c_str(), stdout);
+    return 0;
+  }
+  options.seconds_max = seconds;
+  options.shapes = absl::StrSplit(shapes, ',', absl::SkipEmpty());
+  if (!cells.empty()) options.cells = absl::StrSplit(cells, ',');
+  if (status.ok()) status = bench::RunShapeBench(options);
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "engine_bench: %s\n", std::string(status.message()).c_str());
+  return absl::IsInvalidArgument(status) ? 2 : 1;
+}
+
 int Main(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
@@ -269,4 +309,9 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace cinnabar
 
-int main(int argc, char** argv) { return cinnabar::Main(argc, argv); }
+int main(int argc, char** argv) {
+  const bool shapes = std::any_of(argv + 1, argv + argc, [](absl::string_view arg) {
+    return arg == "--shape" || absl::StartsWith(arg, "--shape=");
+  });
+  return shapes ? cinnabar::ShapesMain(argc, argv) : cinnabar::Main(argc, argv);
+}

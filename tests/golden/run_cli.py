@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs every golden case against a `cinnabar` binary and compares.
 
-    tests/golden/run_cli.py --bin build/release/cli [--only TEXT] [--verbose]
+    tests/golden/run_cli.py --bin build/release/cli [--device cuda:0] [--jobs N] [--only TEXT] [--verbose]
 
 Needs the Python standard library alone. What it calls:
     cinnabar logits   --model DIR --input FILE.json --output FILE.safetensors
@@ -12,6 +12,7 @@ Prints a line for each failure and a closing "N passed, N failed"; the exit stat
 """
 import argparse
 import array
+import concurrent.futures
 import json
 import math
 import pathlib
@@ -122,13 +123,22 @@ class Runner:
         if left:
             raise Failure(f"positions {left} are still masked")
 
-    def run(self, kind, name, check, *arguments):
+    def run(self, kind, name, check, argument):
+        """What is wrong with a case, or nothing. From any thread."""
         try:
-            check(*arguments)
-            self.passed += 1
+            with tempfile.TemporaryDirectory() as scratch:
+                check(argument, pathlib.Path(scratch))
         except Failure as failure:
-            self.failed += 1
-            print(f"FAIL {kind} {name}: {failure}")
+            return f"FAIL {kind} {name}: {failure}"
+        return None
+
+    def run_all(self, cases, jobs):
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            for failure in pool.map(lambda case: self.run(*case), cases):
+                self.passed += failure is None
+                self.failed += failure is not None
+                if failure:
+                    print(failure)
 
 
 def main():
@@ -136,23 +146,20 @@ def main():
     parser.add_argument("--bin", required=True, type=pathlib.Path, help="folder of the binary, or the binary")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--extra", action="append", default=[], help="one more argument for every call")
+    parser.add_argument("--device", help="cuda:0: activations in float32 there, to compare exactly")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at once")
     parser.add_argument("--verbose", action="store_true", help="print the commands")
     args = parser.parse_args()
     binary = args.bin / "cinnabar" if args.bin.is_dir() else args.bin
     if not binary.is_file():
         parser.error(f"no binary at {binary}")
-    runner = Runner(binary.resolve(), args.extra, args.verbose)
+    extra = args.extra + (["--device", args.device, "--activations", "float32"] if args.device else [])
+    runner = Runner(binary.resolve(), extra, args.verbose)
     index = json.loads((HERE / "index.json").read_text())
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = pathlib.Path(temporary)
-        for entry in index["logits"]:
-            if args.only in entry["name"]:
-                runner.run("logits", entry["name"], runner.logits, entry, scratch)
-        for kind, check in (("tokens", runner.tokens), ("properties", runner.properties)):
-            for entry in index[kind]:
-                if args.only in entry["name"]:
-                    case = json.loads((HERE / entry["case_file"]).read_text())
-                    runner.run(kind, entry["name"], check, case, scratch)
+    cases = [("logits", entry["name"], runner.logits, entry) for entry in index["logits"]]
+    for kind, check in (("tokens", runner.tokens), ("properties", runner.properties)):
+        cases += [(kind, entry["name"], check, json.loads((HERE / entry["case_file"]).read_text())) for entry in index[kind]]
+    runner.run_all([case for case in cases if args.only in case[1]], args.jobs)
     print(f"{runner.passed} passed, {runner.failed} failed")
     return 1 if runner.failed or not runner.passed else 0
 

@@ -97,6 +97,7 @@ class Engine {
   // States of sequences that ended in the last Step(), in the order of their events.
   std::vector<std::pair<SequenceId, SequenceState>> TakeFinished();
 
+  int64_t kv_bytes() const { return kv_bytes_; }  // in use
   int32_t num_sequences() const { return static_cast<int32_t>(active_.size()); }
   const EngineCounters& counters() const { return counters_; }
 

@@ -140,21 +140,41 @@ absl::StatusOr<Rows> Body::TakeRows(int64_t rows, int64_t cols, DType dtype) {
   return result;
 }
 
-WorkspaceShape Body::Workspace() const {
-  const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
-  return {
-      .rows_max = limits_.rows_max,
-      .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
-                            int64_t{spec_.experts.mlp_dim}, int64_t{spec_.experts.shared_mlp_dim},
-                            int64_t{spec_.cond_dim}, int64_t{kSigmaFrequencies}}),
-      .vocabulary = spec_.traits.vocab_size,
-      .queries_max = limits_.rows_max,
-      .positions_max = limits_.positions_max,
-      .head_dim_max = spec_.head_dim,
-      .num_experts = spec_.experts.num_experts,
-      .experts_per_row = spec_.experts.experts_per_token,
-      .expert_dim = spec_.dim,
-      .expert_mlp_dim = spec_.experts.mlp_dim};
+WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits) {
+  const int64_t q_dim = int64_t{spec.num_heads} * spec.head_dim;
+  return {.rows_max = limits.rows_max,
+          .cols_max = std::max({int64_t{spec.dim}, q_dim, int64_t{spec.mlp_dim},
+                                int64_t{spec.experts.mlp_dim}, int64_t{spec.experts.shared_mlp_dim},
+                                int64_t{spec.cond_dim}, int64_t{kSigmaFrequencies}}),
+          .vocabulary = spec.traits.vocab_size,
+          .queries_max = limits.rows_max,
+          .positions_max = limits.positions_max,
+          .head_dim_max = spec.head_dim,
+          .num_experts = spec.experts.num_experts,
+          .experts_per_row = spec.experts.experts_per_token,
+          .expert_dim = spec.dim,
+          .expert_mlp_dim = spec.experts.mlp_dim};
+}
+
+KvShape KvShapeFor(const ModelSpec& spec, int32_t positions, KvReuse reuse) {
+  return {.num_layers = reuse == KvReuse::kExact ? KvLayers(spec) : spec.num_layers,
+          .num_kv_heads = spec.num_kv_heads,
+          .head_dim = spec.head_dim,
+          .positions_max = positions};
+}
+
+int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, const Backend& backend) {
+  const int64_t bytes = backend.KvBytes(KvShapeFor(spec, positions_max, KvReuse::kExact));
+  return (bytes + positions_max - 1) / positions_max;
+}
+
+int32_t LogitsRows(const ModelSpec& spec, const ForwardLimits& limits) {
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(kLogitsFloats / spec.traits.vocab_size, 1, limits.rows_max));
+}
+
+int64_t LogitsBytes(const ModelSpec& spec, const ForwardLimits& limits) {
+  return int64_t{LogitsRows(spec, limits)} * spec.traits.vocab_size * BytesOf(DType::kF32);
 }
 
 absl::Status Body::TakeWorkspace() {
@@ -175,9 +195,9 @@ absl::Status Body::TakeWorkspace() {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
   }
   const int64_t vocab_size = spec_.traits.vocab_size;
-  logits_rows_ = static_cast<int32_t>(std::clamp<int64_t>(kLogitsFloats / vocab_size, 1, rows));
+  logits_rows_ = LogitsRows(spec_, limits_);
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> logits,
-                            backend_.Allocate(logits_rows_ * vocab_size * BytesOf(DType::kF32)));
+                            backend_.Allocate(LogitsBytes(spec_, limits_)));
   buffers_bytes_ += logits->size_bytes();
   logits_ = {.data = logits->data(), .stride = vocab_size, .dtype = DType::kF32};
   buffers_.push_back(std::move(logits));
@@ -185,7 +205,7 @@ absl::Status Body::TakeWorkspace() {
   wanted_sigmas_.reserve(rows);
   wanted_sequences_.reserve(limits_.sequences_max);
   CINNABAR_RETURN_IF_ERROR(MakeRotaryTable());
-  return backend_.Reserve(Workspace());
+  return backend_.Reserve(WorkspaceFor(spec_, limits_));
 }
 
 absl::Status Body::MakeRotaryTable() {
@@ -250,10 +270,7 @@ float Body::attention_scale() const {
 }
 
 KvShape Body::SequenceKvShape(int32_t positions, KvReuse reuse) const {
-  return {.num_layers = reuse == KvReuse::kExact ? KvLayers(spec_) : spec_.num_layers,
-          .num_kv_heads = spec_.num_kv_heads,
-          .head_dim = spec_.head_dim,
-          .positions_max = positions};
+  return KvShapeFor(spec_, positions, reuse);
 }
 
 absl::Status Body::CheckBatch(const ForwardBatch& batch) const {
@@ -423,11 +440,9 @@ double Body::OutputOffset(float sigma) const {
 }
 
 Denoiser::Memory Body::memory() const {
-  const int64_t kv_bytes =
-      backend_.KvBytes(SequenceKvShape(limits_.positions_max, KvReuse::kExact));
   return {.weights_bytes = weights_bytes_,
-          .workspace_bytes = buffers_bytes_ + backend_.WorkspaceBytes(Workspace()),
-          .kv_bytes_per_position = (kv_bytes + limits_.positions_max - 1) / limits_.positions_max};
+          .workspace_bytes = buffers_bytes_ + backend_.WorkspaceBytes(WorkspaceFor(spec_, limits_)),
+          .kv_bytes_per_position = KvBytesPerPosition(spec_, limits_.positions_max, backend_)};
 }
 
 }  // namespace cinnabar

@@ -121,7 +121,6 @@ class Body : public Denoiser {
   absl::Status MakeRotaryTable();
   absl::Status CheckBatch(const ForwardBatch& batch) const;
   void RememberWanted(const ForwardBatch& batch);
-  WorkspaceShape Workspace() const;
 
   ModelSpec spec_;
   Checkpoint checkpoint_;  // the embedding may be read from its mapping
@@ -142,6 +141,15 @@ class Body : public Denoiser {
   std::vector<float> wanted_sigmas_;  // and noise levels
   std::vector<SequenceSpan> wanted_sequences_;
 };
+
+// What a body takes of its backend, from its spec alone. `limits` is within what the model allows.
+WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits);
+KvShape KvShapeFor(const ModelSpec& spec, int32_t positions, KvReuse reuse);
+// Of one sequence, rounded up; those of the longest one over its positions.
+int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, const Backend& backend);
+// Rows of logits that come out at a time, and their bytes.
+int32_t LogitsRows(const ModelSpec& spec, const ForwardLimits& limits);
+int64_t LogitsBytes(const ModelSpec& spec, const ForwardLimits& limits);
 
 // In body_decoder.cc and body_dit.cc.
 std::unique_ptr<Body> MakeDecoderBody(ModelSpec spec, Checkpoint checkpoint, Backend& backend,

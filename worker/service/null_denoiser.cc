@@ -31,6 +31,9 @@ class NullDenoiser : public Denoiser {
   }
 
   absl::Status Forward(const ForwardBatch& batch) override {
+    if (faults_.passes >= 0 && passes_++ >= faults_.passes) {
+      return absl::UnavailableError("the null device is gone, as it was told");
+    }
     // What a row predicts depends on its position in its own sequence alone.
     keys_.clear();
     bad_.clear();
@@ -98,6 +101,7 @@ class NullDenoiser : public Denoiser {
   const NullFaults faults_;
   std::vector<uint32_t> keys_;  // by wanted row
   std::vector<bool> bad_;       // likewise
+  int64_t passes_ = 0;
 };
 
 }  // namespace

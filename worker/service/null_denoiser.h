@@ -10,12 +10,15 @@
 
 namespace cinnabar {
 
-// Prompts that begin with these ids do what broken devices do; -1: none.
+// What broken devices do. Prompts that begin with these ids bring it about; -1: none does.
 struct NullFaults {
   TokenId abort = -1;       // the process ends at once
   TokenId hang = -1;        // a step takes `hang_for`
   TokenId fail = -1;        // a step fails as a whole, with Internal
   TokenId not_finite = -1;  // that sequence's numbers are bad
+  // Whatever the prompts: this many passes work, and all behind them fail with Unavailable, as
+  // those of a device that fell off the bus. -1: none fails.
+  int32_t passes = -1;
   absl::Duration hang_for = absl::Minutes(1);
 };
 

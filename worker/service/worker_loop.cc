@@ -173,6 +173,7 @@ v1::WorkerStatus WorkerLoop::Status() {
   status.set_uptime_seconds(absl::ToDoubleSeconds(Now() - started_));
   status.set_dollars_per_hour(options_.dollars_per_hour);
   status.set_weights_bytes(denoiser_.memory().weights_bytes);
+  status.set_kv_bytes(kv_bytes_);
   status.set_metrics_address(options_.metrics_address);
   return status;
 }
@@ -205,8 +206,8 @@ void WorkerLoop::Beat(Queue& queue) {
   }
   told_of_hang_ = hung;
   metrics_.Set(publisher_.counters());
-  metrics_.SetState(Missing().empty(), draining_, step_age, num_rows,
-                    denoiser_.memory().weights_bytes);
+  metrics_.SetState(Missing().empty(), draining_, step_age, num_rows, denoiser_.memory(),
+                    kv_bytes_);
   if (hung) return;
   const absl::StatusOr<BeatReply> reply = queue.Beat(
       options_.boot, Status().SerializeAsString(), options_.alive_for, options_.lease_for, batches);
@@ -493,6 +494,7 @@ void WorkerLoop::StopIntake() {
 WorkerLoop::Turn WorkerLoop::Compute() {
   JoinRows();
   DropRows();
+  kv_bytes_ = engine_->kv_bytes();
   if (draining_ && !drained_) {
     StopIntake();
     drain_until_ = Now() + options_.drain_for;
@@ -523,10 +525,11 @@ WorkerLoop::Turn WorkerLoop::Compute() {
   metrics_.DeviceError();
   Log(LogLevel::kError, "device_failed",
       {{"error", status.ToString()}, {"in_a_row", ++device_failures_}});
-  if (device_failures_ < kDeviceFailuresMax) return Turn::kStepped;
+  // A device that is gone does not come back to this process; any other error may pass.
+  if (!absl::IsUnavailable(status) && device_failures_ < kDeviceFailuresMax) return Turn::kStepped;
   // Others may have a device that works; this process has not. Which row broke it nobody knows: all
   // that ran are suspects.
-  result_ = status;
+  result_ = absl::AbortedError(absl::StrCat("the device failed: ", status.message()));
   StopIntake();
   AbandonRows();
   return Turn::kEnded;

@@ -59,8 +59,8 @@ class WorkerLoop {
   ~WorkerLoop();
   WorkerLoop(const WorkerLoop&) = delete;
 
-  // Serves until Drain() has been called and every row is finished or handed back. An error is the
-  // device's, which failed again and again.
+  // Serves until Drain() has been called and every row is finished or handed back. Aborted: the
+  // device failed again and again, or said that it is gone (Unavailable).
   absl::Status Run();
 
   // What Run()'s threads do, turn by turn, for a caller that is one thread and has no Run().
@@ -134,6 +134,7 @@ class WorkerLoop {
   StepReport report_;                                  // compute thread
   absl::Duration step_time_ = absl::Milliseconds(10);  // of the last step; compute thread
   int device_failures_ = 0;                            // in a row; compute thread
+  std::atomic<int64_t> kv_bytes_ = 0;                  // in use, as of the last turn
   std::set<std::string> abandoned_;  // batches under which the device failed; compute thread
   bool drained_ = false;             // compute thread
   absl::Time drain_until_ = absl::InfiniteFuture();  // compute thread

@@ -6,8 +6,8 @@ namespace cinnabar {
 namespace {
 
 // Counters that others keep: the metric follows.
-void Follow(prometheus::Counter& counter, int64_t total) {
-  counter.Increment(static_cast<double>(total) - counter.Value());
+void Follow(prometheus::Counter& counter, double total) {
+  if (total > counter.Value()) counter.Increment(total - counter.Value());
 }
 
 }  // namespace
@@ -60,8 +60,21 @@ WorkerMetrics::WorkerMetrics(Metrics& metrics, std::string model, double dollars
       step_age_(metrics.AddGauge("cinnabar_worker_last_step_age_seconds",
                                  "How long the step under way has taken", {"model"})),
       rows_(metrics.AddGauge("cinnabar_worker_running_rows", "Sequences it holds", {"model"})),
-      memory_(metrics.AddGauge("cinnabar_worker_memory_bytes", "Memory by use", {"model", "use"})) {
-}
+      memory_(metrics.AddGauge("cinnabar_worker_memory_bytes", "Memory by use", {"model", "use"})),
+      energy_joules_(metrics.AddCounter("cinnabar_device_energy_joules_total",
+                                        "What the device drew since this worker started, whoever "
+                                        "used it",
+                                        {"model"})),
+      graphs_(metrics.AddCounter("cinnabar_device_graph_steps_total",
+                                 "Steps with a recorded graph for their shape (hit) and without",
+                                 {"model", "outcome"})),
+      power_watts_(
+          metrics.AddGauge("cinnabar_device_power_watts", "What the device draws", {"model"})),
+      utilization_(metrics.AddGauge("cinnabar_device_utilization_ratio",
+                                    "Share of time in which something ran", {"model"})),
+      device_memory_(metrics.AddGauge("cinnabar_device_memory_bytes",
+                                      "Memory of the device, whoever uses it",
+                                      {"model", "state"})) {}
 
 void WorkerMetrics::StepDone(int32_t rows, int64_t positions, int64_t committed, int32_t rows_max,
                              absl::Duration took) {
@@ -72,7 +85,7 @@ void WorkerMetrics::StepDone(int32_t rows, int64_t positions, int64_t committed,
   positions_.With({model_, "useful"}).Increment(static_cast<double>(positions));
   tokens_.With({model_, "output"}).Increment(static_cast<double>(committed));
   forwards_.With({model_}).Increment();
-  busy_seconds_.With({model_}).Increment(seconds);
+  if (!device_has_clock_) busy_seconds_.With({model_}).Increment(seconds);
   dollars_.With({model_}).Increment(seconds * dollars_per_second_);
 }
 
@@ -90,23 +103,47 @@ void WorkerMetrics::RowEnded(absl::string_view outcome, int64_t steps, double to
 void WorkerMetrics::DeviceError() { device_errors_.With({model_}).Increment(); }
 
 void WorkerMetrics::Set(const PublisherCounters& publisher) {
-  Follow(published_steps_.With({}), publisher.steps);
-  Follow(publish_calls_.With({}), publisher.calls);
-  Follow(publish_failures_.With({}), publisher.failures);
-  Follow(fenced_.With({}), publisher.fenced);
-  Follow(rewinds_.With({}), publisher.rewinds);
-  Follow(lost_.With({}), publisher.lost);
-  Follow(snapshots_.With({}), publisher.snapshots);
+  Follow(published_steps_.With({}), static_cast<double>(publisher.steps));
+  Follow(publish_calls_.With({}), static_cast<double>(publisher.calls));
+  Follow(publish_failures_.With({}), static_cast<double>(publisher.failures));
+  Follow(fenced_.With({}), static_cast<double>(publisher.fenced));
+  Follow(rewinds_.With({}), static_cast<double>(publisher.rewinds));
+  Follow(lost_.With({}), static_cast<double>(publisher.lost));
+  Follow(snapshots_.With({}), static_cast<double>(publisher.snapshots));
   unpublished_.With({}).Set(static_cast<double>(publisher.pending));
 }
 
 void WorkerMetrics::SetState(bool ready, bool draining, absl::Duration step_age, int64_t rows,
-                             int64_t weights_bytes) {
+                             const Denoiser::Memory& memory, int64_t kv_bytes) {
   ready_.With({model_}).Set(ready ? 1 : 0);
   draining_.With({model_}).Set(draining ? 1 : 0);
   step_age_.With({model_}).Set(absl::ToDoubleSeconds(step_age));
   rows_.With({model_}).Set(static_cast<double>(rows));
-  memory_.With({model_, "weights"}).Set(static_cast<double>(weights_bytes));
+  memory_.With({model_, "weights"}).Set(static_cast<double>(memory.weights_bytes));
+  memory_.With({model_, "workspace"}).Set(static_cast<double>(memory.workspace_bytes));
+  memory_.With({model_, "kv"}).Set(static_cast<double>(kv_bytes));
+}
+
+void WorkerMetrics::SetDevice(const DeviceStats& stats, const DeviceReading& reading) {
+  if (stats.busy_seconds >= 0) {
+    device_has_clock_ = true;
+    Follow(busy_seconds_.With({model_}), stats.busy_seconds);
+  }
+  if (stats.graph_hits + stats.graph_misses > 0) {
+    Follow(graphs_.With({model_, "hit"}), static_cast<double>(stats.graph_hits));
+    Follow(graphs_.With({model_, "miss"}), static_cast<double>(stats.graph_misses));
+  }
+  if (reading.energy_joules >= 0) Follow(energy_joules_.With({model_}), reading.energy_joules);
+  if (reading.power_watts >= 0) power_watts_.With({model_}).Set(reading.power_watts);
+  if (reading.utilization >= 0) utilization_.With({model_}).Set(reading.utilization);
+  int64_t total = reading.memory_total_bytes, used = reading.memory_used_bytes;
+  if (total < 0 && stats.memory_total_bytes >= 0 && stats.memory_free_bytes >= 0) {
+    total = stats.memory_total_bytes;
+    used = total - stats.memory_free_bytes;
+  }
+  if (total < 0 || used < 0) return;
+  device_memory_.With({model_, "used"}).Set(static_cast<double>(used));
+  device_memory_.With({model_, "free"}).Set(static_cast<double>(total - used));
 }
 
 }  // namespace cinnabar

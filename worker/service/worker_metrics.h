@@ -2,12 +2,15 @@
 #ifndef CINNABAR_WORKER_SERVICE_WORKER_METRICS_H_
 #define CINNABAR_WORKER_SERVICE_WORKER_METRICS_H_
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 
 #include "absl/time/time.h"
 #include "common/metrics/metrics.h"
+#include "kernels/backend.h"
 #include "worker/engine/engine.h"
+#include "worker/service/nvml_sampler.h"
 #include "worker/service/publisher.h"
 
 namespace cinnabar {
@@ -25,11 +28,15 @@ class WorkerMetrics {
   void DeviceError();
   void Set(const PublisherCounters& publisher);
   void SetState(bool ready, bool draining, absl::Duration step_age, int64_t rows,
-                int64_t weights_bytes);
+                const Denoiser::Memory& memory, int64_t kv_bytes);
+  // From one thread at a time. Once the device told its busy time, that is counted, and steps are
+  // not.
+  void SetDevice(const DeviceStats& stats, const DeviceReading& reading);
 
  private:
   const std::string model_;
   const double dollars_per_second_;
+  std::atomic<bool> device_has_clock_ = false;
   HistogramFamily& batch_rows_;
   HistogramFamily& batch_fill_;
   HistogramFamily& step_seconds_;
@@ -56,6 +63,12 @@ class WorkerMetrics {
   GaugeFamily& step_age_;
   GaugeFamily& rows_;
   GaugeFamily& memory_;
+  // Made when the device tells of them: what is not known is no series, and not 0.
+  CounterFamily& energy_joules_;
+  CounterFamily& graphs_;
+  GaugeFamily& power_watts_;
+  GaugeFamily& utilization_;
+  GaugeFamily& device_memory_;
 };
 
 }  // namespace cinnabar

@@ -184,6 +184,32 @@ class UpTest(unittest.TestCase):
         up.wait_for("--no-such-flag")
         up.wait_for("worker-0 does not start")
 
+    def test_a_device_that_is_gone_restarts_its_worker_and_the_answer_is_the_same(self):
+        up = self.up("--device", "null", "--worker-flag=--null-passes=20", "--worker-flag=--snapshot-every=4")
+        up.wait_for("Cinnabar is up")
+        text = up.complete()
+        answers = 0
+        end = time.monotonic() + 60
+        while answers < 5:  # 8 passes each: the device goes in the middle of some
+            self.assertLess(time.monotonic(), end)
+            try:
+                self.assertEqual(up.complete(), text)
+                answers += 1
+            except AssertionError as error:  # a new request is refused while no worker is there
+                self.assertIn("no worker serves this model", str(error))
+                time.sleep(0.1)
+        up.wait_for("worker-0 ended with status 3; starts again")
+        up.wait_for("the null device is gone")
+        up.wait_for("event=device_failed")
+        self.assertEqual(up.stop(), 0)
+
+    def test_a_model_that_does_not_fit_is_refused_with_the_numbers(self):
+        up = self.up("--worker-flag=--tokens-max=2000000000")
+        self.assertEqual(up.child.wait(60), 1)
+        up.wait_for("does not fit on cpu: weights")
+        up.wait_for("for one sequence of")
+        up.wait_for("worker-0 does not start: ended with status 2")
+
     def test_errors_name_the_fix(self):
         for flags, status, text in (
                 (["--workers", "0"], 2, "--workers 0: take 1 to 64"),
@@ -191,6 +217,10 @@ class UpTest(unittest.TestCase):
                 (["--model", self.data], 1, "holds no config.json"),
                 (["--redis", "nowhere"], 2, "write it as 127.0.0.1:6379"),
                 (["--what"], 2, "--what"),
+                (["--device", "gpu"], 2, "take cpu, cuda or cuda:N"),
+                (["--devices", "0,x"], 2, "write it as 0,1"),
+                (["--devices", "0,1,0"], 2, "0 is there twice"),
+                (["--devices", "0", "--workers", "2"], 2, "leave --device and --workers out"),
                 (["--data", os.path.join(self.data, "x" * 120)], 2, "take a shorter one")):
             data = [] if "--data" in flags else ["--data", self.data]
             done = subprocess.run([CINNABAR, "up", *data, *flags], capture_output=True, text=True, timeout=30)
