@@ -48,8 +48,8 @@ struct HostMatrix {
 // How the rows of several host matrices become the rows of one weight.
 enum class RowOrder : uint8_t {
   kStacked,     // one matrix after another (q | k | v)
-  kGatedPairs,  // exactly two of equal shape, gate and up, kept so that Epilogue::kSwiGlu can pair
-                // them
+  kGatedPairs,  // exactly two of equal shape, gate and up, kept so that Epilogue::kSwiGlu and
+                // kGeGlu can pair them
 };
 
 // A weight as its backend wants it (packed, converted, on the device). Immutable; any thread.
@@ -114,6 +114,16 @@ struct KvShape {
   int32_t num_kv_heads = 1;
   int32_t head_dim = 1;
   int32_t positions_max = 1;
+  // Layers num_layers .. num_layers + num_other_layers - 1 have heads of their own.
+  int32_t num_other_layers = 0;
+  int32_t other_kv_heads = 0;
+  int32_t other_head_dim = 0;
+
+  bool is_other(int32_t layer) const { return layer >= num_layers; }
+  int32_t kv_heads_of(int32_t layer) const {
+    return is_other(layer) ? other_kv_heads : num_kv_heads;
+  }
+  int32_t head_dim_of(int32_t layer) const { return is_other(layer) ? other_head_dim : head_dim; }
 };
 
 // --- Batch geometry
@@ -146,6 +156,7 @@ enum class Epilogue : uint8_t {
   kSilu,      // out = y * sigmoid(y)
   kGeluTanh,  // out = gelu(y), tanh form
   kSwiGlu,    // out = silu(gate half) * (up half); weight in kGatedPairs, out has rows()/2 columns
+  kGeGlu,     // the same with gelu, tanh form, in the place of silu
 };
 
 struct LinearArgs {
@@ -155,22 +166,28 @@ struct LinearArgs {
   const float* bias =
       nullptr;  // device, [weight.rows()] in the order of the stacked rows; optional
   Epilogue epilogue = Epilogue::kStore;
-  Rows out;  // [num_rows, weight.rows()] (kSwiGlu: half); must not overlap x
+  Rows out;  // [num_rows, weight.rows()] (kSwiGlu, kGeGlu: half); must not overlap x
   // kGatedAdd only: gate value of output column c for row r is gate[modulation_row(r)][c].
   Rows gate = {};                                 // [num modulation rows, weight.rows()]
   absl::Span<const SequenceSpan> sequences = {};  // which modulation row a row belongs to
 };
 
-// out[i] = w * x[row(i)] * rsqrt(mean(x[row(i)]^2) + eps). Source: arXiv:1910.07467.
+// out[i] = y, or with `add` (out[i] + y) * scale(i), for y = w * x[row(i)] *
+// rsqrt(mean(x[row(i)]^2) + eps). Without `add` and row_indices, out may be x. Source:
+// arXiv:1910.07467.
 struct RmsNormArgs {
   Rows x;
   int64_t num_rows = 0;
   int64_t dim = 0;
   const float* weight = nullptr;  // device, [dim]
   float eps = 1e-6F;
-  Rows out;
+  Rows out;  // kF32 with `add`
   // Host, [num_rows] when not empty: row(i) = row_indices[i]; else row(i) = i.
   absl::Span<const int32_t> row_indices = {};
+  bool add = false;
+  // With `add`: scale(i) = scales[m], m the modulation row of row i of `out`; null: 1.
+  const float* scales = nullptr;                  // device, [num modulation rows]
+  absl::Span<const SequenceSpan> sequences = {};  // read where there are scales
 };
 
 // out[i] = LN(x[row(i)]) * w * (1 + scale[m]) + shift[m], m the modulation row of row(i). LN
@@ -212,7 +229,7 @@ struct HeadShape {
   int32_t head_dim = 1;
 };
 
-// Splits fused rows [q heads | k heads | v heads], applies the per-head RMSNorm to q and k where
+// Splits fused rows [q heads | k heads | v heads], applies the per-head RMSNorm to q, k and v where
 // weights are given, rotates q and k at the row's absolute position, leaves q in place and writes k
 // and v of every row into its sequence's KvMemory at `layer`.
 struct PrepareHeadsArgs {
@@ -221,6 +238,7 @@ struct PrepareHeadsArgs {
   HeadShape heads;
   const float* q_norm = nullptr;  // device, [head_dim]; optional
   const float* k_norm = nullptr;
+  const float* v_norm = nullptr;  // of v, which is not rotated
   float norm_eps = 1e-6F;
   RotaryTable rotary;
   absl::Span<const SequenceSpan> sequences;
@@ -228,15 +246,18 @@ struct PrepareHeadsArgs {
 };
 
 // out = softmax(q k^T * scale) v for every head over the keys that SequenceSpan lets a row see, all
-// of which are in KvMemory by now. Query head h reads kv head h / (num_heads / num_kv_heads).
+// of which are in KvMemory by now. Query head h reads kv head h / (num_heads / num_kv_heads). With
+// a window W > 0 a row at position p sees no position before p - W + 1, and a row of a span with
+// full attention none before first_position - W + 1: its window is that of the span.
 struct AttendArgs {
   Rows q;  // [num_rows, >= num_heads * head_dim]: the q part of the fused rows
   int64_t num_rows = 0;
   HeadShape heads;
   float scale = 1.0F;
   absl::Span<const SequenceSpan> sequences;
-  int32_t layer = 0;  // as in PrepareHeadsArgs
-  Rows out;           // [num_rows, num_heads * head_dim]
+  int32_t layer = 0;   // as in PrepareHeadsArgs
+  int32_t window = 0;  // 0: none
+  Rows out;            // [num_rows, num_heads * head_dim]
 };
 
 inline int32_t KeysEnd(const SequenceSpan& span) {
@@ -256,7 +277,7 @@ inline constexpr int32_t kExpertsPerRowMax = 64;
 //     the largest sum stay, the others are out (num_groups 1: none is)
 //   the experts_per_row largest choices win; ties: the lower id, of groups and of experts
 //   weight = score (or, where bias_counts, choice) of each winner; renormalize: divided by their
-//     sum + 1e-20;  then times `scale`
+//     sum + 1e-20;  then times `scale`, and times the expert's own of expert_scales
 // Source: arXiv:2101.03961 (softmax), arXiv:2412.19437 (sigmoid, groups, bias).
 struct RouteArgs {
   Rows logits;  // [num_rows, num_experts], float32; overwritten
@@ -270,12 +291,14 @@ struct RouteArgs {
   int32_t groups_kept = 1;
   bool renormalize = false;
   float scale = 1.0F;
+  const float* expert_scales = nullptr;  // device, [num_experts]; optional
   int32_t* experts = nullptr;  // device, [num_rows, experts_per_row]: ascending ids in a row
   float* weights = nullptr;    // device, [num_rows, experts_per_row]
 };
 
 // out[r] += sum over a row's experts e, in their order, of weight * down_e(silu(gate_e x[r]) *
-// up_e x[r]). Rows are grouped by expert; only experts that some row goes to are read.
+// up_e x[r]); with kGeGlu gelu in the place of silu. Rows are grouped by expert; only experts that
+// some row goes to are read.
 struct ExpertsArgs {
   Rows x;  // [num_rows, dim]
   int64_t num_rows = 0;
@@ -284,7 +307,9 @@ struct ExpertsArgs {
   int32_t experts_per_row = 0;
   const int32_t* experts = nullptr;  // what Route() wrote
   const float* weights = nullptr;
-  Rows out;  // [num_rows, dim], float32; must not overlap x
+  Epilogue activation = Epilogue::kSwiGlu;  // or kGeGlu
+  bool add = true;                          // false: out is set, not added to
+  Rows out;                                 // [num_rows, dim], float32; must not overlap x
 };
 
 // --- Vocabulary head
@@ -356,6 +381,7 @@ struct VocabularyQuery {
   // Ids >= this are never picked (rows of the table above the tokenizer's size); they are counted.
   // 0: no limit.
   int32_t pickable_ids = 0;
+  bool want_top = false;  // fills top_token; does not go with filters (a caller's bug)
 };
 
 // One row's answer. Probabilities are of softmax(l / statistics_temperature) over the counted ids
@@ -372,6 +398,9 @@ struct VocabularyAnswer {
   // ln sum exp(l / statistics_temperature) over the counted ids, unfiltered; -inf when none has a
   // finite l, and then probability, margin and entropy are 0.
   double log_sum_exp = 0.0;
+  // want_top: the largest l among the pickable ids, ties to the lower id, whatever was drawn; -1
+  // when nothing was pickable or it was not asked for.
+  int32_t top_token = -1;
   bool finite = true;  // false: a NaN or +inf among the logits, every other field is undefined
 };
 
@@ -379,6 +408,9 @@ struct VocabularyArgs {
   Rows hidden;                     // [.., weight.cols()]
   const Weight* weight = nullptr;  // [vocabulary, dim], kStacked
   const float* bias = nullptr;     // device, [vocabulary]; optional
+  // c > 0: a logit x is c * tanh(x / c) before all else, to 2e-7 c; x of +inf counts as finite
+  // then. Goes with neither bias nor guidance (a caller's bug).
+  float logit_cap = 0.0F;
   absl::Span<const VocabularyQuery> queries;
   absl::Span<VocabularyAnswer> answers;  // host, as long as queries
 };
@@ -390,7 +422,23 @@ struct LogitsArgs {
   int64_t num_rows = 0;
   const Weight* weight = nullptr;
   const float* bias = nullptr;
+  float logit_cap = 0.0F;  // as in VocabularyArgs
   Rows out;
+};
+
+// The embedding that a row's prediction is on average: out[i] = scale * sum over all ids v of p(v)
+// * table[v], p = softmax(l / temperature) of the row's logits l = hidden[i] W^T under the cap. In
+// float32, tile by tile: a row's probabilities are never there as a whole. Terms of relative size
+// below 2^-126 count as 0.
+struct SoftEmbedArgs {
+  Rows hidden;  // [num_rows, weight.cols()]
+  int64_t num_rows = 0;
+  const Weight* weight = nullptr;  // [vocabulary, dim], kStacked: the head
+  float logit_cap = 0.0F;          // as in VocabularyArgs
+  float temperature = 1.0F;        // above 1e-30
+  const Weight* table = nullptr;   // [vocabulary, dim] of LoadEmbedding()
+  float scale = 1.0F;
+  Rows out;  // [num_rows, dim], float32; must not overlap hidden
 };
 
 // The largest shapes that later calls will have; Reserve() takes scratch for them.
@@ -406,6 +454,7 @@ struct WorkspaceShape {
   int32_t experts_per_row = 0;
   int64_t expert_dim = 0;      // columns of x
   int64_t expert_mlp_dim = 0;  // columns between gate, up and down
+  int64_t soft_rows_max = 0;   // rows of one SoftEmbed(), of cols_max columns; 0: none
 };
 
 // What a device tells of itself; a field that it cannot tell stays as it is here.
@@ -468,6 +517,7 @@ class Backend {
   virtual absl::Status Experts(const ExpertsArgs& args) = 0;
   virtual absl::Status AnswerVocabulary(const VocabularyArgs& args) = 0;
   virtual absl::Status Logits(const LogitsArgs& args) = 0;
+  virtual absl::Status SoftEmbed(const SoftEmbedArgs& args) = 0;
 
   // Waits for everything enqueued. A device error surfaces here (Unavailable).
   virtual absl::Status Synchronize() = 0;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <thread>
 #include <utility>
 
@@ -77,7 +78,11 @@ class EmbeddingTable : public Weight {
   explicit EmbeddingTable(const HostMatrix& table)
       : Weight(table.rows, table.cols, RowOrder::kStacked, table.dtype), data_(table.data) {}
   int64_t memory_bytes() const override { return 0; }  // the file's own pages
-  const void* data() const { return data_; }
+  // Elements [col, col + count) of a row, widened.
+  void Read(int64_t row, int64_t col, int64_t count, float* out) const {
+    const int64_t begin = row * cols() + col;
+    for (int64_t i = 0; i < count; ++i) out[i] = ReadElement(data_, dtype(), begin + i);
+  }
 
  private:
   const void* data_;
@@ -93,25 +98,29 @@ class PanelKv : public KvMemory {
   static int64_t Positions(const KvShape& shape) {
     return (shape.positions_max + kPanelWidth - 1) / kPanelWidth * kPanelWidth;
   }
-  static int64_t ValueColumns(const KvShape& shape) {
-    return (shape.head_dim + kPanelWidth - 1) / kPanelWidth * kPanelWidth;
+  static int64_t HeadFloats(const KvShape& shape, int32_t head_dim) {
+    const int64_t value_columns = (head_dim + kPanelWidth - 1) / kPanelWidth * kPanelWidth;
+    return Positions(shape) * (head_dim + value_columns);
   }
-  static int64_t HeadFloats(const KvShape& shape) {
-    return Positions(shape) * (shape.head_dim + ValueColumns(shape));
+  // Of the layers before `layer`.
+  static int64_t FloatsBefore(const KvShape& shape, int32_t layer) {
+    const int64_t others = std::max(layer - shape.num_layers, 0);
+    return (layer - others) * shape.num_kv_heads * HeadFloats(shape, shape.head_dim) +
+           others * shape.other_kv_heads * HeadFloats(shape, shape.other_head_dim);
   }
   static int64_t Bytes(const KvShape& shape) {
-    return HeadFloats(shape) * shape.num_kv_heads * shape.num_layers * 4;
+    return FloatsBefore(shape, shape.num_layers + shape.num_other_layers) * 4;
   }
 
   int64_t memory_bytes() const override { return Bytes(shape_); }
   const KvShape& shape() const { return shape_; }
   float* Keys(int32_t layer, int32_t head) const {
-    const int64_t kept = shape_.num_layers == 1 ? 0 : layer;
-    return reinterpret_cast<float*>(memory_.get()) +
-           (kept * shape_.num_kv_heads + head) * HeadFloats(shape_);
+    const int32_t kept = shape_.num_layers == 1 ? 0 : layer;
+    return reinterpret_cast<float*>(memory_.get()) + FloatsBefore(shape_, kept) +
+           head * HeadFloats(shape_, shape_.head_dim_of(kept));
   }
   float* Values(int32_t layer, int32_t head) const {
-    return Keys(layer, head) + Positions(shape_) * shape_.head_dim;
+    return Keys(layer, head) + Positions(shape_) * shape_.head_dim_of(layer);
   }
 
  private:
@@ -145,10 +154,14 @@ Finish FinishOf(Epilogue epilogue) {
       return Finish::kGeluTanh;
     case Epilogue::kSwiGlu:
       return Finish::kSwiGlu;
+    case Epilogue::kGeGlu:
+      return Finish::kGeGlu;
   }
   CINNABAR_CHECK(false) << "not an epilogue: " << static_cast<int>(epilogue);
   return Finish::kStore;
 }
+
+bool IsPaired(Finish finish) { return finish == Finish::kSwiGlu || finish == Finish::kGeGlu; }
 
 void CheckFloat(const Rows& rows) {
   CINNABAR_CHECK(rows.dtype == DType::kF32) << "the CPU computes in float32";
@@ -210,6 +223,7 @@ class CpuBackend : public Backend {
     shape.experts_per_row = std::max(shape.experts_per_row, wanted.experts_per_row);
     shape.expert_dim = std::max(shape.expert_dim, wanted.expert_dim);
     shape.expert_mlp_dim = std::max(shape.expert_mlp_dim, wanted.expert_mlp_dim);
+    shape.soft_rows_max = std::max(shape.soft_rows_max, wanted.soft_rows_max);
     const Scratch scratch = ScratchOf(shape);
     AlignedMemory memory = AllocateAligned(scratch.total_bytes);
     if (memory == nullptr) {
@@ -259,11 +273,9 @@ class CpuBackend : public Backend {
     const auto& embedding = dynamic_cast<const EmbeddingTable&>(table);
     ForRows(static_cast<int64_t>(ids.size()), [&](int64_t row) {
       CINNABAR_CHECK(ids[row] >= 0 && ids[row] < embedding.rows()) << "id " << ids[row];
-      const int64_t begin = ids[row] * embedding.cols();
       float* values = out.f32() + row * out.stride;
-      for (int64_t i = 0; i < embedding.cols(); ++i) {
-        values[i] = ReadElement(embedding.data(), embedding.dtype(), begin + i) * scale;
-      }
+      embedding.Read(ids[row], 0, embedding.cols(), values);
+      isa_.scale(values, scale, embedding.cols(), values);
     });
     return absl::OkStatus();
   }
@@ -273,9 +285,9 @@ class CpuBackend : public Backend {
     CheckFloat(args.out);
     const auto& weight = dynamic_cast<const PackedWeight&>(*args.weight);
     const bool paired = weight.row_order() == RowOrder::kGatedPairs;
-    CINNABAR_CHECK(paired == (args.epilogue == Epilogue::kSwiGlu))
-        << "gated pairs go with kSwiGlu and nothing else";
-    Multiply(args, weight, FinishOf(args.epilogue));
+    const Finish finish = FinishOf(args.epilogue);
+    CINNABAR_CHECK(paired == IsPaired(finish)) << "gated pairs go with kSwiGlu and kGeGlu alone";
+    Multiply(args, weight, finish);
     return absl::OkStatus();
   }
 
@@ -286,7 +298,14 @@ class CpuBackend : public Backend {
     linear.weight = args.weight;
     linear.bias = args.bias;
     linear.out = args.out;
-    return Linear(linear);
+    CINNABAR_CHECK(args.logit_cap == 0.0F || args.bias == nullptr);
+    const absl::Status product = Linear(linear);
+    if (!product.ok() || args.logit_cap == 0.0F) return product;
+    ForRows(args.num_rows, [&](int64_t row) {
+      vocabulary_kernels_.soft_cap(args.out.f32() + row * args.out.stride, args.logit_cap,
+                                   args.weight->rows());
+    });
+    return absl::OkStatus();
   }
 
   absl::Status RmsNorm(const RmsNormArgs& args) override {
@@ -294,8 +313,12 @@ class CpuBackend : public Backend {
     CheckFloat(args.out);
     ForRows(args.num_rows, [&](int64_t row) {
       const int64_t source = args.row_indices.empty() ? row : args.row_indices[row];
-      isa_.rms_norm(args.x.f32() + source * args.x.stride, args.weight, args.dim, args.eps,
-                    args.out.f32() + row * args.out.stride);
+      const float* x = args.x.f32() + source * args.x.stride;
+      float* out = args.out.f32() + row * args.out.stride;
+      if (!args.add) return isa_.rms_norm(x, args.weight, args.dim, args.eps, out);
+      const float scale =
+          args.scales == nullptr ? 1.0F : args.scales[SpanOf(args.sequences, row).modulation_row];
+      isa_.add_rms_norm(x, args.weight, args.dim, args.eps, scale, out);
     });
     return absl::OkStatus();
   }
@@ -333,6 +356,8 @@ class CpuBackend : public Backend {
       const int64_t position = span.first_position + row - span.row_begin;
       const auto& kv = dynamic_cast<const PanelKv&>(*span.kv);
       CINNABAR_CHECK(position < kv.shape().positions_max) << "position " << position;
+      CINNABAR_CHECK(heads.num_kv_heads == kv.shape().kv_heads_of(args.layer) &&
+                     heads.head_dim == kv.shape().head_dim_of(args.layer));
       float* values = args.qkv.f32() + row * args.qkv.stride;
       for (int32_t head = 0; head < heads.num_heads + heads.num_kv_heads; ++head) {
         const float* norm = head < heads.num_heads ? args.q_norm : args.k_norm;
@@ -342,7 +367,11 @@ class CpuBackend : public Backend {
       }
       for (int32_t head = 0; head < heads.num_kv_heads; ++head) {
         const float* key = values + int64_t{heads.num_heads + head} * heads.head_dim;
-        const float* value = key + int64_t{heads.num_kv_heads} * heads.head_dim;
+        float* value =
+            values + int64_t{heads.num_heads + heads.num_kv_heads + head} * heads.head_dim;
+        if (args.v_norm != nullptr) {
+          isa_.rms_norm(value, args.v_norm, heads.head_dim, args.norm_eps, value);
+        }
         float* keys = kv.Keys(args.layer, head) +
                       position / kPanelWidth * heads.head_dim * kPanelWidth +
                       position % kPanelWidth;
@@ -410,6 +439,10 @@ class CpuBackend : public Backend {
     for (int32_t e = 0; e < num_experts; ++e) begins[e + 1] += begins[e];
     for (int32_t i = 0; i < num_places; ++i) places[begins[args.experts[i]]++] = i;
 
+    if (!args.add) {
+      ForRows(args.num_rows,
+              [&](int64_t row) { std::fill_n(args.out.f32() + row * args.out.stride, dim, 0.0F); });
+    }
     float* inputs = scratch() + scratch_.expert_inputs;
     float* inner = scratch() + scratch_.expert_inner;
     float* outputs = scratch() + scratch_.expert_outputs;
@@ -426,7 +459,7 @@ class CpuBackend : public Backend {
       linear.num_rows = count;
       linear.x = {.data = inputs, .stride = dim};
       linear.weight = args.gate_up[e].get();
-      linear.epilogue = Epilogue::kSwiGlu;
+      linear.epilogue = args.activation;
       linear.out = {.data = inner, .stride = mlp_dim};
       const absl::Status gated = Linear(linear);
       if (!gated.ok()) return gated;
@@ -453,6 +486,30 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status SoftEmbed(const SoftEmbedArgs& args) override {
+    CheckFloat(args.hidden);
+    CheckFloat(args.out);
+    const auto& weight = dynamic_cast<const PackedWeight&>(*args.weight);
+    const auto& table = dynamic_cast<const EmbeddingTable&>(*args.table);
+    CINNABAR_CHECK(args.num_rows <= shape_.soft_rows_max && weight.cols() <= shape_.cols_max)
+        << "more rows than were reserved";
+    CINNABAR_CHECK(table.rows() == weight.rows() && table.cols() == weight.cols());
+    CINNABAR_CHECK(args.temperature > 1e-30F);
+    const Head head(*this, weight);
+    // A task is one part of the vocabulary for one group of strips.
+    const Strips strips(args.num_rows, isa_.strip_rows);
+    const int64_t num_parts = SoftParts(weight.rows());
+    const int64_t num_groups = (strips.count + kSoftGroupStrips - 1) / kSoftGroupStrips;
+    pool_.ParallelFor(num_parts * num_groups, [&](int64_t item, int32_t thread) {
+      const int64_t group = item % num_groups * kSoftGroupStrips;
+      SumSoftPart(args, head, table, strips, group,
+                  std::min(group + kSoftGroupStrips, strips.count), item / num_groups, num_parts,
+                  ThreadScratch(thread));
+    });
+    ForRows(args.num_rows, [&](int64_t row) { JoinSoftParts(args, row, num_parts); });
+    return absl::OkStatus();
+  }
+
   absl::Status Synchronize() override { return absl::OkStatus(); }
 
  private:
@@ -471,6 +528,10 @@ class CpuBackend : public Backend {
     int64_t expert_inputs = 0;
     int64_t expert_inner = 0;
     int64_t expert_outputs = 0;
+    int64_t soft_tops = 0;  // [parts, rows]: largest logit, then the mass relative to it
+    int64_t soft_masses = 0;
+    int64_t soft_sums = 0;    // [parts, rows, dim]
+    int64_t soft_logits = 0;  // inside a thread's part
     int64_t total_bytes = 0;
   };
 
@@ -487,10 +548,20 @@ class CpuBackend : public Backend {
       scratch.expert_inner = take(shape.rows_max * shape.expert_mlp_dim);
       scratch.expert_outputs = take(shape.rows_max * shape.expert_dim);
     }
+    if (shape.soft_rows_max > 0) {
+      const int64_t parts = SoftParts(shape.vocabulary);
+      scratch.soft_tops = take(parts * shape.soft_rows_max);
+      scratch.soft_masses = take(parts * shape.soft_rows_max);
+      scratch.soft_sums = take(parts * shape.soft_rows_max * shape.cols_max);
+    }
     scratch.threads = next;
     next = 0;
+    if (shape.soft_rows_max > 0) {
+      scratch.soft_logits = take(int64_t{kSoftGroupStrips} * kStripRowsMax * kVocabularyChunk);
+    }
     scratch.sums = take(kRowGroup * kPanelWidth);
     scratch.panel = take(kInputBlock * kPanelWidth);
+    static_assert(kVocabularyChunk <= kInputBlock, "SumSoftPart keeps a panel of a chunk there");
     scratch.scores = take(kStripRowsMax * ScoreStride(shape.positions_max));
     scratch.probabilities = take(kStripRowsMax * ScoreStride(shape.positions_max));
     scratch.query = take(kStripRowsMax * std::max<int64_t>(shape.head_dim_max, kPanelWidth));
@@ -589,7 +660,10 @@ class CpuBackend : public Backend {
       sum += weights[i];
     }
     const float factor = args.renormalize ? args.scale / (sum + 1e-20F) : args.scale;
-    for (int32_t i = 0; i < count; ++i) weights[i] *= factor;
+    for (int32_t i = 0; i < count; ++i) {
+      weights[i] *= factor;
+      if (args.expert_scales != nullptr) weights[i] *= args.expert_scales[experts[i]];
+    }
   }
 
   void Multiply(const LinearArgs& args, const PackedWeight& weight, Finish finish) {
@@ -640,7 +714,7 @@ class CpuBackend : public Backend {
 
   void FinishStrip(const LinearArgs& args, const PackedWeight& weight, Finish finish, int64_t panel,
                    int64_t row, int32_t height, const float* sums) const {
-    const bool paired = finish == Finish::kSwiGlu;
+    const bool paired = IsPaired(finish);
     const int64_t num_outputs = paired ? weight.rows() / 2 : weight.rows();
     const int64_t outputs_per_panel = paired ? kPanelWidth / 2 : kPanelWidth;
     const int64_t output = panel * outputs_per_panel;
@@ -680,6 +754,14 @@ class CpuBackend : public Backend {
     return std::min<int64_t>(all, (block + 1) * span.block_length);
   }
 
+  // The first position that a row sees.
+  static int64_t FirstKey(const SequenceSpan& span, int64_t row_in_span, int32_t window) {
+    if (window == 0) return 0;
+    const int64_t last =
+        span.block_length == 0 ? span.first_position : span.first_position + row_in_span;
+    return std::max<int64_t>(last - window + 1, 0);
+  }
+
   void AttendStrip(const AttendArgs& args, const SequenceSpan& span, int64_t strip, int32_t head,
                    int32_t thread) const {
     const Strips strips(span.num_rows, isa_.strip_rows);
@@ -702,7 +784,10 @@ class CpuBackend : public Backend {
     const int64_t row = span.row_begin + first;
     isa_.pack_strip(args.q.f32() + row * args.q.stride + int64_t{head} * head_dim, args.q.stride,
                     height, head_dim, args.scale, query);
-    for (int64_t key = 0; key < num_keys; key += kPanelWidth) {
+    // Whole panels from the one that holds the first key of the first row, which sees furthest
+    // back.
+    const int64_t begin = FirstKey(span, first, args.window) / kPanelWidth * kPanelWidth;
+    for (int64_t key = begin; key < num_keys; key += kPanelWidth) {
       isa_.tile(query, height, keys + key * head_dim, head_dim, /*resume=*/false, scores + key,
                 stride);
     }
@@ -710,13 +795,19 @@ class CpuBackend : public Backend {
     // result does not depend on what its neighbours see.
     float reciprocal[kStripRowsMax];
     for (int32_t r = 0; r < height; ++r) {
-      reciprocal[r] = isa_.softmax(scores + r * stride, VisibleKeys(span, first + r), num_keys);
+      const int64_t first_key = FirstKey(span, first + r, args.window);
+      float* row_scores = scores + r * stride;
+      std::fill(row_scores + begin, row_scores + first_key, 0.0F);
+      reciprocal[r] = isa_.softmax(row_scores + first_key, VisibleKeys(span, first + r) - first_key,
+                                   num_keys - first_key);
     }
-    isa_.pack_strip(scores, stride, height, num_keys, 1.0F, probabilities);
+    isa_.pack_strip(scores + begin, stride, height, num_keys - begin, 1.0F, probabilities);
     const int64_t panel_floats = PanelKv::Positions(kv.shape()) * kPanelWidth;
     float* sums = query;  // no longer needed; at least 32 wide
     for (int32_t column = 0; column < head_dim; column += kPanelWidth) {
-      isa_.tile(probabilities, height, values + column / kPanelWidth * panel_floats, num_keys,
+      isa_.tile(probabilities, height,
+                values + column / kPanelWidth * panel_floats + begin * kPanelWidth,
+                num_keys - begin,
                 /*resume=*/false, sums, kPanelWidth);
       const int32_t count = std::min(head_dim - column, kPanelWidth);
       for (int32_t r = 0; r < height; ++r) {
@@ -724,6 +815,102 @@ class CpuBackend : public Backend {
             sums + r * kPanelWidth, reciprocal[r], count,
             args.out.f32() + (row + r) * args.out.stride + int64_t{head} * head_dim + column);
       }
+    }
+  }
+
+  // Parts of the vocabulary whose sums are kept apart: their number is part of the numerics, so it
+  // follows from the vocabulary alone. Enough to share out, few enough to keep.
+  static int64_t SoftParts(int64_t vocabulary) {
+    const int64_t chunks = (vocabulary + kVocabularyChunk - 1) / kVocabularyChunk;
+    return std::clamp<int64_t>(chunks / 4, 1, 16);
+  }
+  static constexpr int64_t kSoftGroupStrips = 8;
+
+  // The sums of exp(l / T) * table over one part of the vocabulary, relative to the largest l that
+  // has come so far: when a chunk has a larger one, what is there is scaled down.
+  void SumSoftPart(const SoftEmbedArgs& args, const VocabularyMachine& head,
+                   const EmbeddingTable& table, const Strips& strips, int64_t strip_begin,
+                   int64_t strip_end, int64_t part, int64_t num_parts, float* mine) const {
+    const int64_t dim = table.cols();
+    const int64_t vocabulary = table.rows();
+    const int64_t num_chunks = (vocabulary + kVocabularyChunk - 1) / kVocabularyChunk;
+    const int64_t first_row = strips.begin(strip_begin);
+    const int64_t num_rows = strips.begin(strip_end) - first_row;
+    float* tops = scratch() + scratch_.soft_tops + part * args.num_rows + first_row;
+    float* masses = scratch() + scratch_.soft_masses + part * args.num_rows + first_row;
+    float* sums = scratch() + scratch_.soft_sums + (part * args.num_rows + first_row) * dim;
+    float* logits = mine + scratch_.soft_logits;
+    float* panel = mine + scratch_.panel;
+    float* tile = mine + scratch_.sums;
+    const auto scale = static_cast<float>(1.44269504088896341 / args.temperature);
+    std::fill_n(tops, num_rows, -std::numeric_limits<float>::infinity());
+    std::fill_n(masses, num_rows, 0.0F);
+    std::fill_n(sums, num_rows * dim, 0.0F);
+    for (int64_t chunk = part * num_chunks / num_parts; chunk < (part + 1) * num_chunks / num_parts;
+         ++chunk) {
+      const auto first_id = static_cast<int32_t>(chunk * kVocabularyChunk);
+      const auto num_ids =
+          static_cast<int32_t>(std::min<int64_t>(vocabulary - first_id, kVocabularyChunk));
+      for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
+        const int64_t row = strips.begin(strip);
+        head.Multiply(args.hidden.f32() + row * args.hidden.stride, args.hidden.stride,
+                      strips.height(strip), first_id, num_ids,
+                      logits + (row - first_row) * kVocabularyChunk, kVocabularyChunk);
+      }
+      for (int64_t row = 0; row < num_rows; ++row) {
+        float* l = logits + row * kVocabularyChunk;
+        if (args.logit_cap > 0.0F) vocabulary_kernels_.soft_cap(l, args.logit_cap, num_ids);
+        const float top = *std::max_element(l, l + num_ids);
+        if (top > tops[row]) {
+          const float factor = std::exp2(std::max((tops[row] - top) * scale, -126.0F));
+          masses[row] *= factor;
+          isa_.scale(sums + row * dim, factor, dim, sums + row * dim);
+          tops[row] = top;
+        }
+        masses[row] += vocabulary_kernels_.exponentials(l, tops[row], scale, num_ids);
+      }
+      for (int64_t column = 0; column < dim; column += kPanelWidth) {
+        const int64_t count = std::min<int64_t>(dim - column, kPanelWidth);
+        for (int32_t id = 0; id < num_ids; ++id) {
+          std::fill_n(panel + id * kPanelWidth, kPanelWidth, 0.0F);
+          table.Read(first_id + id, column, count, panel + id * kPanelWidth);
+        }
+        for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
+          const int64_t row = strips.begin(strip) - first_row;
+          isa_.tile_rows(logits + row * kVocabularyChunk, kVocabularyChunk, strips.height(strip),
+                         panel, num_ids, /*resume=*/false, tile, kPanelWidth);
+          for (int32_t r = 0; r < strips.height(strip); ++r) {
+            float* sum = sums + (row + r) * dim + column;
+            for (int64_t i = 0; i < count; ++i) sum[i] += tile[r * kPanelWidth + i];
+          }
+        }
+      }
+    }
+  }
+
+  void JoinSoftParts(const SoftEmbedArgs& args, int64_t row, int64_t num_parts) const {
+    const int64_t dim = args.table->cols();
+    const float* tops = scratch() + scratch_.soft_tops;
+    const float* masses = scratch() + scratch_.soft_masses;
+    float top = tops[row];
+    for (int64_t part = 1; part < num_parts; ++part) {
+      top = std::max(top, tops[part * args.num_rows + row]);
+    }
+    double factors[16] = {};
+    double mass = 0.0;
+    for (int64_t part = 0; part < num_parts; ++part) {
+      const int64_t place = part * args.num_rows + row;
+      factors[part] = std::exp((static_cast<double>(tops[place]) - top) / args.temperature);
+      mass += factors[part] * masses[place];
+    }
+    float* out = args.out.f32() + row * args.out.stride;
+    for (int64_t i = 0; i < dim; ++i) {
+      double sum = 0.0;
+      for (int64_t part = 0; part < num_parts; ++part) {
+        sum +=
+            factors[part] * scratch()[scratch_.soft_sums + (part * args.num_rows + row) * dim + i];
+      }
+      out[i] = static_cast<float>(sum * args.scale / mass);
     }
   }
 

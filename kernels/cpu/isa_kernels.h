@@ -16,10 +16,10 @@ namespace cinnabar::cpu {
 inline constexpr int32_t kPanelWidth = 32;    // outputs of a weight panel
 inline constexpr int32_t kStripRowsMax = 14;  // largest strip of any instruction set
 
-enum class Finish : uint8_t { kStore, kAdd, kGatedAdd, kSilu, kGeluTanh, kSwiGlu };
+enum class Finish : uint8_t { kStore, kAdd, kGatedAdd, kSilu, kGeluTanh, kSwiGlu, kGeGlu };
 
 // Rows of one panel's products on their way out: rows of 32 sums, of which the first `num_outputs`
-// count (kSwiGlu: the first num_outputs of each half).
+// count (kSwiGlu, kGeGlu: the first num_outputs of each half).
 struct FinishTask {
   Finish finish;
   const float* sums;
@@ -53,6 +53,9 @@ struct IsaKernels {
 
   // out = w * x / sqrt(mean x^2 + eps)
   void (*rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float* out);
+  // out = (out + w * x / sqrt(mean x^2 + eps)) * scale
+  void (*add_rms_norm)(const float* x, const float* weight, int64_t dim, float eps, float scale,
+                       float* out);
   // out = LN(x) * w * (1 + scale) + shift
   void (*layer_norm)(const float* x, const float* weight, const float* shift, const float* scale,
                      int64_t dim, float eps, float* out);

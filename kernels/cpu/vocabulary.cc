@@ -249,6 +249,10 @@ class GroupAnswerer {
       plan.statistics_scale =
           static_cast<float>(kLog2E / static_cast<double>(query.statistics_temperature));
       plan.filtered = query.top_k > 0 || query.top_p < 1.0F;
+      CINNABAR_CHECK(!query.want_top || !plan.filtered) << "want_top does not go with filters";
+      CINNABAR_CHECK(args_.logit_cap == 0.0F ||
+                     (args_.bias == nullptr && query.unconditional_row < 0))
+          << "a cap goes with neither bias nor guidance";
       if (query.pick == PickRule::kUniformTweedie) {
         CINNABAR_CHECK(!plan.filtered) << "a Tweedie step has no filters";
         CINNABAR_CHECK(query.own_token >= 0 && query.own_token < vocabulary_);
@@ -330,6 +334,7 @@ class GroupAnswerer {
       task.unconditional = query.unconditional_row >= 0 ? logits + kVocabularyChunk : nullptr;
       task.guidance = query.guidance_scale + 1.0F;
       task.bias = args_.bias == nullptr ? nullptr : args_.bias + first_id;
+      task.logit_cap = args_.logit_cap;
       task.first_id = first_id;
       task.num_ids = num_ids;
       const ChunkRule* rule = arrays_.rules + int64_t{row} * kVocabularyRulesMax;
@@ -343,6 +348,7 @@ class GroupAnswerer {
       task.num_pickable =
           query.pickable_ids == 0 ? num_ids : std::max(query.pickable_ids - first_id, 0);
       task.pick_scale = plan.pick_scale;
+      task.want_top = query.want_top;
       task.noise = query.noise;
       RowFloors& floors = arrays_.floors[row];
       task.pick_floor = floors.pick.load(std::memory_order_relaxed);
@@ -389,6 +395,12 @@ class GroupAnswerer {
       return;
     }
     SetStatistics(totals, query, answer);
+    float top = kNegativeInfinity;
+    for (int32_t chunk = 0; query.want_top && chunk < num_chunks_; ++chunk) {
+      if (summaries[chunk].top_id < 0 || !(summaries[chunk].top_logit > top)) continue;
+      top = summaries[chunk].top_logit;
+      answer.top_token = summaries[chunk].top_id;
+    }
     if (plan.pick == ChunkPick::kNone) return;
     float score = kNegativeInfinity;
     for (int32_t chunk = 0; chunk < num_chunks_; ++chunk) {
@@ -570,6 +582,7 @@ class GroupAnswerer {
     const VocabularyQuery& query = queries_[row];
     const int64_t stride = int64_t{num_chunks_} * kVocabularyChunk;
     float* logits = arrays_.whole_logits + arrays_.plans[row].slot * stride;
+    if (args_.logit_cap > 0.0F) machine_.kernels->soft_cap(logits, args_.logit_cap, vocabulary_);
     machine_.kernels->combine(logits, query.unconditional_row >= 0 ? logits + stride : nullptr,
                               query.guidance_scale + 1.0F, args_.bias, vocabulary_);
     for (const ChunkRule& rule : RulesOf(row)) logits[rule.id] += rule.bias;

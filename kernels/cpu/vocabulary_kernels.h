@@ -53,6 +53,7 @@ struct ChunkTask {
   const float* unconditional;  // the same of the unconditional row, or null
   float guidance;              // guidance_scale + 1
   const float* bias;           // of first_id on, or null
+  float logit_cap;             // 0: none; else there is neither bias nor unconditional row
   int32_t first_id;            // multiple of kVocabularyChunk
   int32_t num_ids;             // 1 .. kVocabularyChunk
   const ChunkRule* rules;      // those of this chunk
@@ -61,6 +62,7 @@ struct ChunkTask {
   ChunkPick pick;
   int32_t num_pickable;  // ids at or beyond first_id + num_pickable are not picked
   float pick_scale;      // 1 / pick_temperature
+  bool want_top;         // the largest pickable logit, beside the pick
   NoiseKey noise;
   float pick_floor;       // a score this row has already reached: lower ones need not be found
   Candidate* candidates;  // room for kVocabularyChunk more; null: no filter
@@ -78,6 +80,8 @@ struct ChunkSummary {
   float score;        // of the pick, when it is not below pick_floor
   float pick_logit;
   int32_t pick_id;  // -1: none, or none that could win
+  float top_logit;
+  int32_t top_id;  // -1: none, or not wanted
   int32_t num_candidates;
   bool finite;  // false: NaN or +inf; all else is undefined
 };
@@ -88,6 +92,11 @@ struct VocabularyKernels {
   // First step of `summarise` alone: guidance and bias, in place.
   void (*combine)(float* logits, const float* unconditional, float guidance, const float* bias,
                   int32_t num_ids);
+  // logits[i] = cap * tanh(logits[i] / cap), i < count
+  void (*soft_cap)(float* logits, float cap, int64_t count);
+  // In place: logits[i] = 2^((logits[i] - largest) * scale), 0 where that is below 2^-126; their
+  // sum.
+  float (*exponentials)(float* logits, float largest, float scale, int32_t count);
   // Words `64 * block .. 64 * block + 63` of (key, kToken), and their Gumbel numbers.
   void (*noise_words)(const NoiseKey& key, uint32_t block, uint32_t* words);
   void (*gumbel)(const uint32_t* words, float* numbers);  // 16 of each
