@@ -13,6 +13,16 @@ const char* NameOf(DType dtype) {
       return "F16";
     case DType::kBf16:
       return "BF16";
+    case DType::kQ8_0:
+      return "Q8_0";
+    case DType::kQ4_0:
+      return "Q4_0";
+    case DType::kQ4_1:
+      return "Q4_1";
+    case DType::kQ4_K:
+      return "Q4_K";
+    case DType::kQ6_K:
+      return "Q6_K";
   }
   CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
   return "";

@@ -28,16 +28,48 @@
 
 namespace cinnabar {
 
-enum class DType : uint8_t { kF32, kF16, kBf16 };
+// How numbers are kept. The last five are block formats, of weights only: runs of a row share a
+// scale. Their layouts are GGUF's; see kernels/quantized.h.
+enum class DType : uint8_t { kF32, kF16, kBf16, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K };
 
-constexpr int64_t BytesOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-const char* NameOf(DType dtype);  // "F32", "F16", "BF16", as safetensors writes them
+const char* NameOf(DType dtype);  // "F32", "F16", "BF16", "Q8_0", ..., as the files write them
+
+// The smallest piece of a row.
+struct BlockShape {
+  int64_t elements = 1;
+  int64_t bytes = 0;
+};
+constexpr BlockShape BlockOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return {1, 4};
+    case DType::kF16:
+    case DType::kBf16:
+      return {1, 2};
+    case DType::kQ8_0:
+      return {32, 34};
+    case DType::kQ4_0:
+      return {32, 18};
+    case DType::kQ4_1:
+      return {32, 20};
+    case DType::kQ4_K:
+      return {256, 144};
+    case DType::kQ6_K:
+      return {256, 210};
+  }
+  return {};
+}
+constexpr bool IsQuantized(DType dtype) { return BlockOf(dtype).elements > 1; }
+// Of `count` elements, which are whole blocks.
+constexpr int64_t BytesOf(DType dtype, int64_t count = 1) {
+  return count / BlockOf(dtype).elements * BlockOf(dtype).bytes;
+}
 
 // --- Weights
 // ---------------------------------------------------------------------------------------
 
-// A matrix in host memory: [rows, cols] row-major, that is PyTorch's [out, in]. `data` need not be
-// aligned. Borrowed.
+// A matrix in host memory: [rows, cols] row-major, that is PyTorch's [out, in]; a row is whole
+// blocks. `data` need not be aligned. Borrowed.
 struct HostMatrix {
   const void* data = nullptr;
   DType dtype = DType::kF32;
@@ -485,8 +517,10 @@ class Backend {
   virtual int64_t WorkspaceBytes(const WorkspaceShape& shape) const = 0;
 
   // Stacks `parts` (equal cols; the sources may be let go afterwards). `dtype` is how the values
-  // are kept: kF32, kF16 or kBf16; narrowing rounds to nearest even, widening is exact. Products
-  // read the kept values and compute in float32.
+  // are kept. Floats: narrowing rounds to nearest even, widening is exact; products read the kept
+  // values and compute in float32. A block format (rows of whole blocks): parts that are in any
+  // block format stay as they are, floats are rounded as kernels/quantized.h says; products of them
+  // may round x to 15 bits for each 32 columns, no further, and sum integers.
   virtual absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                              RowOrder row_order, DType dtype) = 0;
   // The same for a weight of which most passes read nothing (an expert), kept in the dtype of

@@ -17,6 +17,7 @@
 #include "kernels/cpu/packed_weight.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/cpu/vocabulary.h"
+#include "kernels/quantized.h"
 
 namespace cinnabar::cpu {
 namespace {
@@ -76,16 +77,27 @@ class HostBuffer : public Buffer {
 class EmbeddingTable : public Weight {
  public:
   explicit EmbeddingTable(const HostMatrix& table)
-      : Weight(table.rows, table.cols, RowOrder::kStacked, table.dtype), data_(table.data) {}
+      : Weight(table.rows, table.cols, RowOrder::kStacked, table.dtype), table_(table) {}
   int64_t memory_bytes() const override { return 0; }  // the file's own pages
-  // Elements [col, col + count) of a row, widened.
+  // Elements [col, col + count) of a row, widened; at most 32, inside of one block where those are
+  // wider.
   void Read(int64_t row, int64_t col, int64_t count, float* out) const {
-    const int64_t begin = row * cols() + col;
-    for (int64_t i = 0; i < count; ++i) out[i] = ReadElement(data_, dtype(), begin + i);
+    const int64_t block = BlockOf(dtype()).elements;
+    const int64_t begin = col / block * block;
+    float piece[256];
+    const int64_t elements = block > 1 ? block : count;
+    const HostMatrix part{
+        .data = static_cast<const std::byte*>(table_.data) + BytesOf(dtype(), row * cols() + begin),
+        .dtype = dtype(),
+        .rows = 1,
+        .cols = elements};
+    ReadRow(part, 0, absl::MakeSpan(piece, elements));
+    std::copy_n(piece + (col - begin), count, out);
   }
+  const HostMatrix& table() const { return table_; }
 
  private:
-  const void* data_;
+  HostMatrix table_;
 };
 
 // Keys in panels of 32 positions, [positions / 32][head_dim][32]: the scores of a strip are a
@@ -255,7 +267,9 @@ class CpuBackend : public Backend {
     auto buffer = Allocate(size * 4);
     if (!buffer.ok()) return buffer.status();
     float* out = static_cast<float*>((*buffer)->data());
-    for (int64_t i = 0; i < size; ++i) out[i] = ReadElement(vector.data, vector.dtype, i);
+    for (int64_t row = 0; row < vector.rows; ++row) {
+      ReadRow(vector, row, absl::MakeSpan(out + row * vector.cols, vector.cols));
+    }
     return buffer;
   }
   absl::Status Upload(absl::Span<const float> host, void* device) override {
@@ -274,7 +288,7 @@ class CpuBackend : public Backend {
     ForRows(static_cast<int64_t>(ids.size()), [&](int64_t row) {
       CINNABAR_CHECK(ids[row] >= 0 && ids[row] < embedding.rows()) << "id " << ids[row];
       float* values = out.f32() + row * out.stride;
-      embedding.Read(ids[row], 0, embedding.cols(), values);
+      ReadRow(embedding.table(), ids[row], absl::MakeSpan(values, embedding.cols()));
       isa_.scale(values, scale, embedding.cols(), values);
     });
     return absl::OkStatus();
@@ -670,22 +684,36 @@ class CpuBackend : public Backend {
     const int64_t dim = weight.cols();
     CINNABAR_CHECK(args.num_rows * dim <= shape_.rows_max * shape_.cols_max)
         << args.num_rows << " x " << dim << " is more than was reserved";
+    if (weight.any_float()) MultiplyPanels(args, weight, finish, /*quantized=*/false);
+    if (weight.any_quantized()) MultiplyPanels(args, weight, finish, /*quantized=*/true);
+  }
+
+  // The panels that are quantised, or those that are not.
+  void MultiplyPanels(const LinearArgs& args, const PackedWeight& weight, Finish finish,
+                      bool quantized) {
+    const int64_t dim = weight.cols();
     const Strips strips(args.num_rows, isa_.strip_rows);
     float* packed = scratch() + scratch_.strips;
     pool_.ParallelFor(strips.count, [&](int64_t strip, int32_t /*thread*/) {
       const int64_t row = strips.begin(strip);
-      isa_.pack_strip(args.x.f32() + row * args.x.stride, args.x.stride, strips.height(strip), dim,
-                      1.0F, packed + row * dim);
+      const float* x = args.x.f32() + row * args.x.stride;
+      if (quantized) {
+        isa_.quantize_strip(x, args.x.stride, strips.height(strip), dim, packed + row * dim);
+      } else {
+        isa_.pack_strip(x, args.x.stride, strips.height(strip), dim, 1.0F, packed + row * dim);
+      }
     });
     // Groups of strips of at most kRowGroup rows; a task is one panel for one group.
     const int64_t strips_per_group = kRowGroup / isa_.strip_rows;
     const int64_t num_groups = (strips.count + strips_per_group - 1) / strips_per_group;
     pool_.ParallelFor(num_groups * weight.num_panels(), [&](int64_t item, int32_t thread) {
+      const int64_t panel = item % weight.num_panels();
+      if (weight.quantized(panel) != quantized) return;
       const int64_t group = item / weight.num_panels();
       const int64_t strip_begin = group * strips_per_group;
       const int64_t strip_end = std::min(strips.count, strip_begin + strips_per_group);
-      MultiplyPanel(args, weight, finish, strips, strip_begin, strip_end,
-                    item % weight.num_panels(), ThreadScratch(thread));
+      MultiplyPanel(args, weight, finish, strips, strip_begin, strip_end, panel,
+                    ThreadScratch(thread));
     });
   }
 
@@ -695,19 +723,30 @@ class CpuBackend : public Backend {
     const int64_t dim = weight.cols();
     const float* packed = scratch() + scratch_.strips;
     float* sums = mine + scratch_.sums;
+    float* block_scratch = mine + scratch_.panel;
+    const bool quantized = weight.quantized(panel);
     const int64_t first_row = strips.begin(strip_begin);
     for (int64_t k = 0; k < dim; k += kInputBlock) {
       const int64_t count = std::min(kInputBlock, dim - k);
-      const float* block = weight.PanelBlock(panel, k, count, isa_, mine + scratch_.panel);
+      const float* block = nullptr;
+      RunPanel runs{};
+      if (quantized) {
+        runs = weight.PanelRuns(panel, k, count, isa_, block_scratch);
+      } else {
+        block = weight.PanelBlock(panel, k, count, isa_, block_scratch);
+      }
       for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
         const int64_t row = strips.begin(strip);
         const int32_t height = strips.height(strip);
-        isa_.tile(packed + row * dim + k * height, height, block, count, /*resume=*/k > 0,
-                  sums + (row - first_row) * kPanelWidth, kPanelWidth);
-        if (k + count == dim) {
-          FinishStrip(args, weight, finish, panel, row, height,
-                      sums + (row - first_row) * kPanelWidth);
+        const float* x = packed + row * dim;
+        float* c = sums + (row - first_row) * kPanelWidth;
+        if (quantized) {
+          isa_.tile_runs(x + k / kRunLength * kRunWords * height, height, runs, count / kRunLength,
+                         /*resume=*/k > 0, c, kPanelWidth);
+        } else {
+          isa_.tile(x + k * height, height, block, count, /*resume=*/k > 0, c, kPanelWidth);
         }
+        if (k + count == dim) FinishStrip(args, weight, finish, panel, row, height, c);
       }
     }
   }
@@ -923,6 +962,13 @@ class CpuBackend : public Backend {
           backend_(backend),
           weight_(weight) {
       CINNABAR_CHECK(!weight.mapped()) << "every pass reads the whole head";
+      CINNABAR_CHECK(!weight.any_quantized() || !weight.any_float()) << "a head of two formats";
+    }
+
+    void Prepare(float* x, int64_t num_rows, int64_t dim) const override {
+      if (!weight_.any_quantized()) return;
+      backend_.ForRows(num_rows,
+                       [&](int64_t row) { backend_.isa_.quantize_row(x + row * dim, dim); });
     }
 
     void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id,
@@ -943,6 +989,15 @@ class CpuBackend : public Backend {
       const int64_t dim = weight_.cols();
       // Widened weights pass through a block of scratch that belongs to the call.
       alignas(64) float block[kWidenBlock * kPanelWidth];
+      if (weight_.any_quantized()) {
+        for (int64_t k = 0; k < dim; k += kWidenBlock) {
+          const int64_t count = std::min(kWidenBlock, dim - k);
+          backend_.isa_.tile_run_rows(x + k / kRunLength * kRunWords, x_stride, num_rows,
+                                      weight_.PanelRuns(panel, k, count, backend_.isa_, block),
+                                      count / kRunLength, k > 0, out, out_stride);
+        }
+        return;
+      }
       const int64_t step = weight_.dtype() == DType::kF32 ? dim : kWidenBlock;
       for (int64_t k = 0; k < dim; k += step) {
         const int64_t count = std::min(step, dim - k);

@@ -4,8 +4,9 @@
 // could end up with instructions that the machine lacks.
 //
 // Every table gives the same bits: an output of a product is one float32 accumulator, fused over k
-// = 0, 1, ...; sums over a row run in sixteen lanes, element i in lane i mod 16, joined in one
-// fixed order.
+// = 0, 1, ... or, with block-quantised weights, over runs of 32 of them, each summed exactly in
+// integers; sums over a row run in sixteen lanes, element i in lane i mod 16, joined in one fixed
+// order.
 #ifndef CINNABAR_KERNELS_CPU_ISA_KERNELS_H_
 #define CINNABAR_KERNELS_CPU_ISA_KERNELS_H_
 
@@ -33,6 +34,41 @@ struct FinishTask {
   int64_t out_stride;
 };
 
+// Inputs that share a scale on both sides of a product with a block-quantised weight.
+inline constexpr int32_t kRunLength = 32;
+
+// Runs of one panel of a block-quantised weight as it is kept; see packed_weight.h. Pointers are
+// those of the panel's first run.
+struct ExpandTask {
+  // 8 bits: int8 [inputs / 2][32 outputs][2]. 4 bits: [inputs / 4][32][2], the first two inputs in
+  // the low nibble; `zero` is subtracted.
+  const uint8_t* values;
+  bool nibbles;
+  int32_t zero;
+  const int8_t* sub_scales;   // [inputs / sub_scale_length][32], or null
+  int32_t sub_scale_length;   // 16 or 32
+  const int8_t* sub_offsets;  // [inputs / 32][32], or null
+  const float* scales;        // [inputs / scale_length][32]
+  const float* offsets;       // the same, or null
+  int32_t scale_length;       // 32 or 256
+  int64_t first_run;
+  int64_t num_runs;
+};
+
+// The same with everything multiplied out: weight (k, j) is
+//   scales[k / 32][j] * values[k / 2][j][k % 2] + offsets[k / 32][j].
+// |value| <= 4096. The first run that was asked for comes first.
+struct RunPanel {
+  int16_t* values;  // aligned to 64 bytes
+  float* scales;
+  float* offsets;  // null: none
+};
+
+// A row of the left side is rounded to 15 bits for each run, x[k] = scale * q[k]; a run is
+// kRunWords words: 16 pairs (q[2p] in the low half, q[2p + 1] in the high one), the scale and scale
+// * sum of q. A run with NaN or infinity has NaN for both, and q 0.
+inline constexpr int32_t kRunWords = 18;
+
 struct IsaKernels {
   const char* name;
   int32_t strip_rows;  // rows of a strip at most
@@ -47,6 +83,18 @@ struct IsaKernels {
   // The same from rows that are not packed: x[r * x_stride + k].
   void (*tile_rows)(const float* x, int64_t x_stride, int32_t num_rows, const float* panel,
                     int64_t dim, bool resume, float* c, int64_t c_stride);
+  // Products of block-quantised weights; dim is a multiple of 32. quantize_strip writes word w of
+  // run b of row r to strip[(b * kRunWords + w) * num_rows + r]; quantize_row rewrites one row in
+  // place, word w of run b to x[b * kRunWords + w]. tile_runs and tile_run_rows are as tile and
+  // tile_rows, with these rows.
+  void (*quantize_strip)(const float* x, int64_t stride, int32_t num_rows, int64_t dim,
+                         float* strip);
+  void (*quantize_row)(float* x, int64_t dim);
+  void (*expand)(const ExpandTask& task, const RunPanel& out);
+  void (*tile_runs)(const float* strip, int32_t num_rows, const RunPanel& panel, int64_t num_runs,
+                    bool resume, float* c, int64_t c_stride);
+  void (*tile_run_rows)(const float* x, int64_t x_stride, int32_t num_rows, const RunPanel& panel,
+                        int64_t num_runs, bool resume, float* c, int64_t c_stride);
   void (*widen_bf16)(const uint16_t* source, int64_t count, float* out);  // count: multiple of 16
   void (*widen_f16)(const uint16_t* source, int64_t count, float* out);
   void (*finish)(const FinishTask& task);

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/check.h"
+#include "kernels/quantized.h"
 
 namespace cinnabar::cpu {
 namespace {
@@ -26,36 +28,11 @@ uint32_t BitsOfFloat(float value) {
   return bits;
 }
 
-float WidenHalf(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000U) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1FU;
-  const uint32_t fraction = half & 0x3FFU;
-  if (exponent == 0)
-    return FloatFromBits(sign | BitsOfFloat(static_cast<float>(fraction) * 0x1p-24F));
-  if (exponent == 31) return FloatFromBits(sign | 0x7F800000U | fraction << 13);
-  return FloatFromBits(sign | (exponent + 112) << 23 | fraction << 13);
-}
-
 // Round to nearest, ties to even; NaN stays NaN, too large becomes infinite.
 uint16_t NarrowToBf16(float value) {
   const uint32_t bits = BitsOfFloat(value);
   if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return static_cast<uint16_t>(bits >> 16 | 0x40U);
   return static_cast<uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
-}
-
-uint16_t NarrowToF16(float value) {
-  const uint32_t bits = BitsOfFloat(value);
-  const uint32_t sign = bits >> 16 & 0x8000U;
-  const uint32_t magnitude = bits & 0x7FFFFFFFU;
-  if (magnitude > 0x7F800000U) return static_cast<uint16_t>(sign | 0x7E00U);
-  if (magnitude >= 0x477FF000U) return static_cast<uint16_t>(sign | 0x7C00U);  // 65520 and up
-  if (magnitude < 0x38800000U) {
-    // Subnormal result: adding 0.5 leaves round(value * 2^24) in the low bits.
-    const uint32_t rounded = BitsOfFloat(FloatFromBits(magnitude) + 0.5F) - BitsOfFloat(0.5F);
-    return static_cast<uint16_t>(sign | rounded);
-  }
-  const uint32_t rounded = magnitude + 0xFFFU + (magnitude >> 13 & 1U);
-  return static_cast<uint16_t>(sign | (rounded - (112U << 23)) >> 13);
 }
 
 template <typename Word>
@@ -67,24 +44,101 @@ Word ReadWord(const void* data, int64_t index) {
   return word;
 }
 
-// Writes `source` row into lane `lane` of its panel. Same dtypes copy the bits.
-void PackRow(const HostMatrix& source, int64_t row, DType dtype, std::byte* panel, int64_t lane) {
-  const int64_t begin = row * source.cols;
-  for (int64_t k = 0; k < source.cols; ++k) {
-    std::byte* out = panel + (k * kPanelWidth + lane) * BytesOf(dtype);
-    if (source.dtype == dtype && dtype != DType::kF32) {
-      const uint16_t word = ReadWord<uint16_t>(source.data, begin + k);
-      std::memcpy(out, &word, sizeof(word));
+int64_t RoundUp(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// --- Block formats
+// -----------------------------------------------------------------------------------------
+
+// How a panel of a block format is kept: the sections of an ExpandTask one after another, each
+// aligned.
+struct RunFormat {
+  bool nibbles;
+  int32_t zero;              // what nibbles are stored above
+  int32_t sub_scale_length;  // 0: none
+  bool sub_offsets;
+  int32_t scale_length;
+  bool offsets;
+};
+
+RunFormat FormatOf(DType dtype) {
+  switch (dtype) {
+    case DType::kQ8_0:
+      return {false, 0, 0, false, 32, false};
+    case DType::kQ4_0:
+      return {true, 8, 0, false, 32, false};
+    case DType::kQ4_1:
+      return {true, 0, 0, false, 32, true};
+    case DType::kQ4_K:
+      return {true, 0, 32, true, 256, true};
+    case DType::kQ6_K:
+      return {false, 0, 16, false, 256, false};
+    case DType::kF32:
+    case DType::kF16:
+    case DType::kBf16:
+      break;
+  }
+  CINNABAR_CHECK(false) << NameOf(dtype) << " is no block format";
+  return {};
+}
+
+// Offsets of the sections in a panel; `end` is its size.
+struct RunSections {
+  int64_t values, sub_scales, sub_offsets, scales, offsets, end;
+};
+
+RunSections SectionsOf(const RunFormat& format, int64_t cols) {
+  RunSections at{};
+  int64_t next = 0;
+  const auto take = [&](bool there, int64_t bytes) {
+    return std::exchange(next, next + (there ? RoundUp(bytes) : 0));
+  };
+  at.values = take(true, cols * kPanelWidth / (format.nibbles ? 2 : 1));
+  at.sub_scales =
+      take(format.sub_scale_length > 0,
+           format.sub_scale_length > 0 ? cols / format.sub_scale_length * kPanelWidth : 0);
+  at.sub_offsets = take(format.sub_offsets, cols / kRunLength * kPanelWidth);
+  const int64_t scale_bytes = cols / format.scale_length * kPanelWidth * 4;
+  at.scales = take(true, scale_bytes);
+  at.offsets = take(format.offsets, scale_bytes);
+  at.end = next;
+  return at;
+}
+
+// Writes one run of one output into a panel.
+void PackRun(const QuantizedRun& run, const RunFormat& format, const RunSections& at, int64_t index,
+             int64_t lane, std::byte* panel) {
+  auto* values = reinterpret_cast<uint8_t*>(panel + at.values);
+  for (int64_t i = 0; i < kRunLength; ++i) {
+    const int64_t pair = (index * kRunLength + i) / 2, place = 2 * lane + i % 2;
+    if (!format.nibbles) {
+      values[pair * 2 * kPanelWidth + place] = static_cast<uint8_t>(run.q[i]);
       continue;
     }
-    const float value = ReadElement(source.data, source.dtype, begin + k);
-    if (dtype == DType::kF32) {
-      std::memcpy(out, &value, sizeof(value));
-    } else {
-      const uint16_t word = dtype == DType::kBf16 ? NarrowToBf16(value) : NarrowToF16(value);
-      std::memcpy(out, &word, sizeof(word));
+    const int nibble = run.q[i] + format.zero;
+    values[pair / 2 * 2 * kPanelWidth + place] |=
+        static_cast<uint8_t>(pair % 2 == 0 ? nibble : nibble << 4);
+  }
+  if (format.sub_scale_length > 0) {
+    auto* sub_scales = reinterpret_cast<int8_t*>(panel + at.sub_scales);
+    for (int64_t k = 0; k < kRunLength; k += format.sub_scale_length) {
+      sub_scales[(index * kRunLength + k) / format.sub_scale_length * kPanelWidth + lane] =
+          run.sub_scale[k / 16];
     }
   }
+  if (format.sub_offsets) {
+    reinterpret_cast<int8_t*>(panel + at.sub_offsets)[index * kPanelWidth + lane] = run.sub_offset;
+  }
+  const int64_t block = index * kRunLength / format.scale_length * kPanelWidth + lane;
+  reinterpret_cast<float*>(panel + at.scales)[block] = run.scale;
+  if (format.offsets) reinterpret_cast<float*>(panel + at.offsets)[block] = run.offset;
+}
+
+// --- Panels
+// ------------------------------------------------------------------------------------------------
+
+int64_t PanelBytes(DType dtype, int64_t cols) {
+  return IsQuantized(dtype) ? SectionsOf(FormatOf(dtype), cols).end
+                            : RoundUp(cols * kPanelWidth * BytesOf(dtype));
 }
 
 struct PanelShape {
@@ -98,6 +152,8 @@ PanelShape ShapeOf(absl::Span<const HostMatrix> parts, RowOrder row_order) {
   PanelShape shape{.cols = parts[0].cols};
   for (const HostMatrix& part : parts) {
     CINNABAR_CHECK(part.cols == shape.cols) << part.cols << " columns beside " << shape.cols;
+    CINNABAR_CHECK(part.cols % BlockOf(part.dtype).elements == 0)
+        << part.cols << " columns are not whole blocks of " << NameOf(part.dtype);
     shape.rows += part.rows;
   }
   const bool paired = row_order == RowOrder::kGatedPairs;
@@ -114,6 +170,10 @@ PanelShape ShapeOf(absl::Span<const HostMatrix> parts, RowOrder row_order) {
 struct Lane {
   const HostMatrix* part = nullptr;  // null: beyond the last output
   int64_t row = 0;
+
+  const std::byte* data() const {
+    return static_cast<const std::byte*>(part->data) + row * BytesOf(part->dtype, part->cols);
+  }
 };
 
 Lane LaneOf(absl::Span<const HostMatrix> parts, RowOrder row_order, int64_t panel, int64_t lane) {
@@ -130,6 +190,69 @@ Lane LaneOf(absl::Span<const HostMatrix> parts, RowOrder row_order, int64_t pane
   return {};
 }
 
+// What a part is kept as when `dtype` is asked for.
+DType KeptAs(const HostMatrix& part, DType dtype) {
+  return IsQuantized(dtype) && IsQuantized(part.dtype) ? part.dtype : dtype;
+}
+
+DType PanelDType(absl::Span<const HostMatrix> parts, RowOrder row_order, DType dtype,
+                 int64_t panel) {
+  std::optional<DType> kept;
+  for (int64_t i = 0; i < kPanelWidth; ++i) {
+    const Lane lane = LaneOf(parts, row_order, panel, i);
+    if (lane.part == nullptr) continue;
+    const DType wanted = KeptAs(*lane.part, dtype);
+    if (kept.has_value() && *kept != wanted) return DType::kF32;
+    kept = wanted;
+  }
+  return kept.value_or(dtype);
+}
+
+// Writes an output into lane `lane` of a panel of floats. Same dtypes copy the bits. `row` is
+// scratch for cols floats.
+void PackFloats(const Lane& source, DType dtype, int64_t lane, absl::Span<float> row,
+                std::byte* panel) {
+  const bool copy = source.part->dtype == dtype && dtype != DType::kF32;
+  if (!copy) ReadRow(*source.part, source.row, row);
+  for (int64_t k = 0; k < source.part->cols; ++k) {
+    std::byte* out = panel + (k * kPanelWidth + lane) * BytesOf(dtype);
+    if (dtype == DType::kF32) {
+      std::memcpy(out, &row[k], sizeof(float));
+      continue;
+    }
+    const uint16_t word = copy                    ? ReadWord<uint16_t>(source.data(), k)
+                          : dtype == DType::kBf16 ? NarrowToBf16(row[k])
+                                                  : NarrowToHalf(row[k]);
+    std::memcpy(out, &word, sizeof(word));
+  }
+}
+
+void PackPanel(absl::Span<const HostMatrix> parts, RowOrder row_order, int64_t panel, DType dtype,
+               std::byte* out) {
+  const int64_t cols = parts[0].cols;
+  std::vector<float> row(cols);
+  std::vector<std::byte> blocks(IsQuantized(dtype) ? BytesOf(dtype, cols) : 0);
+  for (int64_t i = 0; i < kPanelWidth; ++i) {
+    const Lane lane = LaneOf(parts, row_order, panel, i);
+    if (lane.part == nullptr) continue;
+    if (!IsQuantized(dtype)) {
+      PackFloats(lane, dtype, i, absl::MakeSpan(row), out);
+      continue;
+    }
+    const std::byte* source = lane.data();
+    if (lane.part->dtype != dtype) {
+      ReadRow(*lane.part, lane.row, absl::MakeSpan(row));
+      QuantizeRow(row, dtype, blocks.data());
+      source = blocks.data();
+    }
+    const RunFormat format = FormatOf(dtype);
+    const RunSections at = SectionsOf(format, cols);
+    for (int64_t index = 0; index < cols / kRunLength; ++index) {
+      PackRun(ReadRun(source, dtype, index), format, at, index, i, out);
+    }
+  }
+}
+
 // `count` elements of a row, widened, to every 32nd place of `out`.
 template <typename Word, typename Widen>
 void SpreadRow(const void* data, int64_t begin, int64_t count, const Widen& widen, float* out) {
@@ -138,58 +261,61 @@ void SpreadRow(const void* data, int64_t begin, int64_t count, const Widen& wide
   }
 }
 
+// The parts of a RunPanel for `count` inputs, in this order.
+RunPanel LayOutRuns(int64_t count, bool offsets, float* scratch) {
+  float* scales = scratch + count * kPanelWidth / 2;
+  return {.values = reinterpret_cast<int16_t*>(scratch),
+          .scales = scales,
+          .offsets = offsets ? scales + count / kRunLength * kPanelWidth : nullptr};
+}
+
 }  // namespace
 
 void FreeAligned::operator()(std::byte* memory) const { std::free(memory); }
 
 AlignedMemory AllocateAligned(int64_t size_bytes) {
-  const int64_t rounded =
-      (std::max<int64_t>(size_bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+  const int64_t rounded = RoundUp(std::max<int64_t>(size_bytes, 1));
   auto* memory =
       static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
   if (memory != nullptr) std::memset(memory, 0, static_cast<size_t>(rounded));
   return AlignedMemory(memory);
 }
 
-float ReadElement(const void* data, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kF32:
-      return ReadWord<float>(data, index);
-    case DType::kF16:
-      return WidenHalf(ReadWord<uint16_t>(data, index));
-    case DType::kBf16:
-      return FloatFromBits(static_cast<uint32_t>(ReadWord<uint16_t>(data, index)) << 16);
-  }
-  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
-  return 0.0F;
-}
-
 PackedWeight::PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype,
-                           int64_t num_panels, AlignedMemory memory, std::vector<HostMatrix> parts)
+                           std::vector<Panel> panels, AlignedMemory memory, int64_t memory_bytes,
+                           std::vector<HostMatrix> parts)
     : Weight(rows, cols, row_order, dtype),
-      num_panels_(num_panels),
+      panels_(std::move(panels)),
       memory_(std::move(memory)),
-      parts_(std::move(parts)) {}
+      memory_bytes_(memory_bytes),
+      parts_(std::move(parts)) {
+  for (const Panel& panel : panels_) {
+    (IsQuantized(panel.dtype) ? any_quantized_ : any_float_) = true;
+  }
+}
 
 absl::StatusOr<std::unique_ptr<PackedWeight>> PackedWeight::Pack(absl::Span<const HostMatrix> parts,
                                                                  RowOrder row_order, DType dtype,
                                                                  ThreadPool& pool) {
   const PanelShape shape = ShapeOf(parts, row_order);
-  const int64_t panel_bytes = shape.cols * kPanelWidth * BytesOf(dtype);
-  AlignedMemory memory = AllocateAligned(shape.num_panels * panel_bytes);
+  std::vector<Panel> panels(shape.num_panels);
+  int64_t memory_bytes = 0;
+  for (int64_t panel = 0; panel < shape.num_panels; ++panel) {
+    const DType kept = PanelDType(parts, row_order, dtype, panel);
+    panels[panel] = {.dtype = kept, .begin_byte = memory_bytes};
+    memory_bytes += PanelBytes(kept, shape.cols);
+  }
+  AlignedMemory memory = AllocateAligned(memory_bytes);
   if (memory == nullptr) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("no ", shape.num_panels * panel_bytes, " bytes for a weight"));
+    return absl::ResourceExhaustedError(absl::StrCat("no ", memory_bytes, " bytes for a weight"));
   }
   pool.ParallelFor(shape.num_panels, [&](int64_t panel, int32_t /*thread*/) {
-    std::byte* out = memory.get() + panel * panel_bytes;
-    for (int64_t i = 0; i < kPanelWidth; ++i) {
-      const Lane lane = LaneOf(parts, row_order, panel, i);
-      if (lane.part != nullptr) PackRow(*lane.part, lane.row, dtype, out, i);
-    }
+    PackPanel(parts, row_order, panel, panels[panel].dtype,
+              memory.get() + panels[panel].begin_byte);
   });
-  return std::unique_ptr<PackedWeight>(new PackedWeight(
-      shape.rows, shape.cols, row_order, dtype, shape.num_panels, std::move(memory), {}));
+  return std::unique_ptr<PackedWeight>(new PackedWeight(shape.rows, shape.cols, row_order, dtype,
+                                                        std::move(panels), std::move(memory),
+                                                        memory_bytes, {}));
 }
 
 std::unique_ptr<PackedWeight> PackedWeight::Map(absl::Span<const HostMatrix> parts,
@@ -197,8 +323,9 @@ std::unique_ptr<PackedWeight> PackedWeight::Map(absl::Span<const HostMatrix> par
   const PanelShape shape = ShapeOf(parts, row_order);
   for (const HostMatrix& part : parts) CINNABAR_CHECK(part.dtype == parts[0].dtype);
   return std::unique_ptr<PackedWeight>(
-      new PackedWeight(shape.rows, shape.cols, row_order, parts[0].dtype, shape.num_panels, nullptr,
-                       std::vector<HostMatrix>(parts.begin(), parts.end())));
+      new PackedWeight(shape.rows, shape.cols, row_order, parts[0].dtype,
+                       std::vector<Panel>(shape.num_panels, Panel{.dtype = parts[0].dtype}),
+                       nullptr, 0, std::vector<HostMatrix>(parts.begin(), parts.end())));
 }
 
 void PackedWeight::WidenMapped(int64_t panel, int64_t k, int64_t count, float* out) const {
@@ -214,20 +341,37 @@ void PackedWeight::WidenMapped(int64_t panel, int64_t k, int64_t count, float* o
         for (int64_t j = 0; j < piece; ++j) to[j * kPanelWidth] = 0.0F;
         continue;
       }
-      const void* data = lanes[i].part->data;
-      const int64_t begin = lanes[i].row * cols() + k + done;
-      switch (dtype()) {
-        case DType::kF32:
-          SpreadRow<float>(data, begin, piece, [](float x) { return x; }, to);
-          break;
-        case DType::kF16:
-          SpreadRow<uint16_t>(data, begin, piece, WidenHalf, to);
-          break;
-        case DType::kBf16:
-          SpreadRow<uint16_t>(
-              data, begin, piece,
-              [](uint16_t x) { return FloatFromBits(static_cast<uint32_t>(x) << 16); }, to);
-          break;
+      const void* data = lanes[i].data();
+      const int64_t begin = k + done;
+      if (dtype() == DType::kF32) {
+        SpreadRow<float>(
+            data, begin, piece, [](float x) { return x; }, to);
+      } else if (dtype() == DType::kF16) {
+        SpreadRow<uint16_t>(data, begin, piece, WidenHalf, to);
+      } else {
+        SpreadRow<uint16_t>(
+            data, begin, piece,
+            [](uint16_t x) { return FloatFromBits(static_cast<uint32_t>(x) << 16); }, to);
+      }
+    }
+  }
+}
+
+void PackedWeight::ExpandMapped(int64_t panel, int64_t k, int64_t count,
+                                const RunPanel& out) const {
+  for (int64_t i = 0; i < kPanelWidth; ++i) {
+    const Lane lane = LaneOf(parts_, row_order(), panel, i);
+    for (int64_t index = 0; index < count / kRunLength; ++index) {
+      QuantizedRun run{};
+      if (lane.part != nullptr) run = ReadRun(lane.data(), dtype(), k / kRunLength + index);
+      int16_t* values = out.values + index * kRunLength * kPanelWidth + 2 * i;
+      for (int64_t j = 0; j < kRunLength; ++j) {
+        values[j / 2 * 2 * kPanelWidth + j % 2] =
+            static_cast<int16_t>(run.q[j] * run.sub_scale[j / 16]);
+      }
+      out.scales[index * kPanelWidth + i] = run.scale;
+      if (out.offsets != nullptr) {
+        out.offsets[index * kPanelWidth + i] = run.offset * static_cast<float>(run.sub_offset);
       }
     }
   }
@@ -239,11 +383,43 @@ const float* PackedWeight::PanelBlock(int64_t panel, int64_t k, int64_t count,
     WidenMapped(panel, k, count, scratch);
     return scratch;
   }
-  const int64_t first = (panel * cols() + k) * kPanelWidth;
-  if (dtype() == DType::kF32) return reinterpret_cast<const float*>(memory_.get()) + first;
-  const auto* kept = reinterpret_cast<const uint16_t*>(memory_.get()) + first;
-  (dtype() == DType::kBf16 ? isa.widen_bf16 : isa.widen_f16)(kept, count * kPanelWidth, scratch);
+  const std::byte* kept = memory_.get() + panels_[panel].begin_byte;
+  const int64_t first = k * kPanelWidth;
+  const DType dtype = panels_[panel].dtype;
+  if (dtype == DType::kF32) return reinterpret_cast<const float*>(kept) + first;
+  (dtype == DType::kBf16 ? isa.widen_bf16 : isa.widen_f16)(
+      reinterpret_cast<const uint16_t*>(kept) + first, count * kPanelWidth, scratch);
   return scratch;
+}
+
+RunPanel PackedWeight::PanelRuns(int64_t panel, int64_t k, int64_t count, const IsaKernels& isa,
+                                 float* scratch) const {
+  const RunFormat format = FormatOf(panels_[panel].dtype);
+  const RunPanel out = LayOutRuns(count, format.offsets, scratch);
+  if (mapped()) {
+    ExpandMapped(panel, k, count, out);
+    return out;
+  }
+  const RunSections at = SectionsOf(format, cols());
+  const std::byte* kept = memory_.get() + panels_[panel].begin_byte;
+  ExpandTask task{};
+  task.values = reinterpret_cast<const uint8_t*>(kept + at.values);
+  task.nibbles = format.nibbles;
+  task.zero = format.zero;
+  if (format.sub_scale_length > 0) {
+    task.sub_scales = reinterpret_cast<const int8_t*>(kept + at.sub_scales);
+    task.sub_scale_length = format.sub_scale_length;
+  }
+  if (format.sub_offsets) {
+    task.sub_offsets = reinterpret_cast<const int8_t*>(kept + at.sub_offsets);
+  }
+  task.scales = reinterpret_cast<const float*>(kept + at.scales);
+  if (format.offsets) task.offsets = reinterpret_cast<const float*>(kept + at.offsets);
+  task.scale_length = format.scale_length;
+  task.first_run = k / kRunLength;
+  task.num_runs = count / kRunLength;
+  isa.expand(task, out);
+  return out;
 }
 
 }  // namespace cinnabar::cpu

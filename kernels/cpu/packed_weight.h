@@ -24,14 +24,12 @@ struct FreeAligned {
 using AlignedMemory = std::unique_ptr<std::byte, FreeAligned>;
 AlignedMemory AllocateAligned(int64_t size_bytes);
 
-// One element of a host matrix, widened.
-float ReadElement(const void* data, DType dtype, int64_t index);
-
 class PackedWeight : public Weight {
  public:
   // Panel p, element (k, j): output 32 p + j, input k. kStacked: outputs in order. kGatedPairs:
   // panel p holds gate outputs 16 p .. 16 p + 15 and then the up outputs of the same numbers. What
-  // lies beyond the last output is 0.
+  // lies beyond the last output is 0. Where dtype is a block format, a panel whose outputs are of
+  // one block format is kept in it, bit for bit; one in which two meet is kept in float32.
   static absl::StatusOr<std::unique_ptr<PackedWeight>> Pack(absl::Span<const HostMatrix> parts,
                                                             RowOrder row_order, DType dtype,
                                                             ThreadPool& pool);
@@ -39,23 +37,39 @@ class PackedWeight : public Weight {
   // The same outputs of `parts`, of one dtype, that stay where they are and outlive this.
   static std::unique_ptr<PackedWeight> Map(absl::Span<const HostMatrix> parts, RowOrder row_order);
 
-  int64_t memory_bytes() const override {
-    return mapped() ? 0 : num_panels_ * cols() * kPanelWidth * BytesOf(dtype());
-  }
+  int64_t memory_bytes() const override { return memory_bytes_; }
   bool mapped() const { return !parts_.empty(); }
-  int64_t num_panels() const { return num_panels_; }
-  // Inputs [k, k + count) of a panel in float32: the kept values themselves, or widened into
-  // `scratch` (count * 32 floats, aligned).
+  int64_t num_panels() const { return static_cast<int64_t>(panels_.size()); }
+  // Whether a panel is in a block format, and whether any is or is not.
+  bool quantized(int64_t panel) const { return IsQuantized(panels_[panel].dtype); }
+  bool any_quantized() const { return any_quantized_; }
+  bool any_float() const { return any_float_; }
+
+  // Inputs [k, k + count) of a panel that is not quantised in float32: the kept values themselves,
+  // or widened into `scratch` (count * 32 floats, aligned).
   const float* PanelBlock(int64_t panel, int64_t k, int64_t count, const IsaKernels& isa,
                           float* scratch) const;
+  // The same of a quantised one, multiplied out into `scratch`; k and count are multiples of 32.
+  RunPanel PanelRuns(int64_t panel, int64_t k, int64_t count, const IsaKernels& isa,
+                     float* scratch) const;
 
  private:
-  PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype, int64_t num_panels,
-               AlignedMemory memory, std::vector<HostMatrix> parts);
-  void WidenMapped(int64_t panel, int64_t k, int64_t count, float* out) const;
+  struct Panel {
+    DType dtype = DType::kF32;
+    int64_t begin_byte = 0;  // in memory_
+  };
 
-  int64_t num_panels_;
+  PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype,
+               std::vector<Panel> panels, AlignedMemory memory, int64_t memory_bytes,
+               std::vector<HostMatrix> parts);
+  void WidenMapped(int64_t panel, int64_t k, int64_t count, float* out) const;
+  void ExpandMapped(int64_t panel, int64_t k, int64_t count, const RunPanel& out) const;
+
+  std::vector<Panel> panels_;
+  bool any_quantized_ = false;
+  bool any_float_ = false;
   AlignedMemory memory_;
+  int64_t memory_bytes_;
   std::vector<HostMatrix> parts_;  // mapped only
 };
 

@@ -281,6 +281,7 @@ class GroupAnswerer {
       strip.slot_end = slot;
     }
     arrays_.strips[num_strips_++] = strip;
+    machine_.Prepare(arrays_.x, slot, dim_);
     const int64_t num_states = int64_t{machine_.num_threads} * group_rows_;
     std::fill_n(arrays_.counts, num_states, 0);
     for (int64_t row = 0; row < num_rows(); ++row) new (&arrays_.floors[row]) RowFloors;
@@ -558,6 +559,7 @@ class GroupAnswerer {
         CopyRow(queries_[row].hidden_row, slots++);
         if (num_slots == 2) CopyRow(queries_[row].unconditional_row, slots++);
       }
+      machine_.Prepare(arrays_.x, slots, dim_);
       const int64_t stride = int64_t{num_chunks_} * kVocabularyChunk;
       machine_.ParallelFor(num_chunks_, [&](int64_t chunk, int32_t /*thread*/) {
         const int32_t first_id = static_cast<int32_t>(chunk) * kVocabularyChunk;

@@ -3,7 +3,7 @@
 // against uncached decoding.
 //
 //   engine_bench [--model small|medium|half|all] [--threads 1,2] [--rows 128,256,512] [--batch 1,8]
-//                [--dtype float32,bfloat16] [--isa auto] [--rounds 5] [--skip-cache]
+//                [--dtype float32,bfloat16,q8_0,...] [--isa auto] [--rounds 5] [--skip-cache]
 //
 // Or steps of published models' shapes, on any device, with weights made up in memory:
 //
@@ -116,9 +116,13 @@ struct Options {
 
 std::unique_ptr<Denoiser> Load(const std::string& directory, Backend& backend,
                                const std::string& dtype, const ForwardLimits& limits) {
-  auto denoiser =
-      LoadDenoiser(directory, backend,
-                   {.weight_dtype = dtype == "bfloat16" ? DType::kBf16 : DType::kF32}, limits);
+  const std::map<std::string, DType> dtypes = {
+      {"float32", DType::kF32}, {"bfloat16", DType::kBf16}, {"q8_0", DType::kQ8_0},
+      {"q4_0", DType::kQ4_0},   {"q4_1", DType::kQ4_1},     {"q4_k", DType::kQ4_K},
+      {"q6_k", DType::kQ6_K}};
+  const auto found = dtypes.find(dtype);
+  CINNABAR_CHECK(found != dtypes.end()) << dtype << " is no dtype";
+  auto denoiser = LoadDenoiser(directory, backend, {.weight_dtype = found->second}, limits);
   CINNABAR_CHECK(denoiser.ok()) << denoiser.status();
   return *std::move(denoiser);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/base/check.h"
+#include "kernels/quantized.h"
 
 namespace cinnabar {
 namespace {
@@ -40,11 +41,24 @@ float Element(const HostMatrix& matrix, int64_t index) {
                                      : std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
+// Block formats by the library's reader, which tests/golden holds against another one.
+std::vector<float> Values(const HostMatrix& matrix) {
+  std::vector<float> values(matrix.rows * matrix.cols);
+  if (!IsQuantized(matrix.dtype)) {
+    for (size_t i = 0; i < values.size(); ++i) values[i] = Element(matrix, static_cast<int64_t>(i));
+    return values;
+  }
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    ReadRow(matrix, row, absl::MakeSpan(values).subspan(row * matrix.cols, matrix.cols));
+  }
+  return values;
+}
+
 class PlainWeight : public Weight {
  public:
   PlainWeight(std::vector<float> values, int64_t rows, int64_t cols, RowOrder order, DType dtype)
       : Weight(rows, cols, order, dtype), values_(std::move(values)) {}
-  int64_t memory_bytes() const override { return rows() * cols() * BytesOf(dtype()); }
+  int64_t memory_bytes() const override { return BytesOf(dtype(), rows() * cols()); }
   const float* row(int64_t r) const { return values_.data() + r * cols(); }
 
  private:
@@ -121,8 +135,7 @@ class ReferenceBackend : public Backend {
     for (const HostMatrix& part : parts) {
       CINNABAR_CHECK(part.cols == parts[0].cols);
       rows += part.rows;
-      for (int64_t i = 0; i < part.rows * part.cols; ++i) {
-        const float value = Element(part, i);
+      for (const float value : Values(part)) {
         values.push_back(dtype == DType::kBf16 ? Bf16Value(value) : value);
       }
     }
@@ -139,9 +152,8 @@ class ReferenceBackend : public Backend {
   absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) override {
     const int64_t size = vector.rows * vector.cols;
     absl::StatusOr<std::unique_ptr<Buffer>> buffer = Allocate(4 * size);
-    for (int64_t i = 0; i < size; ++i) {
-      static_cast<float*>((*buffer)->data())[i] = Element(vector, i);
-    }
+    const std::vector<float> values = Values(vector);
+    std::memcpy((*buffer)->data(), values.data(), values.size() * sizeof(float));
     return buffer;
   }
   absl::Status Upload(absl::Span<const float> host, void* device) override {
