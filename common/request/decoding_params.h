@@ -17,16 +17,26 @@ struct DecodingParams {
   int32_t num_steps = 0;  // denoising steps for the whole canvas; 0: one for each masked position
   int32_t block_length =
       0;  // blocks are decoded left to right; 0: the model's block, else the canvas
-  float temperature = 0.0F;             // >= 0; 0 takes the argmax
-  float top_p = 1.0F;                   // in (0, 1]; 1 is off
-  int32_t top_k = 0;                    // >= 0; 0 is off
-  float threshold = 0.9F;               // confidence, in [0, 1]
-  float factor = 1.0F;                  // > 0
-  float entropy_bound = 0.1F;           // nats, >= 0
-  float alg_temp = 0.0F;                // >= 0; randomises the order of transfers
-  float eps = 1e-3F;                    // end of the time schedule, in (0, 1)
-  float cfg_scale = 0.0F;               // >= 0; classifier-free guidance, doubles the forward
-  bool logits_eos_inf = false;          // EOS may never be predicted
+  float temperature = 0.0F;    // >= 0; 0 takes the argmax
+  float top_p = 1.0F;          // in (0, 1]; 1 is off
+  int32_t top_k = 0;           // >= 0; 0 is off
+  float threshold = 0.9F;      // confidence, in [0, 1]
+  float factor = 1.0F;         // > 0
+  float entropy_bound = 0.1F;  // nats, >= 0
+  float alg_temp = 0.0F;       // >= 0; randomises the order of transfers
+  float eps = 1e-3F;           // end of the time schedule, in (0, 1)
+  float eta = -1.0F;  // >= 0; how readily committed positions are masked again; -1: the sampler's
+  // remdm_loop: masks again while t_off < time <= t_on, at a share alpha_on of committed positions.
+  float t_on = 0.55F;
+  float t_off = 0.05F;
+  float alpha_on = 0.9F;
+  float edit_threshold = 0.9F;  // in [0, 1]; probability above which a committed token is replaced
+  int32_t edit_steps = 16;      // >= 0; steps of a block that has nothing masked any more
+  float repeat_penalty = 0.0F;  // nats, >= 0; taken off the logit of the token one position before
+  float low_threshold = 0.4F;   // confidence, in [0, 1]
+  bool eos_early_stop = false;  // ends at an EOS that is final; what follows stays undecided
+  float cfg_scale = 0.0F;       // >= 0; classifier-free guidance, doubles the forward
+  bool logits_eos_inf = false;  // EOS may never be predicted
   bool confidence_eos_eot_inf = false;  // EOS and EoT are transferred last
   float eos_penalty = 0.0F;             // nats taken off the logit of every EOS id
   std::vector<TokenId> forbidden_ids;   // removed from the distribution; at most kForbiddenIdsMax

@@ -29,6 +29,15 @@ absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire) {
   params.forbidden_ids.assign(wire.forbidden_ids().begin(), wire.forbidden_ids().end());
   params.pickable_ids = wire.pickable_ids();
   params.seed = wire.seed();
+  if (wire.has_eta()) params.eta = wire.eta();
+  if (wire.has_t_on()) params.t_on = wire.t_on();
+  if (wire.has_t_off()) params.t_off = wire.t_off();
+  if (wire.has_alpha_on()) params.alpha_on = wire.alpha_on();
+  if (wire.has_edit_threshold()) params.edit_threshold = wire.edit_threshold();
+  if (wire.has_edit_steps()) params.edit_steps = wire.edit_steps();
+  params.repeat_penalty = wire.repeat_penalty();
+  if (wire.has_low_threshold()) params.low_threshold = wire.low_threshold();
+  params.eos_early_stop = wire.eos_early_stop();
   return params;
 }
 
@@ -52,6 +61,15 @@ v1::DecodingParams ToWire(const DecodingParams& params) {
   wire.mutable_forbidden_ids()->Assign(params.forbidden_ids.begin(), params.forbidden_ids.end());
   wire.set_pickable_ids(params.pickable_ids);
   wire.set_seed(params.seed);
+  wire.set_eta(params.eta);
+  wire.set_t_on(params.t_on);
+  wire.set_t_off(params.t_off);
+  wire.set_alpha_on(params.alpha_on);
+  wire.set_edit_threshold(params.edit_threshold);
+  wire.set_edit_steps(params.edit_steps);
+  wire.set_repeat_penalty(params.repeat_penalty);
+  wire.set_low_threshold(params.low_threshold);
+  wire.set_eos_early_stop(params.eos_early_stop);
   return wire;
 }
 

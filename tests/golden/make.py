@@ -75,7 +75,7 @@ def make_logits(out):
             # The reference itself must not be badly conditioned: float32 stays well inside the bound that
             # run_cli.py grants.
             error = np.abs(narrow.logits(entry["ids"], entry.get("sigma")) - rows) / np.maximum(1, np.abs(rows))
-            assert error.max() < 5e-5, f"{case}: float32 is off by {error.max():.1e}"
+            assert error.max() < 1e-4, f"{case}: float32 is off by {error.max():.1e}"
             dump_json(out / "logits" / f"{case}.json", entry)
             safetensors_io.save(out / "logits" / f"{case}.safetensors", {"logits": rows}, "F32")
             index.append({"name": case, "model_dir": f"models/{name}", "input_file": f"logits/{case}.json",
