@@ -239,11 +239,14 @@ absl::StatusOr<ApiChunk> ReadChunk(absl::string_view data) {
       frame.canvas_tokens = static_cast<int32_t>(
           std::clamp<int64_t>(Whole(Field(diffusion, "canvas_tokens")), 0, kCanvasTokensMax));
       const Json& positions = Field(diffusion, "positions");
+      const Json& tokens = Field(diffusion, "tokens");
       const Json& texts = Field(diffusion, "texts");
       const Json& confidences = Field(diffusion, "confidence");
       for (size_t i = 0; positions.is_array() && i < positions.size(); ++i) {
         frame.positions.push_back(static_cast<int32_t>(Whole(positions[i])));
         frame.texts.push_back(texts.is_array() && i < texts.size() ? Text(texts[i]) : "?");
+        frame.masked_again.push_back(tokens.is_array() && i < tokens.size() &&
+                                     tokens[i].is_number_integer() && tokens[i].get<int64_t>() < 0);
         if (confidences.is_array() && i < confidences.size()) {
           frame.confidences.push_back(Number(confidences[i]));
         }

@@ -72,6 +72,7 @@ struct ApiFrame {
   int32_t canvas_tokens = 0;
   std::vector<int32_t> positions;  // of the canvas; equal in length to texts
   std::vector<std::string> texts;
+  std::vector<bool> masked_again;  // as long as positions, or empty: no token stands there any more
   std::vector<double> confidences;  // as long as positions, or empty
 };
 

@@ -81,13 +81,26 @@ void GenerateFlags::Register(FlagSet& flags) {
             "transfer the end of text last");
   flags.Add("eos-penalty", &params.eos_penalty, "NATS", "taken off the logit of the end of text");
   flags.Add("forbid", &forbid, "IDS", "token ids, comma-separated, that must not appear");
+  flags.Add("eta", &params.eta, "E", "how readily committed tokens are masked again");
+  flags.Add("t-on", &params.t_on, "T", "time from which they are (remdm_loop)");
+  flags.Add("t-off", &params.t_off, "T", "time until which they are (remdm_loop)");
+  flags.Add("alpha-on", &params.alpha_on, "A", "share that is committed meanwhile (remdm_loop)");
+  flags.Add("edit-threshold", &params.edit_threshold, "P",
+            "probability above which a committed token is replaced");
+  flags.Add("edit-steps", &params.edit_steps, "N",
+            "steps that may replace tokens in a block without masks");
+  flags.Add("repeat-penalty", &params.repeat_penalty, "NATS",
+            "taken off the logit of the token to the left");
+  flags.Add("low-threshold", &params.low_threshold, "P",
+            "confidence that the best of a run of masks needs");
+  flags.Add("eos-early-stop", &params.eos_early_stop, "end at the first final end of text");
   flags.Add("seed", &params.seed, "N", "same seed, same bytes");
   flags.Add("stop", &stop, "TEXT", "with --url: the answer ends before this text; up to four");
   flags.Add("deadline", &deadline_seconds, "SECONDS", "with --url: no answer after that");
   flags.Section("Output");
   flags.Add("json", &json,
             "one JSON object: tokens, text, steps, nfe, tokens_per_forward, seconds");
-  flags.Add("trace", &trace, "with --json: the positions that each step transferred");
+  flags.Add("trace", &trace, "with --json: the positions that each step changed");
   flags.Add("watch", &watch, "show the canvas while it is denoised");
   flags.Examples(
       "examples:\n"
@@ -179,6 +192,7 @@ std::string AnswerText(const Job& job, const SequenceState& state, const ModelTr
   std::vector<TokenId> tokens;
   for (int32_t position = job.answer_begin; position < job.answer_end; ++position) {
     const TokenId token = state.canvas.tokens[position];
+    if (state.canvas.undecided(position)) break;  // it ended before
     const bool filled = state.canvas.states[position] != PositionState::kGiven;
     if (filled && std::count(model.eos_tokens.begin(), model.eos_tokens.end(), token) > 0) break;
     tokens.push_back(token);
@@ -244,6 +258,15 @@ absl::StatusOr<RemoteGeneration> MakeRemote(const GenerateFlags& flags, const Fl
   add(diffusion, "eos-penalty", "eos_penalty", params.eos_penalty);
   add(diffusion, "logits-eos-inf", "logits_eos_inf", params.logits_eos_inf);
   add(diffusion, "confidence-eos-eot-inf", "confidence_eos_eot_inf", params.confidence_eos_eot_inf);
+  add(diffusion, "eta", "eta", params.eta);
+  add(diffusion, "t-on", "t_on", params.t_on);
+  add(diffusion, "t-off", "t_off", params.t_off);
+  add(diffusion, "alpha-on", "alpha_on", params.alpha_on);
+  add(diffusion, "edit-threshold", "edit_threshold", params.edit_threshold);
+  add(diffusion, "edit-steps", "edit_steps", params.edit_steps);
+  add(diffusion, "repeat-penalty", "repeat_penalty", params.repeat_penalty);
+  add(diffusion, "low-threshold", "low_threshold", params.low_threshold);
+  add(diffusion, "eos-early-stop", "eos_early_stop", params.eos_early_stop);
   add(diffusion, "deadline", "deadline_seconds", flags.deadline_seconds);
   if (!diffusion.empty()) body["diffusion"] = std::move(diffusion);
   return remote;
@@ -313,9 +336,10 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
       if (!event.status.ok()) return event.status;
       std::vector<int32_t> of_step;
       for (const Transfer& transfer : report.TransfersOf(event)) {
-        if (transfer.position < length) of_step.push_back(transfer.position);
+        if (transfer.position >= length) continue;
+        of_step.push_back(transfer.position);
+        committed += transfer.num_committed();
       }
-      committed += static_cast<int32_t>(of_step.size());
       positions.insert(positions.end(), of_step.begin(), of_step.end());
       if (flags.trace) trace.push_back(of_step);
     }

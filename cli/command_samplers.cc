@@ -28,6 +28,11 @@ constexpr KnobName kKnobNames[] = {
     {Knob::kKvReuse, "kv-reuse"},
     {Knob::kCfgScale, "cfg-scale"},
     {Knob::kEosSwitches, "logits-eos-inf, confidence-eos-eot-inf"},
+    {Knob::kEta, "eta"},
+    {Knob::kRemaskingWindow, "t-on, t-off, alpha-on"},
+    {Knob::kEditing, "edit-threshold, edit-steps, repeat-penalty"},
+    {Knob::kLowThreshold, "low-threshold"},
+    {Knob::kEosEarlyStop, "eos-early-stop"},
 };
 
 void PrintSamplers() {

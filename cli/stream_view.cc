@@ -28,7 +28,12 @@ void StreamedCanvas::Add(const ApiFrame& frame) {
     const int32_t position = frame.positions[i];
     if (position < 0 || position >= canvas_tokens()) continue;
     Cell& cell = cells_[position];
-    if (!cell.decided) ++num_decided_;
+    const bool masked_again = i < frame.masked_again.size() && frame.masked_again[i];
+    num_decided_ += (masked_again ? 0 : 1) - (cell.decided ? 1 : 0);
+    if (masked_again) {
+      cell = Cell();
+      continue;
+    }
     cell = {.decided = true,
             .step = frame.step,
             .confidence = frame.confidences.empty() ? 1.0 : frame.confidences[i],

@@ -400,10 +400,12 @@ struct VocabularyQuery {
   // from the kept set alone. top_k 0: off; keeps ids with l >= the k-th largest (ties survive).
   // top_p 1: off; sorted descending (ties: lower id first), an id is dropped when the mass before
   // it already exceeds top_p, so the one that crosses is kept. The whole mass, and so where top_p
-  // crosses, is exact to about 1e-6 of itself. A rule that is not counted is in no kept set, so
-  // never the token then.
+  // crosses, is exact to about 1e-6 of itself. top_p_inside drops the one that crosses, too, but
+  // never the largest: kept ids sum to at most top_p (ReMDM, BD3-LM). A rule that is not counted is
+  // in no kept set, so never the token then.
   int32_t top_k = 0;
   float top_p = 1.0F;
+  bool top_p_inside = false;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
 
   NoiseKey noise;                          // read when the pick is random

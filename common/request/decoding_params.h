@@ -42,9 +42,19 @@ struct DecodingParams {
   // default.
   int32_t sub_block_length = 0;
   KvReuse kv_reuse = KvReuse::kExact;
-  float eps = 1e-3F;                    // end of the time schedule, in (0, 1)
-  float cfg_scale = 0.0F;               // >= 0; classifier-free guidance, doubles the forward
-  bool logits_eos_inf = false;          // EOS may never be predicted
+  float eps = 1e-3F;           // end of the time schedule, in (0, 1)
+  float eta = -1.0F;  // >= 0; how readily committed positions are masked again; -1: the sampler's
+  // remdm_loop: masks again while t_off < time <= t_on, at a share alpha_on of committed positions.
+  float t_on = 0.55F;
+  float t_off = 0.05F;
+  float alpha_on = 0.9F;
+  float edit_threshold = 0.9F;  // in [0, 1]; probability above which a committed token is replaced
+  int32_t edit_steps = 16;      // >= 0; steps of a block that has nothing masked any more
+  float repeat_penalty = 0.0F;  // nats, >= 0; taken off the logit of the token one position before
+  float low_threshold = 0.4F;   // confidence, in [0, 1]
+  bool eos_early_stop = false;  // ends at an EOS that is final; what follows stays undecided
+  float cfg_scale = 0.0F;       // >= 0; classifier-free guidance, doubles the forward
+  bool logits_eos_inf = false;  // EOS may never be predicted
   bool confidence_eos_eot_inf = false;  // EOS and EoT are transferred last
   float eos_penalty = 0.0F;             // nats taken off the logit of every EOS id
   std::vector<TokenId> forbidden_ids;   // removed from the distribution; at most kForbiddenIdsMax

@@ -29,16 +29,19 @@ constexpr uint32_t kFastDllm = kGuidedBlocks | Bits(Knob::kEosSwitches);
 constexpr uint32_t kDream =
     kGuidedBlocks | Bits(Knob::kNumSteps, Knob::kTopP, Knob::kTopK, Knob::kEps);
 constexpr uint32_t kBlockDiffusion =
-    Bits(Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kTopK);
+    Bits(Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kTopK, Knob::kEosEarlyStop);
+constexpr uint32_t kRemdm = Bits(Knob::kNumSteps, Knob::kTopP);
 
 constexpr std::array kCatalog = {
     SamplerEntry{"low_confidence", "", "LLaDA, arXiv:2502.09992",
                  "the most probable predictions first, a fixed share in each step",
                  kLlada | kReusing},
     SamplerEntry{"random", "", "LLaDA, arXiv:2502.09992",
-                 "positions in random order, a fixed share in each step", kLlada},
+                 "positions in random order, a fixed share in each step", kLlada,
+                 /*draws_positions=*/true},
     SamplerEntry{"origin", "", "Dream, arXiv:2508.15487",
-                 "each position independently, by the time schedule", kDream},
+                 "each position independently, by the time schedule", kDream,
+                 /*draws_positions=*/true},
     SamplerEntry{"maskgit_plus", "", "Dream, arXiv:2508.15487",
                  "the most probable predictions first, by the time schedule",
                  kDream | Bits(Knob::kAlgTemp)},
@@ -71,21 +74,61 @@ constexpr std::array kCatalog = {
                  "left to right, a fixed share in each step", kBlockDiffusion},
     SamplerEntry{"mdlm_ancestral", "ddpm", "MDLM, arXiv:2406.07524",
                  "ancestral sampling of the masked process, one forward pass in each step",
-                 Bits(Knob::kNumSteps)},
+                 Bits(Knob::kNumSteps), /*draws_positions=*/true},
     SamplerEntry{"mdlm_cached", "ddpm_cache", "MDLM, arXiv:2406.07524",
-                 "the same, without the passes of steps that unmask nothing",
-                 Bits(Knob::kNumSteps)},
+                 "the same, without the passes of steps that unmask nothing", Bits(Knob::kNumSteps),
+                 /*draws_positions=*/true},
     SamplerEntry{"mdlm_semi_ar", "", "MDLM, arXiv:2406.07524",
                  "the same block by block; later blocks are not seen",
-                 Bits(Knob::kNumSteps, Knob::kBlockLength)},
+                 Bits(Knob::kNumSteps, Knob::kBlockLength), /*draws_positions=*/true},
     SamplerEntry{"sedd_euler", "euler", "SEDD, arXiv:2310.16834",
-                 "Euler steps of the reverse process", Bits(Knob::kNumSteps)},
+                 "Euler steps of the reverse process", Bits(Knob::kNumSteps),
+                 /*draws_positions=*/true},
     SamplerEntry{"sedd_analytic", "analytic", "SEDD, arXiv:2310.16834",
-                 "Tweedie tau-leaping steps of the reverse process", Bits(Knob::kNumSteps)},
+                 "Tweedie tau-leaping steps of the reverse process", Bits(Knob::kNumSteps),
+                 /*draws_positions=*/true},
+    SamplerEntry{
+        .name = "remdm_cap",
+        .source = "ReMDM, arXiv:2503.00307",
+        .summary = "ancestral sampling that masks tokens again, each at most with chance eta",
+        .knobs = kRemdm | Bits(Knob::kEta),
+        .draws_positions = true,
+        .revises = true,
+        .eta = 0.008F},
+    SamplerEntry{.name = "remdm_rescale",
+                 .source = "ReMDM, arXiv:2503.00307",
+                 .summary = "the same with eta times the largest chance that the process allows",
+                 .knobs = kRemdm | Bits(Knob::kEta),
+                 .draws_positions = true,
+                 .revises = true,
+                 .eta = 0.015F},
+    SamplerEntry{
+        .name = "remdm_conf",
+        .source = "ReMDM, arXiv:2503.00307",
+        .summary = "the same, rather those tokens that were improbable when they were taken",
+        .knobs = kRemdm,
+        .draws_positions = true,
+        .revises = true,
+        .remembers = true},
+    SamplerEntry{.name = "remdm_loop",
+                 .source = "ReMDM, arXiv:2503.00307",
+                 .summary = "fills most of the canvas, revises it for a while, fills the rest",
+                 .knobs = kRemdm | Bits(Knob::kEta, Knob::kRemaskingWindow),
+                 .draws_positions = true,
+                 .revises = true,
+                 .eta = 0.02F},
+    SamplerEntry{.name = "dfm_corrector",
+                 .alias = "dfm",
+                 .source = "Discrete Flow Matching, arXiv:2407.15595",
+                 .summary = "forward and backward rates at once: unmasks faster, masks again",
+                 .knobs = kRemdm,
+                 .draws_positions = true,
+                 .revises = true},
 };
 
 // A step costs a forward pass, so an absurd count is a mistake, not a wish.
 constexpr int32_t kNumStepsMax = 1 << 16;
+constexpr int32_t kEditStepsMax = 1024;
 // Smaller ones overflow what they divide; 0 is the way to say "none".
 constexpr float kTemperatureMin = 1e-6F;
 constexpr int32_t kSubBlockLength = 8;  // of Fast-dLLM v2
@@ -183,6 +226,15 @@ absl::Status CheckUnread(const DecodingParams& p, const SamplerEntry& entry) {
       {Knob::kCfgScale, "cfg_scale", p.cfg_scale != unset.cfg_scale},
       {Knob::kEosSwitches, "logits_eos_inf", p.logits_eos_inf},
       {Knob::kEosSwitches, "confidence_eos_eot_inf", p.confidence_eos_eot_inf},
+      {Knob::kEta, "eta", p.eta != unset.eta},
+      {Knob::kRemaskingWindow, "t_on", p.t_on != unset.t_on},
+      {Knob::kRemaskingWindow, "t_off", p.t_off != unset.t_off},
+      {Knob::kRemaskingWindow, "alpha_on", p.alpha_on != unset.alpha_on},
+      {Knob::kEditing, "edit_threshold", p.edit_threshold != unset.edit_threshold},
+      {Knob::kEditing, "edit_steps", p.edit_steps != unset.edit_steps},
+      {Knob::kEditing, "repeat_penalty", p.repeat_penalty != unset.repeat_penalty},
+      {Knob::kLowThreshold, "low_threshold", p.low_threshold != unset.low_threshold},
+      {Knob::kEosEarlyStop, "eos_early_stop", p.eos_early_stop},
   };
   for (const Setting& setting : settings) {
     if (!setting.set || Reads(entry, setting.knob)) continue;
@@ -192,6 +244,35 @@ absl::Status CheckUnread(const DecodingParams& p, const SamplerEntry& entry) {
     }
     return Invalid(setting.field, ": sampler ", entry.name,
                    " does not read it; leave it out or use ", absl::StrJoin(readers, ", "));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckRevision(const DecodingParams& p, const SamplerEntry& entry) {
+  if (p.eta != -1 && !(p.eta >= 0 && std::isfinite(p.eta))) {
+    return Invalid("eta: ", p.eta, "; use 0 or more");
+  }
+  if (p.eta > 1 && absl::string_view(entry.name).substr(0, 6) == "remdm_") {
+    return Invalid("eta: ", p.eta, " is not in [0, 1]");
+  }
+  if (!(p.t_on > 0 && p.t_on < 1)) return Invalid("t_on: ", p.t_on, " is not in (0, 1)");
+  if (!(p.t_off > 0 && p.t_off < p.t_on)) {
+    return Invalid("t_off: ", p.t_off, " is not above 0 and below t_on, ", p.t_on);
+  }
+  if (!(p.alpha_on > 0 && p.alpha_on < 1)) {
+    return Invalid("alpha_on: ", p.alpha_on, " is not in (0, 1)");
+  }
+  if (!(p.edit_threshold >= 0 && p.edit_threshold <= 1)) {
+    return Invalid("edit_threshold: ", p.edit_threshold, " is not in [0, 1]");
+  }
+  if (p.edit_steps < 0 || p.edit_steps > kEditStepsMax) {
+    return Invalid("edit_steps: ", p.edit_steps, " is not in 0 .. ", kEditStepsMax);
+  }
+  if (!(p.repeat_penalty >= 0 && std::isfinite(p.repeat_penalty))) {
+    return Invalid("repeat_penalty: ", p.repeat_penalty, "; use 0 (off) or more nats");
+  }
+  if (!(p.low_threshold >= 0 && p.low_threshold <= 1)) {
+    return Invalid("low_threshold: ", p.low_threshold, " is not in [0, 1]");
   }
   return absl::OkStatus();
 }
@@ -245,8 +326,12 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
   if (p.confidence_eos_eot_inf && model.eos_tokens.empty() && model.eot_token < 0) {
     return Invalid("confidence_eos_eot_inf: the model has neither EOS nor EoT; leave it out");
   }
-  // Worst case of the exceptions for one row: mask or own token, EOS ids, EoT, forbidden ids.
-  size_t rules = 1 + p.forbidden_ids.size();
+  if (p.eos_early_stop && model.eos_tokens.empty() && model.eot_token < 0) {
+    return Invalid("eos_early_stop: the model has neither EOS nor EoT; leave it out");
+  }
+  // Worst case of the exceptions for one row: mask or own token, the repeated one, EOS ids, EoT,
+  // forbidden ids.
+  size_t rules = 1 + (p.repeat_penalty > 0 ? 1 : 0) + p.forbidden_ids.size();
   if (p.eos_penalty != 0 || p.logits_eos_inf || p.confidence_eos_eot_inf) {
     rules += model.eos_tokens.size() + (p.confidence_eos_eot_inf ? 1 : 0);
   }
@@ -311,6 +396,13 @@ absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name) {
                    })));
 }
 
+bool SamplerRevises(absl::string_view name) {
+  for (const SamplerEntry& entry : kCatalog) {
+    if (entry.name == name) return entry.revises;
+  }
+  return false;
+}
+
 absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const ModelTraits& model,
                                              int32_t num_masked, int32_t canvas_length,
                                              int32_t canvas_begin) {
@@ -328,8 +420,11 @@ absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const
   const SamplerEntry& entry = **found;
   result.sampler = std::string(entry.name);
   CINNABAR_RETURN_IF_ERROR(CheckRanges(result, model));
+  CINNABAR_RETURN_IF_ERROR(CheckRevision(result, entry));
   CINNABAR_RETURN_IF_ERROR(CheckUnread(result, entry));
   CINNABAR_RETURN_IF_ERROR(CheckModelFits(result, entry, model));
+
+  if (result.eta == -1) result.eta = entry.eta;
 
   const int32_t default_block =
       model.causal_block_length > 0 ? model.causal_block_length : canvas_length;

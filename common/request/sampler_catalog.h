@@ -29,8 +29,13 @@ enum class Knob : uint32_t {
   kEps = 1U << 8,
   kCfgScale = 1U << 9,
   kEosSwitches = 1U << 10,  // logits_eos_inf, confidence_eos_eot_inf
-  kKvReuse = 1U << 11,
-  kSubBlockLength = 1U << 12,
+  kEta = 1U << 11,
+  kRemaskingWindow = 1U << 12,  // t_on, t_off, alpha_on
+  kEditing = 1U << 13,          // edit_threshold, edit_steps, repeat_penalty
+  kLowThreshold = 1U << 14,
+  kEosEarlyStop = 1U << 15,
+  kKvReuse = 1U << 16,
+  kSubBlockLength = 1U << 17,
 };
 
 // What the network's output means; a sampler fits some kinds.
@@ -61,11 +66,17 @@ struct ModelTraits {
 };
 
 struct SamplerEntry {
-  absl::string_view name;     // canonical: "low_confidence"
-  absl::string_view alias;    // one other published name, or empty
-  absl::string_view source;   // paper or repository
-  absl::string_view summary;  // one line for --help
-  uint32_t knobs = 0;         // Knob bits
+  absl::string_view name;        // canonical: "low_confidence"
+  absl::string_view alias;       // one other published name, or empty
+  absl::string_view source;      // paper or repository
+  absl::string_view summary;     // one line for --help
+  uint32_t knobs = 0;            // Knob bits
+  bool draws_positions = false;  // random even at temperature 0
+  // Committed positions of the open block may be masked again or get another token; they are final
+  // when the block is left.
+  bool revises = false;
+  bool remembers = false;  // reads the confidences with which tokens were committed
+  float eta = -1.0F;       // default of DecodingParams::eta; -1: not read
 };
 
 // Every sampler, in the order in which help lists them.
@@ -74,8 +85,11 @@ absl::Span<const SamplerEntry> SamplerCatalog();
 // By name or alias, '-' and '_' alike. NotFound lists the names.
 absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name);
 
+// Whether the sampler of that canonical name revises; false for an unknown one. Allocates nothing.
+bool SamplerRevises(absl::string_view name);
+
 // Checks `params` against ranges, the sampler's knobs and the model, and fills in what was left to
-// default (sampler, block length, steps). `num_masked` is how many positions are to be filled,
+// default (sampler, block length, steps, eta). `num_masked` is how many positions are to be filled,
 // `canvas_length` the length of the span from the first to the last of them. InvalidArgument names
 // the field and the fix. A knob counts as set when it differs from DecodingParams{}.
 // `canvas_begin`, where that span starts, is read for block-causal models only: it decides how many

@@ -43,6 +43,15 @@ absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire) {
       return absl::InvalidArgumentError(
           absl::StrCat("kv_reuse: ", wire.kv_reuse(), " is none of exact, prefix, dual"));
   }
+  if (wire.has_eta()) params.eta = wire.eta();
+  if (wire.has_t_on()) params.t_on = wire.t_on();
+  if (wire.has_t_off()) params.t_off = wire.t_off();
+  if (wire.has_alpha_on()) params.alpha_on = wire.alpha_on();
+  if (wire.has_edit_threshold()) params.edit_threshold = wire.edit_threshold();
+  if (wire.has_edit_steps()) params.edit_steps = wire.edit_steps();
+  params.repeat_penalty = wire.repeat_penalty();
+  if (wire.has_low_threshold()) params.low_threshold = wire.low_threshold();
+  params.eos_early_stop = wire.eos_early_stop();
   return params;
 }
 
@@ -68,6 +77,15 @@ v1::DecodingParams ToWire(const DecodingParams& params) {
   wire.set_seed(params.seed);
   wire.set_sub_block_length(params.sub_block_length);
   wire.set_kv_reuse(static_cast<v1::KvReuse>(params.kv_reuse));
+  wire.set_eta(params.eta);
+  wire.set_t_on(params.t_on);
+  wire.set_t_off(params.t_off);
+  wire.set_alpha_on(params.alpha_on);
+  wire.set_edit_threshold(params.edit_threshold);
+  wire.set_edit_steps(params.edit_steps);
+  wire.set_repeat_penalty(params.repeat_penalty);
+  wire.set_low_threshold(params.low_threshold);
+  wire.set_eos_early_stop(params.eos_early_stop);
   return wire;
 }
 

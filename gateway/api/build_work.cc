@@ -172,6 +172,15 @@ DecodingParams MergeParams(const GenerationRequest& request, const ServedModel& 
   if (is_set("confidence_eos_eot_inf")) {
     merged.confidence_eos_eot_inf = asked.confidence_eos_eot_inf;
   }
+  if (is_set("eta")) merged.eta = asked.eta;
+  if (is_set("t_on")) merged.t_on = asked.t_on;
+  if (is_set("t_off")) merged.t_off = asked.t_off;
+  if (is_set("alpha_on")) merged.alpha_on = asked.alpha_on;
+  if (is_set("edit_threshold")) merged.edit_threshold = asked.edit_threshold;
+  if (is_set("edit_steps")) merged.edit_steps = asked.edit_steps;
+  if (is_set("repeat_penalty")) merged.repeat_penalty = asked.repeat_penalty;
+  if (is_set("low_threshold")) merged.low_threshold = asked.low_threshold;
+  if (is_set("eos_early_stop")) merged.eos_early_stop = asked.eos_early_stop;
   // Rows of a padded vocabulary that have no text are never an answer.
   const int32_t tokens = model.tokenizer.vocab_size();
   merged.pickable_ids = tokens < model.traits.vocab_size ? tokens : 0;
@@ -201,10 +210,8 @@ void DropUnreadKnobs(const SamplerEntry& entry, DecodingParams& params,
   }
 }
 
-bool IsDeterministic(const DecodingParams& params) {
-  const absl::string_view sampler = params.sampler;
-  return params.temperature == 0 && params.alg_temp == 0 && sampler != "random" &&
-         sampler != "origin" && sampler.substr(0, 5) != "mdlm_" && sampler.substr(0, 5) != "sedd_";
+bool IsDeterministic(const DecodingParams& params, const SamplerEntry& sampler) {
+  return params.temperature == 0 && params.alg_temp == 0 && !sampler.draws_positions;
 }
 
 // "num_steps: 7 do not split ..." becomes an error about diffusion.steps.
@@ -302,7 +309,7 @@ ApiResult<Work> BuildWork(const GenerationRequest& request, const ServedModel& m
   const DecodingParams& params = *resolved;
   const SamplerEntry& sampler = **FindSampler(params.sampler);
   const bool has_budget = Reads(sampler, Knob::kNumSteps);
-  if (request.n > 1 && IsDeterministic(params)) {
+  if (request.n > 1 && IsDeterministic(params, sampler)) {
     work.warnings.push_back(absl::StrCat("the ", request.n, " answers are the same: sampler ",
                                          params.sampler, " at temperature 0 draws nothing"));
   }
@@ -355,6 +362,9 @@ ApiResult<Work> BuildWork(const GenerationRequest& request, const ServedModel& m
   // MDLM and SEDD close each block with a step beyond the budget.
   work.steps_max =
       std::max(steps, layout.padded_masks) + traits.causal_block_length + num_blocks + 2;
+  // A corrector's steps are shorter where its rates are high: a few dozen more.
+  if (sampler.revises) work.steps_max += num_blocks * 32;
+  if (Reads(sampler, Knob::kEditing)) work.steps_max += num_blocks * params.edit_steps;
   work.cost = int64_t{layout.length()} * steps * (params.cfg_scale > 0 ? 2 : 1);
   work.input_price_microdollars =
       Microdollars(work.prompt_tokens, model.prices.input_dollars_per_million);

@@ -204,17 +204,36 @@ class Reader {
 
 // ---- The diffusion contract ----
 
-constexpr std::array<absl::string_view, 20> kDiffusionFields = {
-    "sub_block_length", "kv_reuse",
-    "sampler",          "steps",
-    "block_length",     "threshold",
-    "factor",           "entropy_bound",
-    "alg_temp",         "eps",
-    "cfg_scale",        "eos_penalty",
-    "logits_eos_inf",   "confidence_eos_eot_inf",
-    "steps_min",        "may_degrade",
-    "deadline_seconds", "canvas_tokens",
-    "frames",           "num_steps"};  // the last is a name to recognise, not to take
+constexpr std::array<absl::string_view, 29> kDiffusionFields = {
+    "sampler",
+    "steps",
+    "block_length",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "alg_temp",
+    "eps",
+    "cfg_scale",
+    "eos_penalty",
+    "logits_eos_inf",
+    "confidence_eos_eot_inf",
+    "steps_min",
+    "may_degrade",
+    "deadline_seconds",
+    "canvas_tokens",
+    "frames",
+    "eta",
+    "t_on",
+    "t_off",
+    "alpha_on",
+    "edit_threshold",
+    "edit_steps",
+    "repeat_penalty",
+    "low_threshold",
+    "eos_early_stop",
+    "sub_block_length",
+    "kv_reuse",
+    "num_steps"};  // the last is a name to recognise, not to take
 
 constexpr absl::string_view kTopLevelFields[] = {"temperature", "top_p",  "top_k",   "seed",
                                                  "max_tokens",  "stop",   "stream",  "diffusing",
@@ -634,6 +653,18 @@ void Parser::ReadDiffusion() {
   number("eos_penalty", -kNumberMax, kNumberMax, false, &DecodingParams::eos_penalty);
   flag("logits_eos_inf", &DecodingParams::logits_eos_inf);
   flag("confidence_eos_eot_inf", &DecodingParams::confidence_eos_eot_inf);
+  number("eta", 0, kNumberMax, false, &DecodingParams::eta);
+  number("t_on", 0, 1, true, &DecodingParams::t_on);
+  number("t_off", 0, 1, true, &DecodingParams::t_off);
+  number("alpha_on", 0, 1, true, &DecodingParams::alpha_on);
+  number("edit_threshold", 0, 1, false, &DecodingParams::edit_threshold);
+  if (const auto edit_steps = integer("edit_steps", 0, limits_.num_steps_max)) {
+    params.edit_steps = *edit_steps;
+    was_set("edit_steps");
+  }
+  number("repeat_penalty", 0, kNumberMax, false, &DecodingParams::repeat_penalty);
+  number("low_threshold", 0, 1, false, &DecodingParams::low_threshold);
+  flag("eos_early_stop", &DecodingParams::eos_early_stop);
 
   const auto may_degrade = reader.Bool("may_degrade");
   if (const auto steps_min = integer("steps_min", 1, limits_.num_steps_max)) {

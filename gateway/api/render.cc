@@ -116,7 +116,16 @@ Json KnobNames(const SamplerEntry& entry) {
       {Knob::kKvReuse, "kv_reuse"},
       {Knob::kCfgScale, "cfg_scale"},
       {Knob::kEosSwitches, "logits_eos_inf"},
-      {Knob::kEosSwitches, "confidence_eos_eot_inf"}};
+      {Knob::kEosSwitches, "confidence_eos_eot_inf"},
+      {Knob::kEta, "eta"},
+      {Knob::kRemaskingWindow, "t_on"},
+      {Knob::kRemaskingWindow, "t_off"},
+      {Knob::kRemaskingWindow, "alpha_on"},
+      {Knob::kEditing, "edit_threshold"},
+      {Knob::kEditing, "edit_steps"},
+      {Knob::kEditing, "repeat_penalty"},
+      {Knob::kLowThreshold, "low_threshold"},
+      {Knob::kEosEarlyStop, "eos_early_stop"}};
   Json names = Json::array();
   for (const auto& [knob, name] : kNames) {
     if (Reads(entry, knob)) names.push_back(name);
@@ -258,7 +267,8 @@ std::string RenderFrameChunk(const ReplyInfo& info, int32_t index, const Diffusi
     if (frame.positions[i] < text.begin || frame.positions[i] >= text.end) continue;
     positions.push_back(frame.positions[i] - text.begin);
     tokens.push_back(frame.tokens[i]);
-    texts.push_back(tokenizer.TokenText(frame.tokens[i]));
+    // Masked again: no text.
+    texts.push_back(frame.tokens[i] < 0 ? std::string() : tokenizer.TokenText(frame.tokens[i]));
     if (i < frame.confidences.size()) {
       const double confidence = static_cast<uint8_t>(frame.confidences[i]) / 255.0;
       confidences.push_back(std::round(confidence * 1000) / 1000);

@@ -82,7 +82,7 @@ struct DiffusionFrame {
   int32_t block_begin = 0;  // of the sequence, like `positions` and `final_end`
   int32_t block_end = 0;
   absl::Span<const int32_t> positions;
-  absl::Span<const int32_t> tokens;  // as long as positions
+  absl::Span<const int32_t> tokens;  // as long as positions; -1: masked again
   absl::string_view confidences;     // one byte each: round(255 p); may be empty
   int32_t final_end = 0;
 };

@@ -27,8 +27,8 @@ struct TextOptions {
   std::vector<TokenId> end_tokens;  // the text ends in front of the first of them
   std::vector<std::string> stop;    // none empty; valid UTF-8
   std::string echo;                 // put in front of the text; no stop string is looked for in it
-  // Whether a token that was reported once stays: models with a mask token. Where it does not, a
-  // position counts as undecided until it is final.
+  // Whether a token that was reported stays until another is: models with a mask token. Where it
+  // does not, a position counts as undecided until it is final.
   bool commits_stay = true;
 };
 
@@ -44,10 +44,10 @@ class TextAssembler {
  public:
   TextAssembler(Tokenizer tokenizer, TextOptions options);
 
-  // One denoising step (v1::StepDelta): `tokens` of `positions`; [0, final_end) never changes
-  // again. Positions outside the span are ignored, and everything once done(). Returns the text
-  // that became certain, often none. DataLoss: lengths differ, or a position is final that never
-  // got a token; the assembler has not changed.
+  // One denoising step (v1::StepDelta): `tokens` of `positions`, -1 where one is masked again;
+  // [0, final_end) never changes again. Positions outside the span are ignored, and everything once
+  // done(). Returns the text that became certain, often none. DataLoss: lengths differ, or a
+  // position is final that never got a token; the assembler has not changed.
   absl::StatusOr<std::string> Add(absl::Span<const int32_t> positions,
                                   absl::Span<const int32_t> tokens, int32_t final_end);
 

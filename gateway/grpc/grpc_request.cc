@@ -32,6 +32,15 @@ std::set<std::string> KnobsSet(const v1::DecodingParams& wire) {
   add(wire.logits_eos_inf(), "logits_eos_inf");
   add(wire.confidence_eos_eot_inf(), "confidence_eos_eot_inf");
   add(wire.eos_penalty() != 0, "eos_penalty");
+  add(wire.has_eta(), "eta");
+  add(wire.has_t_on(), "t_on");
+  add(wire.has_t_off(), "t_off");
+  add(wire.has_alpha_on(), "alpha_on");
+  add(wire.has_edit_threshold(), "edit_threshold");
+  add(wire.has_edit_steps(), "edit_steps");
+  add(wire.repeat_penalty() != 0, "repeat_penalty");
+  add(wire.has_low_threshold(), "low_threshold");
+  add(wire.eos_early_stop(), "eos_early_stop");
   return set;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <set>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -254,7 +255,9 @@ ApiResult<SessionOutput> GenerationSession::Progress(int32_t index, const QueueE
   if (event.step > choice.skip_to) output.text = *std::move(text);
   choice.step = event.step;
   choice.forwards += delta.forward() ? 1 : 0;
-  choice.num_committed += delta.positions_size();
+  // A position that is masked again was decided before and is no more.
+  choice.num_committed += delta.positions_size() - delta.num_revised() -
+                          static_cast<int32_t>(absl::c_count(delta.tokens(), -1));
   choice.device_us = delta.device_us();
   choice.steps_budget = delta.steps_budget();
   if (!choice.queue.has_value()) {

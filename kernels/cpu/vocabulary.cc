@@ -187,6 +187,7 @@ int64_t CountKept(const Candidate* sorted, int64_t known, bool all, const Vocabu
   for (int64_t rank = 0; rank < end; ++rank) {
     if (before > limit) return rank;
     before += std::exp(Exponent(LogitOf(sorted[rank]), largest, query.statistics_temperature));
+    if (query.top_p_inside && rank > 0 && before > limit) return rank;
   }
   if (kept_by_k >= 0) return kept_by_k;
   return before > limit ? end : -1;

@@ -15,7 +15,7 @@ namespace cinnabar {
 enum class PositionState : uint8_t {
   kGiven,      // prompt, suffix or pinned span: never changes
   kMasked,     // undecided; holds the mask token
-  kCommitted,  // decided by a transfer; final for every sampler of this list
+  kCommitted,  // decided by a transfer; final unless the sampler revises and its block is open
   kNoise,  // undecided in a model without a mask token: holds a noise token, may change each step
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/algorithm/container.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/check.h"
@@ -39,6 +40,11 @@ constexpr Registration kRegistry[] = {
     {"mdlm_semi_ar", MdlmSemiArSampler},
     {"sedd_euler", SeddEulerSampler},
     {"sedd_analytic", SeddAnalyticSampler},
+    {"remdm_cap", RemdmCapSampler},
+    {"remdm_rescale", RemdmRescaleSampler},
+    {"remdm_conf", RemdmConfSampler},
+    {"remdm_loop", RemdmLoopSampler},
+    {"dfm_corrector", DfmCorrectorSampler},
 };
 
 // Opens block `index` or the first one after it that has something to fill.
@@ -47,6 +53,7 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
   const int32_t num_blocks = NumBlocks(canvas, model, params.block_length);
   state.block_step = 0;
   state.reused_block.clear();
+  state.block_edits = 0;
   for (; index < num_blocks; ++index) {
     const BlockRange block = BlockAt(canvas, model, params.block_length, index);
     state.block_masks = CountUndecided(canvas, block.begin, block.end);
@@ -74,6 +81,7 @@ void StepPlan::Clear() {
 void StepOutcome::Clear() {
   transfers.clear();
   settled = false;
+  stays_open = false;
 }
 
 absl::StatusOr<const Sampler*> GetSampler(absl::string_view name) {
@@ -93,6 +101,8 @@ std::vector<absl::string_view> RegisteredSamplers() {
 DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
                             const ModelTraits& model) {
   DecodingState state;
+  const absl::StatusOr<const SamplerEntry*> entry = FindSampler(params.sampler);
+  if (entry.ok() && (*entry)->remembers) state.confidences.resize(canvas.length());
   OpenBlock(canvas, params, model, 0, state);
   return state;
 }
@@ -101,13 +111,26 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
                   const ModelTraits& model, Canvas& canvas, DecodingState& state) {
   CINNABAR_CHECK(!state.finished) << "a step after the last";
   const BlockRange block = BlockAt(canvas, model, params.block_length, state.block_index);
+  const bool edits = CountUndecided(canvas, block.begin, block.end) == 0;
+  const bool revises = SamplerRevises(params.sampler);
   int32_t previous = -1;
   for (const Transfer& transfer : outcome.transfers) {
     const int32_t position = transfer.position;
     CINNABAR_CHECK(position > previous && position >= block.begin && position < block.end)
         << "transfer to position " << position << " of block " << block.begin << " .. "
         << block.end;
-    CINNABAR_CHECK(canvas.undecided(position)) << "position " << position << " is decided";
+    previous = position;
+    const bool committed = canvas.states[position] == PositionState::kCommitted;
+    CINNABAR_CHECK(committed ? revises : canvas.undecided(position))
+        << "position " << position << " is decided";
+    if (!state.confidences.empty()) state.confidences[position] = transfer.confidence;
+    if (transfer.token == kMaskedAgain) {
+      CINNABAR_CHECK(committed && model.mask_token >= 0)
+          << "token " << transfer.token << " at position " << position;
+      canvas.tokens[position] = model.mask_token;
+      canvas.states[position] = PositionState::kMasked;
+      continue;
+    }
     CINNABAR_CHECK(transfer.token >= 0 && transfer.token < model.vocab_size &&
                    transfer.token != model.mask_token)
         << "token " << transfer.token << " at position " << position;
@@ -115,7 +138,6 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
     if (canvas.states[position] == PositionState::kMasked) {
       canvas.states[position] = PositionState::kCommitted;
     }
-    previous = position;
   }
   if (outcome.settled) {
     for (int32_t i = block.begin; i < block.end; ++i) {
@@ -124,10 +146,39 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   }
   ++state.step;
   ++state.block_step;
+  if (edits) ++state.block_edits;
   if (forward) ++state.nfe;
-  if (CountUndecided(canvas, block.begin, block.end) == 0) {
+  if (!outcome.stays_open && CountUndecided(canvas, block.begin, block.end) == 0) {
     OpenBlock(canvas, params, model, state.block_index + 1, state);
   }
+  if (params.eos_early_stop && FindEndOfText(canvas, state, params, model) < canvas.end) {
+    state.finished = true;
+  }
+}
+
+int32_t FinalEnd(const Canvas& canvas, const DecodingState& state, const DecodingParams& params,
+                 const ModelTraits& model) {
+  int32_t open = canvas.length();
+  if (!state.finished && SamplerRevises(params.sampler)) {
+    open = BlockAt(canvas, model, params.block_length, state.block_index).begin;
+  }
+  int32_t position = 0;
+  while (position < canvas.length() && !canvas.undecided(position) &&
+         (position < open || canvas.states[position] == PositionState::kGiven)) {
+    ++position;
+  }
+  return position;
+}
+
+int32_t FindEndOfText(const Canvas& canvas, const DecodingState& state,
+                      const DecodingParams& params, const ModelTraits& model) {
+  const int32_t final_end = std::min(FinalEnd(canvas, state, params, model), canvas.end);
+  for (int32_t i = canvas.begin; i < final_end; ++i) {
+    if (canvas.states[i] == PositionState::kGiven) continue;
+    const TokenId token = canvas.tokens[i];
+    if (token == model.eot_token || absl::c_linear_search(model.eos_tokens, token)) return i;
+  }
+  return canvas.end;
 }
 
 int32_t StepsPerBlock(const Canvas& canvas, const DecodingParams& params,

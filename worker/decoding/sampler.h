@@ -30,9 +30,13 @@ struct DecodingState {
   int32_t block_index = 0;
   int32_t block_step = 0;   // steps done in the open block
   int32_t block_masks = 0;  // undecided positions when the open block was opened
+  int32_t block_edits = 0;  // steps done in the open block that began with nothing undecided in it
   int32_t step = 0;         // denoising steps done in all; keys the random source
   int32_t nfe = 0;          // forward passes taken part in
   bool finished = false;
+  // By position, the confidence with which its token was committed (0: not committed). Empty unless
+  // the sampler remembers (SamplerEntry).
+  std::vector<float> confidences;
   // kv_reuse other than exact: the open block's tokens as they stood in the last pass that computed
   // every position, from which reused keys and values can be had again. Empty: no such pass yet.
   std::vector<TokenId> reused_block;
@@ -57,6 +61,7 @@ struct PositionQuery {
   float statistics_temperature = 1.0F;
   int32_t top_k = 0;
   float top_p = 1.0F;
+  bool top_p_inside = false;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
   float sigma_step = 0.0F;
   absl::InlinedVector<VocabularyRule, kForbiddenIdsMax> rules;  // usually empty
@@ -78,17 +83,27 @@ struct StepPlan {
   void Clear();  // keeps capacity
 };
 
+// Transfer::token of a position that is masked again.
+inline constexpr TokenId kMaskedAgain = -1;
+
 struct Transfer {
   int32_t position = 0;
   TokenId token = 0;
-  float confidence = 0.0F;  // probability of the token as the sampler saw it, for display
+  float confidence = 0.0F;  // probability of the token as the sampler saw it
+  bool revises = false;     // the position was committed before; set by the engine, for its report
+
+  // What it adds to the number of decided positions.
+  int32_t num_committed() const { return !revises ? 1 : token == kMaskedAgain ? -1 : 0; }
 };
 
 struct StepOutcome {
   // Ascending positions. For kMasked positions the token becomes committed. For kNoise positions it
   // replaces the token; `settled` says whether all kNoise positions of the block are now committed.
+  // Samplers that revise may also name committed positions: the token replaces theirs, or masks
+  // them again.
   std::vector<Transfer> transfers;
   bool settled = false;
+  bool stays_open = false;  // the block goes on though nothing of it is undecided
 
   void Clear();
 };
@@ -98,7 +113,8 @@ class Sampler {
   virtual ~Sampler() = default;
 
   // Fills `plan` (cleared before). Called at the start of each denoising step, with at least one
-  // undecided position in the open block. Pure; no allocation beyond growing plan's vectors.
+  // undecided position in the open block unless the outcome before it said that it stays open.
+  // Pure; no allocation beyond growing plan's vectors.
   virtual void Plan(const StepContext& context, StepPlan& plan) const = 0;
 
   // answers[i] belongs to plan.queries[i]; log_sum_exp already includes the network's output offset
@@ -117,11 +133,22 @@ std::vector<absl::string_view> RegisteredSamplers();
 DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
                             const ModelTraits& model);
 
-// Writes the transfers (CHECKs that none touches a given or committed position and none writes the
-// mask token), counts the step (and the forward pass when `forward`), and opens the next block when
-// the open one has no undecided position left; finished after the last.
+// Writes the transfers (CHECKs that none touches a given position, none a committed one unless the
+// sampler revises, and none writes the mask token), counts the step (and the forward pass when
+// `forward`), and opens the next block when the open one has no undecided position left and does
+// not stay open; finished after the last, and with `eos_early_stop` when an end of text (EOS or
+// EoT) and all before it is final.
 void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
                   const ModelTraits& model, Canvas& canvas, DecodingState& state);
+
+// Positions [0, this) never change again.
+int32_t FinalEnd(const Canvas& canvas, const DecodingState& state, const DecodingParams& params,
+                 const ModelTraits& model);
+
+// The first end of text among the final positions that were not given; canvas.end when there is
+// none.
+int32_t FindEndOfText(const Canvas& canvas, const DecodingState& state,
+                      const DecodingParams& params, const ModelTraits& model);
 
 // Steps that the open block gets: num_steps split evenly over the blocks (validated to divide).
 int32_t StepsPerBlock(const Canvas& canvas, const DecodingParams& params, const ModelTraits& model);

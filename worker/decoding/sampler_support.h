@@ -78,6 +78,11 @@ const Sampler* MdlmCachedSampler();
 const Sampler* MdlmSemiArSampler();
 const Sampler* SeddEulerSampler();
 const Sampler* SeddAnalyticSampler();
+const Sampler* RemdmCapSampler();
+const Sampler* RemdmRescaleSampler();
+const Sampler* RemdmConfSampler();
+const Sampler* RemdmLoopSampler();
+const Sampler* DfmCorrectorSampler();
 
 }  // namespace cinnabar
 

@@ -197,7 +197,12 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
   sequence.outcome.Clear();
   sequence.sampler->Decide(context, sequence.plan, answers, sequence.outcome);
   const int32_t begin = static_cast<int32_t>(report.transfers.size());
-  const std::vector<Transfer>& transfers = sequence.outcome.transfers;
+  std::vector<Transfer>& transfers = sequence.outcome.transfers;
+  int32_t num_committed = 0;
+  for (Transfer& transfer : transfers) {
+    transfer.revises = state.canvas.states[transfer.position] == PositionState::kCommitted;
+    num_committed += transfer.num_committed();
+  }
   report.transfers.insert(report.transfers.end(), transfers.begin(), transfers.end());
   report.events.push_back({.sequence = sequence.id,
                            .step = state.decoding.step,
@@ -205,11 +210,12 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
                            .transfers_end = static_cast<int32_t>(report.transfers.size()),
                            .forward = forward,
                            .settled = sequence.outcome.settled,
+                           .stays_open = sequence.outcome.stays_open,
                            .block = sequence.block});
   ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
   if (state.decoding.reused_block.empty()) sequence.kv_reusable = false;  // another block is open
   ++counters_.steps;
-  counters_.tokens_committed += static_cast<int64_t>(transfers.size());
+  counters_.tokens_committed += num_committed;
   if (state.decoding.finished) EndSequence(sequence, absl::OkStatus(), report);
 }
 
@@ -304,6 +310,7 @@ void Engine::AppendQuery(const Sequence& sequence, const PositionQuery& wanted) 
   query.statistics_temperature = wanted.statistics_temperature;
   query.top_k = wanted.top_k;
   query.top_p = wanted.top_p;
+  query.top_p_inside = wanted.top_p_inside;
   query.filter_order = wanted.filter_order;
   query.noise = {.seed = params.seed,
                  .position = static_cast<uint32_t>(wanted.position),

@@ -31,10 +31,10 @@ struct EngineOptions {
 struct EngineCounters {
   int64_t forwards = 0;
   int64_t rows_computed = 0;
-  int64_t rows_answered = 0;   // that went through the vocabulary head
-  int64_t rows_prefilled = 0;  // of rows_computed: positions already final, computed for their KV
-  int64_t steps = 0;           // denoising steps, summed over sequences
-  int64_t tokens_committed = 0;
+  int64_t rows_answered = 0;     // that went through the vocabulary head
+  int64_t rows_prefilled = 0;    // of rows_computed: positions already final, computed for their KV
+  int64_t steps = 0;             // denoising steps, summed over sequences
+  int64_t tokens_committed = 0;  // less those that were masked again
   int64_t sequences_finished = 0;
   int64_t sequences_failed = 0;  // cancelled and expired ones included
 };
@@ -47,11 +47,12 @@ struct StepEvent {
   int32_t step = 0;  // index of the step that was made; events of a sequence count up without gaps
   int32_t transfers_begin = 0;  // range in StepReport::transfers
   int32_t transfers_end = 0;
-  bool forward = false;   // the step made a forward pass
-  bool settled = false;   // StepOutcome::settled
-  BlockRange block;       // the open block of the step
-  bool finished = false;  // the last event of this sequence: complete when `status` is OK
-  absl::Status status;    // Cancelled, DeadlineExceeded, or DataLoss (the network gave NaN)
+  bool forward = false;     // the step made a forward pass
+  bool settled = false;     // StepOutcome::settled
+  bool stays_open = false;  // StepOutcome::stays_open
+  BlockRange block;         // the open block of the step
+  bool finished = false;    // the last event of this sequence: complete when `status` is OK
+  absl::Status status;      // Cancelled, DeadlineExceeded, or DataLoss (the network gave NaN)
 };
 
 struct StepReport {

@@ -50,13 +50,25 @@ absl::Status CheckPosition(const Canvas& canvas, int32_t position, const ModelTr
 absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& model) {
   const Canvas& canvas = state.canvas;
   const DecodingState& decoding = state.decoding;
+  const bool remembers = (*FindSampler(state.params.sampler))->remembers;
+  if (decoding.confidences.size() != (remembers ? canvas.tokens.size() : 0) ||
+      !std::all_of(decoding.confidences.begin(), decoding.confidences.end(),
+                   [](float p) { return p >= 0 && p <= 1; })) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        decoding.confidences.size(), " confidences, or some that are no probabilities"));
+  }
   const int32_t undecided = CountUndecided(canvas, 0, canvas.length());
   if (decoding.finished) {
-    if (undecided > 0) return absl::InvalidArgumentError("finished, with undecided positions left");
+    const bool stopped = state.params.eos_early_stop &&
+                         FindEndOfText(canvas, decoding, state.params, model) < canvas.end;
+    if (undecided > 0 && !stopped) {
+      return absl::InvalidArgumentError("finished, with undecided positions left");
+    }
     return absl::OkStatus();
   }
   if (decoding.block_step < 0 || decoding.step < decoding.block_step || decoding.nfe < 0 ||
-      decoding.nfe > decoding.step) {
+      decoding.nfe > decoding.step || decoding.block_edits < 0 ||
+      decoding.block_edits > decoding.block_step) {
     return absl::InvalidArgumentError(absl::StrCat("step counts ", decoding.block_step, " / ",
                                                    decoding.step, " / ", decoding.nfe,
                                                    " contradict each other"));
@@ -71,7 +83,9 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
     return absl::InvalidArgumentError("undecided positions before the open block");
   }
   const int32_t open = CountUndecided(canvas, block.begin, block.end);
-  if (open == 0 || decoding.block_masks < open || decoding.block_masks > block.end - block.begin) {
+  const bool stays_open = SamplerRevises(state.params.sampler) && decoding.block_step > 0;
+  if ((open == 0 && !stays_open) || decoding.block_masks < std::max(open, 1) ||
+      decoding.block_masks > block.end - block.begin) {
     return absl::InvalidArgumentError(absl::StrCat(
         "block_masks ", decoding.block_masks, " for a block with ", open, " undecided positions"));
   }
@@ -134,6 +148,9 @@ v1::SequenceState ToWire(const SequenceState& state, absl::string_view model_fin
   wire.set_finished(state.decoding.finished);
   wire.mutable_reused_block()->Assign(state.decoding.reused_block.begin(),
                                       state.decoding.reused_block.end());
+  wire.set_block_edits(state.decoding.block_edits);
+  wire.mutable_confidences()->Add(state.decoding.confidences.begin(),
+                                  state.decoding.confidences.end());
   return wire;
 }
 
@@ -177,9 +194,12 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
   state.decoding = {.block_index = wire.block_index(),
                     .block_step = wire.block_step(),
                     .block_masks = wire.block_masks(),
+                    .block_edits = wire.block_edits(),
                     .step = wire.step(),
                     .nfe = wire.nfe(),
                     .finished = wire.finished(),
+                    .confidences = {wire.confidences().begin(), wire.confidences().end()},
+
                     .reused_block = {wire.reused_block().begin(), wire.reused_block().end()}};
   CINNABAR_RETURN_IF_ERROR(CheckDecodingState(state, model));
   return state;

@@ -19,17 +19,14 @@ bool IsEnd(TokenId token, const ModelTraits& model) {
                                                token) != model.eos_tokens.end();
 }
 
-// Positions [0, this) never change again.
-int32_t FinalEnd(const SequenceState& state) {
-  int32_t position = 0;
-  while (position < state.canvas.length() && !state.canvas.undecided(position)) ++position;
-  return position;
+int32_t FinalEnd(const SequenceState& state, const ModelTraits& model) {
+  return FinalEnd(state.canvas, state.decoding, state.params, model);
 }
 
 // The first end of text that the canvas was given, or answer_end: all before it is final.
 int32_t FindEnd(const SequenceState& state, const RowFacts& facts, const ModelTraits& model) {
-  for (int32_t i = facts.answer_begin; i < facts.answer_end; ++i) {
-    if (state.canvas.undecided(i)) return facts.answer_end;
+  const int32_t final_end = std::min(FinalEnd(state, model), facts.answer_end);
+  for (int32_t i = facts.answer_begin; i < final_end; ++i) {
     if (state.canvas.states[i] != PositionState::kGiven && IsEnd(state.canvas.tokens[i], model)) {
       return i;
     }
@@ -116,11 +113,14 @@ absl::StatusOr<RowPlan> BuildRow(const StartedRow& started, int32_t steps_budget
 }
 
 v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> transfers,
-                        const SequenceState& after, const RowFacts& facts, absl::Duration step_time,
-                        const Usage& usage) {
+                        const SequenceState& after, const RowFacts& facts, const ModelTraits& model,
+                        absl::Duration step_time, const Usage& usage) {
   v1::StepDelta delta;
   std::string confidences;
+  const bool remembers = !after.decoding.confidences.empty();
   for (const Transfer& transfer : transfers) {
+    if (transfer.revises) delta.set_num_revised(delta.num_revised() + 1);
+    if (remembers) delta.add_exact_confidences(transfer.confidence);
     delta.add_positions(transfer.position);
     delta.add_tokens(transfer.token);
     const float p = std::clamp(transfer.confidence, 0.0F, 1.0F);
@@ -129,7 +129,8 @@ v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> trans
   delta.set_confidences(std::move(confidences));
   delta.set_forward(event.forward);
   delta.set_settled(event.settled);
-  delta.set_final_end(FinalEnd(after));
+  delta.set_stays_open(event.stays_open);
+  delta.set_final_end(FinalEnd(after, model));
   delta.set_step_us(absl::ToInt64Microseconds(step_time));
   delta.set_steps_budget(facts.steps_budget);
   delta.set_block_begin(event.block.begin);
@@ -141,21 +142,35 @@ v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> trans
 absl::Status ApplyDelta(const v1::StepDelta& delta, const ModelTraits& model,
                         SequenceState& state) {
   const Canvas& canvas = state.canvas;
-  if (delta.positions_size() != delta.tokens_size() || state.decoding.finished) {
+  const bool remembers = !state.decoding.confidences.empty();
+  if (delta.positions_size() != delta.tokens_size() || state.decoding.finished ||
+      delta.exact_confidences_size() != (remembers ? delta.positions_size() : 0)) {
     return absl::DataLossError("a delta does not fit");
   }
+  const bool revises = SamplerRevises(state.params.sampler);
+  const BlockRange block =
+      BlockAt(canvas, model, state.params.block_length, state.decoding.block_index);
   StepOutcome outcome;
   outcome.settled = delta.settled();
+  outcome.stays_open = delta.stays_open() && revises;
   int32_t last = -1;
   for (int i = 0; i < delta.positions_size(); ++i) {
     const int32_t position = delta.positions(i);
     const TokenId token = delta.tokens(i);
-    if (position <= last || position >= canvas.length() || !canvas.undecided(position) ||
-        token < 0 || token >= model.vocab_size || token == model.mask_token) {
+    if (position <= last || position < block.begin || position >= block.end) {
       return absl::DataLossError("a delta does not fit");
     }
+    const bool committed = canvas.states[position] == PositionState::kCommitted;
+    const bool masks = token == kMaskedAgain && committed;
+    const bool writes = token >= 0 && token < model.vocab_size && token != model.mask_token &&
+                        !(committed && token == canvas.tokens[position]);
+    if (!(committed ? revises : canvas.undecided(position)) || !(masks || writes)) {
+      return absl::DataLossError("a delta does not fit");
+    }
+    const float confidence = remembers ? delta.exact_confidences(i) : 0.0F;
+    if (!(confidence >= 0 && confidence <= 1)) return absl::DataLossError("a delta does not fit");
     last = position;
-    outcome.transfers.push_back({.position = position, .token = token});
+    outcome.transfers.push_back({.position = position, .token = token, .confidence = confidence});
   }
   ApplyOutcome(outcome, delta.forward(), state.params, model, state.canvas, state.decoding);
   return absl::OkStatus();

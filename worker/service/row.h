@@ -39,8 +39,8 @@ absl::StatusOr<RowPlan> BuildRow(const StartedRow& started, int32_t steps_budget
 
 // What one step did; `after` is the state behind it.
 v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> transfers,
-                        const SequenceState& after, const RowFacts& facts, absl::Duration step_time,
-                        const Usage& usage);
+                        const SequenceState& after, const RowFacts& facts, const ModelTraits& model,
+                        absl::Duration step_time, const Usage& usage);
 
 // Makes the step of `delta` on `state`. DataLoss: it does not fit.
 absl::Status ApplyDelta(const v1::StepDelta& delta, const ModelTraits& model, SequenceState& state);

@@ -435,9 +435,10 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
     const bool made_step = event.step >= row.step && event.status.ok();
     if (made_step) {
       const absl::Span<const Transfer> transfers = report.TransfersOf(event);
-      const auto in_answer = std::count_if(
-          transfers.begin(), transfers.end(),
-          [&](const Transfer& transfer) { return transfer.position < row.facts.length; });
+      int32_t in_answer = 0;
+      for (const Transfer& transfer : transfers) {
+        if (transfer.position < row.facts.length) in_answer += transfer.num_committed();
+      }
       // A model without a mask token decides every position again each step, and commits at the
       // end.
       if (denoiser_.traits().mask_token >= 0 || event.settled) {
@@ -448,7 +449,8 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
       row.step = event.step + 1;
       ProgressRow progress = {.lease = row.lease, .step = row.step, .usage = row.usage};
       progress.delta =
-          MakeDelta(event, transfers, *state, row.facts, step_time, row.usage).SerializeAsString();
+          MakeDelta(event, transfers, *state, row.facts, denoiser_.traits(), step_time, row.usage)
+              .SerializeAsString();
       // The state is behind the turn: it is that of this step when no other of the turn follows.
       if (row.step - row.snapshot_step >= options_.snapshot_every &&
           state->decoding.step == row.step && !event.finished) {

@@ -45,7 +45,8 @@ def eos_used(result, model, ids, given, options):
 
 
 SAMPLERS = ("low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "threshold", "factor",
-            "entropy_bounded", "fast_dllm_v2", "block_static", "block_dynamic", "block_sequential")
+            "entropy_bounded", "fast_dllm_v2", "block_static", "block_dynamic", "block_sequential", "p2", "p2_open", "rnd1",
+            "rnd1_entropy_bounded", "joint_threshold", "hierarchical", "hierarchical_remask")
 HOLES = "g4 m5 g3 m4 g1 m2 g3"  # a canvas of 15 positions, 11 of them masked
 
 # name, model, layout, options, condition
@@ -252,6 +253,11 @@ RANDOM_RUNS = [
     ("low_confidence_llada_warm", "llada", HOLES, dict(sampler="low_confidence", steps=11, temperature=0.8)),
     ("block_dynamic_sdar_warm", "sdar_b4", "g6 +14",
      dict(sampler="block_dynamic", steps=16, temperature=0.6, top_k=20, top_p=0.95, threshold=0.5)),
+    ("remdm_cap", "mdlm", "g5 +12", dict(sampler="remdm_cap", steps=16, temperature=1, eta=0.2, top_p=0.9)),
+    ("remdm_rescale_infill", "mdlm", HOLES, dict(sampler="remdm_rescale", steps=12, temperature=1, eta=0.1)),
+    ("remdm_conf", "mdlm", "g5 +12", dict(sampler="remdm_conf", steps=16, temperature=1, top_p=0.9)),
+    ("remdm_loop_llada", "llada", HOLES, dict(sampler="remdm_loop", steps=20, eta=0.1, temperature=0.8)),
+    ("dfm_corrector", "mdlm", HOLES, dict(sampler="dfm_corrector", steps=10, temperature=1)),
 ]
 
 
@@ -359,6 +365,25 @@ def probability_cases(loaded, text_ids):
         draws.append({"steps": steps, "step": step, "t": t, "dt": dt, "temperature": temperature, "probabilities":
                       listed(samplers.mdlm_posterior(logits, ids, mask, t, dt, temperature))})
     yield "mdlm_rows", {"kind": "mdlm", "mask_token": mask, "ids": ids, "logits": listed(logits), "draws": draws}
+    # ReMDM and the DFM corrector: one step from inline logits. Positions 1, 3 and 4 are committed.
+    logits, ids = random_rows(10, 6, n, 2.0), [mask, 6, mask, 2, 9, mask]
+    logits[0, mask] = 3.0
+    confidences = [0.0, 0.875, 0.0, 0.125, 0.5, 0.0]
+    draws = []
+    for name, steps, step, options in (
+            ("remdm_cap", 10, 0, dict(eta=0.3)), ("remdm_cap", 10, 4, dict(eta=0.3)),
+            ("remdm_cap", 10, 9, dict(eta=0.3, top_p=0.75)), ("remdm_cap", 10, 5, dict(eta=0.0)),
+            ("remdm_rescale", 10, 3, dict(eta=0.4)), ("remdm_rescale", 10, 8, dict(eta=0.4, temperature=0.5)),
+            ("remdm_conf", 10, 3, {}), ("remdm_conf", 10, 8, dict(top_p=0.5)),
+            ("remdm_loop", 10, 2, dict(eta=0.1)), ("remdm_loop", 10, 6, dict(eta=0.1, top_p=0.9)),
+            ("remdm_loop", 20, 18, dict(eta=0.2, t_on=0.7, t_off=0.25, alpha_on=0.6)),
+            ("remdm_loop", 20, 10, dict(eta=0.2, t_on=0.7, t_off=0.25, alpha_on=0.6)),
+            ("dfm_corrector", 10, 0, {}), ("dfm_corrector", 10, 3, dict(top_p=0.75)), ("dfm_corrector", 10, 16, {}),
+            ("dfm_corrector", 64, 40, {})):
+        p = samplers.remdm_posterior(name, logits, ids, mask, steps, step, confidences=confidences, **options)
+        draws.append({"sampler": name, "steps": steps, "step": step, "options": options, "probabilities": listed(p)})
+    yield "remdm_rows", {"kind": "remdm", "mask_token": mask, "ids": ids, "logits": listed(logits),
+                         "confidences": confidences, "draws": draws}
     model = loaded["mdlm"]
     mask = model.traits.mask_token
     ids = np.random.RandomState(78).randint(0, text_ids("mdlm"), 9)

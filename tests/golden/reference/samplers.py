@@ -102,6 +102,7 @@ class Result:
     nfe: int              # forward passes of the authors' loop, up to the one that fills the last position
     nfe_min: int          # without those whose step transfers nothing
     events: set           # special paths that were taken, for choosing cases
+    stopped: bool = False  # at an end of text, with the rest undecided
 
 
 def canvas_blocks(given, traits, block_length):
@@ -133,7 +134,7 @@ def take_best(scores, count, gap, events):
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if 0 < count < len(scores):
         last, next_ = scores[order[count - 1]], scores[order[count]]
-        twins = scores.from_one_row and order[count - 1:count + 1] == [0, 1]
+        twins = getattr(scores, "from_one_row", False) and order[count - 1:count + 1] == [0, 1]
         if last == next_ and (twins or last in (0.0, 1.0)):
             events.add("tie")
         else:
@@ -224,6 +225,22 @@ def select(name, options, answers, positions, block_masks, block_step, block_ste
             count, total = count + 1, total + entropies[index]
         events.add("several" if 1 < count < m else "all" if count == m else "one")
         return take_best(scores_of(lambda a: -a.entropy), count, absolute, events)
+    if name == "rnd1":
+        count = m - block_masks * (block_steps - 1 - block_step) // block_steps
+        return take_best(scores_of(lambda a: -a.entropy), count, absolute, events)
+    if name == "rnd1_entropy_bounded":
+        bound = options.get("entropy_bound", 0.1)
+        order = take_best(p, m, relative, events)
+        for a, b in zip(order, order[1:]):
+            require(p[a] - p[b] > relative(p[a], p[b]), "order")
+        entropies = np.array([answers[i].entropy for i in order])
+        criterion = np.cumsum(entropies) - np.maximum.accumulate(entropies)
+        require(np.all(np.abs(criterion[1:] - bound) > ABSOLUTE_GAP), "entropy bound")
+        count = int(np.sum(criterion <= bound))
+        events.add("several" if 1 < count < m else "all" if count == m else "one")
+        return order[:count]
+    if name == "hierarchical":
+        return hierarchy(positions, p, options, 0, events)
     quota = split_evenly(traits.block_length, block_steps, block_step)
     if name == "block_sequential":
         window = range(positions[0], positions[0] + quota)
@@ -244,7 +261,110 @@ def select(name, options, answers, positions, block_masks, block_step, block_ste
     raise ValueError(f"unknown sampler {name}")
 
 
-FILTERED = ("maskgit_plus", "topk_margin", "entropy", "origin", "block_static", "block_dynamic", "block_sequential")
+def hierarchy(positions, confidences, options, revoked, events):
+    """dInfer: the best of each run of neighbours when above the low threshold, all above the threshold, and the best
+    of the rest until one more than `revoked` is taken."""
+    high, low = options.get("threshold", 0.9), options.get("low_threshold", 0.4)
+    require(all(abs(c - t) > relative(c, t) for c in confidences for t in (high, low)), "threshold")
+    taken = {i for i, c in enumerate(confidences) if c > high}
+    begin = 0
+    for end in range(1, len(positions) + 1):
+        if end < len(positions) and positions[end] == positions[end - 1] + 1:
+            continue
+        run = range(begin, end)
+        best = begin + take_best([confidences[i] for i in run], 1, relative, events)[0]
+        if confidences[best] > low:
+            taken.add(best)
+        begin = end
+    events.add("several" if len(taken) > 1 else "one" if taken else "fallback")
+    while len(taken) <= revoked and len(taken) < len(positions):
+        rest = [i for i in range(len(positions)) if i not in taken]
+        taken.add(rest[take_best([confidences[i] for i in rest], 1, relative, events)[0]])
+    return sorted(taken)
+
+
+def revise(name, options, answers, positions, x, mask, block_masks, block_step, block_steps, block_edits, events):
+    """One step of a sampler that revises. `positions` are those of the block that are not given, `answers` theirs.
+    Returns what changes, {position: token, the mask token where it is masked again}, and whether the block stays open
+    though nothing of it is masked."""
+    masked = [x[i] == mask for i in positions]
+    changes = {}
+
+    def write(index):
+        require(answers[index].gap > LOGIT_GAP, "argmax")
+        changes[positions[index]] = answers[index].token
+
+    if name in ("p2", "p2_open"):
+        num_masked = block_masks * (block_steps - 1 - block_step) // block_steps
+        eta = options.get("eta", 1.0)
+        if name == "p2":
+            scores = [math.log(a.probability) * (1 if m else eta) for a, m in zip(answers, masked)]
+        else:
+            scores = [a.probability for a in answers]
+        kept = take_best(scores, len(positions) - num_masked, lambda a, b: 1e-3 * max(1.0, eta), events)
+        for index, position in enumerate(positions):
+            if masked[index] and index in kept:
+                write(index)
+            elif not masked[index] and index not in kept:
+                changes[position] = mask
+                events.add("masked again")
+        return changes, num_masked > 0
+    if name == "joint_threshold":
+        threshold, edit_threshold = options.get("threshold", 0.9), options.get("edit_threshold", 0.9)
+        p = [a.probability for a in answers]
+        require(all(abs(c - t) > relative(c, t) for c in p for t in (threshold, edit_threshold)), "threshold")
+        open_ = [i for i, m in enumerate(masked) if m]
+        fills = [i for i in open_ if p[i] > threshold]
+        if open_ and not fills:
+            fills = [open_[i] for i in take_best([p[i] for i in open_], 1, relative, events)]
+        for index in fills:
+            write(index)
+        for index, position in enumerate(positions):
+            if not masked[index] and p[index] > edit_threshold:
+                require(answers[index].gap > LOGIT_GAP, "argmax")
+                if answers[index].token != x[position]:
+                    write(index)
+                    events.add("edited")
+        if len(fills) < len(open_):
+            return changes, False
+        edits = block_edits + (not open_)
+        if edits >= options.get("edit_steps", 16):
+            events.add("edit budget")
+            return changes, False
+        return changes, bool(open_ or changes)
+    if name == "hierarchical_remask":
+        p = [a.probability for a in answers]
+        low = options.get("low_threshold", 0.4)
+        require(all(abs(c - low) > relative(c, low) for c in p), "threshold")
+        candidates = [i for i in range(len(positions)) if masked[i] or p[i] < low]
+        revoked = sum(not masked[i] for i in candidates)
+        taken = [candidates[i] for i in hierarchy([positions[i] for i in candidates], [p[i] for i in candidates],
+                                                  options, revoked, events)]
+        for index in candidates:
+            if index in taken:
+                write(index)
+                if changes[positions[index]] == x[positions[index]]:
+                    del changes[positions[index]]
+            elif not masked[index]:
+                changes[positions[index]] = mask
+                events.add("masked again")
+        return changes, False
+    raise ValueError(f"unknown sampler {name}")
+
+
+def ended(x, given, mask, final_end, traits):
+    """Whether an end of text is final, and so is all before it."""
+    for i in range(final_end):
+        if x[i] == mask and not given[i]:
+            return False
+        if not given[i] and x[i] in (*traits.eos_tokens, traits.eot_token):
+            return True
+    return False
+
+
+REVISING = ("p2", "p2_open", "joint_threshold", "hierarchical_remask")
+FILTERED = ("p2_open", "rnd1", "rnd1_entropy_bounded", "joint_threshold",
+            "maskgit_plus", "topk_margin", "entropy", "origin", "block_static", "block_dynamic", "block_sequential")
 
 
 def generate(model, ids, given, options):
@@ -266,23 +386,27 @@ def generate(model, ids, given, options):
     if options.get("confidence_eos_eot_inf"):
         uncounted = [t for t in (*traits.eos_tokens, traits.eot_token) if t >= 0]
     filters = {"top_k": options.get("top_k", 0), "top_p": options.get("top_p", 1.0),
-               "top_k_first": name.startswith("block_")} if name in FILTERED else {}
+               "top_k_first": name.startswith(("block_", "rnd1", "joint_"))} if name in FILTERED else {}
     reuse = options.get("kv_reuse", "exact")
     result = Result(x, [], 0, 0, set())
     for begin, end in blocks:
         block_masks = sum(not g for g in given[begin:end])
-        block_step = 0
+        block_step = block_edits = 0
+        stays_open = True
         memory = {}  # keys and values of the last pass over the whole block
         while True:
             positions = [i for i in range(begin, end) if x[i] == mask and not given[i]]
-            if not positions:
+            if not positions and (block_masks == 0 or name not in REVISING or not stays_open):
                 break
+            edits = not positions
+            if name in REVISING:
+                positions = [i for i in range(begin, end) if not given[i]]
             seen = x[:end] if traits.block_length else x  # block-causal: later blocks do not exist yet
             first_alone, span = False, None
             if name == "fast_dllm_v2":
                 first_alone = traits.shift and positions[0] == begin > 0
                 sub = options.get("sub_block_length") or 8
-                sub_begin = positions[0] // sub * sub
+                sub_begin = positions[0] - (positions[0] - begin) % sub
                 positions = [i for i in positions if i < sub_begin + sub]
                 if reuse == "dual" and memory and whole_pass_in == sub_begin and positions[0] > sub_begin:
                     span = sub_begin, min(sub_begin + sub, end)
@@ -306,6 +430,10 @@ def generate(model, ids, given, options):
                 hidden = [mask if g else t for t, g in zip(x, given)]
                 unconditional = model.predictions(hidden)
                 rows = unconditional + (options["cfg_scale"] + 1) * (rows - unconditional)
+            if options.get("repeat_penalty", 0) > 0:
+                rows = np.array(rows, dtype=np.float64)
+                for i in range(begin + 1, end):
+                    rows[i, x[i - 1]] -= options["repeat_penalty"]
             if any(np.argmax(rows[i]) == mask for i in positions):
                 result.events.add("mask is best")
                 require(name != "topk_margin", "margin of the mask token")
@@ -313,6 +441,12 @@ def generate(model, ids, given, options):
             for nudge in (0, -TOP_P_GAP, TOP_P_GAP) if filters.get("top_p", 1) < 1 else (0,):
                 nudged = {**filters, "top_p": filters["top_p"] + nudge} if filters else {}
                 answers = [answer_row(rows[i], mask, forbidden, uncounted, **nudged) for i in positions]
+                if name in REVISING:
+                    changes, stays_open = revise(name, options, answers, positions, x, mask, block_masks, block_step,
+                                                 steps // len(blocks), block_edits, result.events)
+                    require(all(t < (traits.tokenizer_size or traits.vocab_size) for t in changes.values()), "unused row")
+                    choices.append((changes, stays_open))
+                    continue
                 chosen = sorted(select(name, options, answers, positions, block_masks, block_step,
                                        steps // len(blocks), traits, result.events))
                 # Whether rows without text may be picked is left open here: they never are the best.
@@ -320,15 +454,31 @@ def generate(model, ids, given, options):
                 choices.append((chosen, [answers[i].token for i in chosen]))
             require(all(choice == choices[0] for choice in choices), "top_p")
             chosen = choices[0][0]
-            for i in chosen:
-                require(answers[i].gap > LOGIT_GAP, "argmax")
-                x[positions[i]] = answers[i].token
-            result.trace.append([positions[i] for i in chosen])
+            if name in REVISING:
+                for position, token in chosen.items():
+                    x[position] = token
+                result.trace.append(sorted(chosen))
+                result.nfe_min += 1
+            else:
+                for i in chosen:
+                    require(answers[i].gap > LOGIT_GAP, "argmax")
+                    x[positions[i]] = answers[i].token
+                result.trace.append([positions[i] for i in chosen])
+                result.nfe_min += bool(chosen)
             result.nfe += 1
-            result.nfe_min += bool(chosen)
             block_step += 1
-            assert block_step <= len(x) + max(steps, 1), "no progress"
-    assert all(t != mask for t, g in zip(x, given) if not g)
+            block_edits += edits
+            assert block_step <= len(x) + max(steps, 1) + 20, "no progress"
+            if options.get("eos_early_stop") and name not in REVISING and ended(x, given, mask, len(x), traits):
+                result.stopped = True
+                break
+        if options.get("eos_early_stop") and ended(x, given, mask, end, traits):
+            result.stopped = True
+        if result.stopped:
+            break
+    if result.stopped and mask in x:
+        result.events.add("stopped early")
+    assert result.stopped or all(t != mask for t, g in zip(x, given) if not g)
     del x[length:]
     result.trace = [[i for i in step if i < length] for step in result.trace]
     return result
@@ -457,3 +607,71 @@ def mdlm_posterior(logits, ids, mask_token, t, dt, temperature=1.0):
     settled = np.asarray(ids) != mask_token
     result[settled] = np.eye(logits.shape[-1])[np.asarray(ids)[settled]]
     return result
+
+
+def nucleus(p, top_p):
+    """ReMDM's and BD3-LM's filter: ids whose cumulated mass, their own included, is at most top_p; the first
+    always."""
+    order = np.argsort(-p, kind="stable")
+    keep = np.cumsum(p[order]) <= top_p
+    keep[0] = True
+    result = np.zeros_like(p)
+    result[order[keep]] = p[order[keep]]
+    return result / result.sum()
+
+
+def dfm_rates(t, steps):
+    """(forward rate, backward rate, step length) of the corrector's schedule."""
+    a = 10 * t ** 0.25 * (1 - t) ** 0.25 + 1
+    b = a - 1
+    return a, b, 1 / steps if t == 1 else min(1 / steps, 1 / (a / t + b / (1 - t)))
+
+
+def dfm_times(steps):
+    """Times of the corrector's steps; the last is the closing step's."""
+    times = [1.0]
+    while times[-1] > (1 - TIME_END) / steps:
+        times.append(times[-1] - dfm_rates(times[-1], steps)[2])
+    return times
+
+
+def remdm_posterior(name, logits, ids, mask_token, steps, step, eta=None, t_on=0.55, t_off=0.05, alpha_on=0.9,
+                    top_p=1.0, temperature=1.0, confidences=()):
+    """One step of ReMDM or of the DFM corrector: the next token of each position. `confidences` are those with which
+    the committed tokens were taken (remdm_conf)."""
+    logits, ids = np.array(logits, dtype=np.float64), np.asarray(ids)
+    logits[:, mask_token] = -np.inf
+    p0 = np.array([nucleus(row, top_p) if top_p < 1 else row for row in softmax(logits / temperature)])
+    masked = ids == mask_token
+    p0[~masked] = np.eye(logits.shape[-1])[ids[~masked]]
+    t, dt = step_time(step, steps)
+    at, as_ = 1 - t, 1 - (t - dt)
+    largest = min(1.0, (1 - as_) / at) if at > 0 else 1.0
+    sigma = np.zeros(len(ids))
+    if name == "remdm_cap":
+        sigma[:] = min(eta, (1 - as_) / at) if at > 0 else eta
+    elif name == "remdm_rescale":
+        sigma[:] = eta * largest
+    elif name == "remdm_conf":
+        weights = np.where(masked, 0.0, np.exp(-np.asarray(confidences, dtype=np.float64)))
+        sigma = weights / weights.sum() * largest if weights.any() else sigma
+    elif name == "remdm_loop":
+        if t > t_on:
+            at, as_ = ((1 - x) * alpha_on / (1 - t_on) for x in (t, t - dt))
+        elif t <= t_off:
+            at, as_ = (1 - x * (1 - alpha_on) / t_off for x in (t, t - dt))
+        else:
+            at = as_ = alpha_on
+            sigma[:] = eta
+    if name == "dfm_corrector":
+        t = dfm_times(steps)[step]
+        a, b, h = dfm_rates(t, steps)
+        unmask = a * h / t
+        remask = b * h / (1 - t) if t < 1 else 0.0
+        chance = np.where(masked, unmask, 1 - remask)
+        weights = p0 * chance[:, None]
+        weights[:, mask_token] = 1 - chance
+        return weights
+    weights = np.where(masked[:, None], p0 * ((as_ - (1 - sigma) * at) / (1 - at))[:, None], p0 * (1 - sigma)[:, None])
+    weights[:, mask_token] = np.where(masked, (1 - as_ - sigma * at) / (1 - at), sigma)
+    return normalised(weights)

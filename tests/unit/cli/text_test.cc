@@ -118,10 +118,11 @@ TEST(ApiClientTest, Chunks) {
   EXPECT_EQ(usage->usage->forwards, 4);
   const auto frame = ReadChunk(
       R"({"choices":[{"index":0,"delta":{}}],"diffusion":{"step":2,"canvas_tokens":4,"positions":[1,3],)"
-      R"("tokens":[5,6],"texts":["a","b"],"confidence":[0.9,0.2],"block":[0,4],"final_end":0}})");
+      R"("tokens":[5,-1],"texts":["a",""],"confidence":[0.9,0.0],"block":[0,4],"final_end":0}})");
   ASSERT_TRUE(frame->frame.has_value());
   EXPECT_THAT(frame->frame->positions, ElementsAre(1, 3));
-  EXPECT_THAT(frame->frame->texts, ElementsAre("a", "b"));
+  EXPECT_THAT(frame->frame->texts, ElementsAre("a", ""));
+  EXPECT_THAT(frame->frame->masked_again, ElementsAre(false, true));
   const auto broken = ReadChunk(R"({"error":{"message":"late","code":"deadline_exceeded"}})");
   ASSERT_TRUE(broken->failure.has_value());
   EXPECT_EQ(broken->failure->status.code(), absl::StatusCode::kDeadlineExceeded);
@@ -150,6 +151,19 @@ TEST(StreamedCanvasTest, TokensAppearWhereTheyWereDecided) {
   canvas.Add({.step = 3, .canvas_tokens = 4, .positions = {1, 3}, .texts = {"\n", "<eos>"}});
   EXPECT_EQ(canvas.Render("", "", 80, 10, false), "a\nc·\n");
   EXPECT_EQ(canvas.Render("", "", 80, 1, false), "c·\n");
+  canvas.Add({.step = 4,
+              .canvas_tokens = 4,
+              .positions = {0, 2},
+              .texts = {"", "d"},
+              .masked_again = {true, false}});
+  EXPECT_EQ(canvas.Render("", "", 80, 10, false), "░\nd·\n");
+  EXPECT_EQ(canvas.num_decided(), 3);
+  canvas.Add({.step = 5,
+              .canvas_tokens = 4,
+              .positions = {0},
+              .texts = {""},
+              .masked_again = {true}});  // told twice
+  EXPECT_EQ(canvas.num_decided(), 3);
 }
 
 TEST(TerminalTest, FittingCountsCharactersAndKeepsEscapes) {

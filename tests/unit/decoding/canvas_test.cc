@@ -222,6 +222,80 @@ TEST(ApplyOutcomeTest, NoiseStaysUndecidedUntilItIsSettled) {
   EXPECT_EQ(canvas.states[3], PositionState::kGiven);
 }
 
+TEST(ApplyOutcomeTest, WhatIsRevisedIsFinalWhenItsBlockIsLeft) {
+  const ModelTraits model = MaskModel();
+  const DecodingParams params = {.sampler = "remdm_conf", .block_length = 2};
+  Canvas canvas = CanvasOf("g.g..", model);  // blocks 1-3 and 3-5
+  DecodingState state = BeginDecoding(canvas, params, model);
+  const auto final_end = [&] { return FinalEnd(canvas, state, params, model); };
+  const auto apply = [&](std::vector<Transfer> transfers, bool stays_open) {
+    ApplyOutcome({.transfers = std::move(transfers), .stays_open = stays_open}, true, params, model,
+                 canvas, state);
+  };
+  EXPECT_EQ(final_end(), 1);
+  apply({{.position = 1, .token = 4, .confidence = 0.5F}}, /*stays_open=*/true);
+  EXPECT_EQ(state.block_index, 0);
+  EXPECT_EQ(state.block_edits, 0);
+  EXPECT_EQ(state.confidences[1], 0.5F);
+  EXPECT_EQ(final_end(), 1) << "it may change";
+  EXPECT_EQ(FindEndOfText(canvas, state, params, model), canvas.end)
+      << "4 is an EOS, but not final";
+  apply({{.position = 1, .token = kMaskedAgain}}, true);
+  EXPECT_EQ(canvas.tokens[1], kMask);
+  EXPECT_EQ(canvas.states[1], PositionState::kMasked);
+  EXPECT_EQ(state.confidences[1], 0);
+  EXPECT_EQ(state.block_edits, 1);
+  apply({{.position = 1, .token = 4}}, true);
+  apply({{.position = 1, .token = 5}}, true);
+  EXPECT_EQ(canvas.tokens[1], 5);
+  EXPECT_EQ(state.block_edits, 2);
+  apply({{.position = 1, .token = 11}}, false);
+  EXPECT_EQ(state.block_index, 1);
+  EXPECT_EQ(state.block_edits, 0);
+  EXPECT_EQ(final_end(), 3);
+  EXPECT_EQ(FindEndOfText(canvas, state, params, model), 1);
+  apply({{.position = 3, .token = 1}, {.position = 4, .token = 2}}, false);
+  EXPECT_TRUE(state.finished);
+  EXPECT_EQ(final_end(), 5);
+  EXPECT_EQ(state.step, 6);
+}
+
+TEST(ApplyOutcomeTest, AnEndOfTextEndsEarlyWhereThatIsAskedFor) {
+  const ModelTraits model = MaskModel();
+  for (const TokenId end : {4, 11, 9}) {
+    for (const bool stops : {false, true}) {
+      const DecodingParams params = {
+          .sampler = "block_static", .block_length = 8, .eos_early_stop = stops};
+      Canvas canvas = CanvasOf("g.g...", model);
+      canvas.tokens[2] = 4;  // given: no end of the answer
+      DecodingState state = BeginDecoding(canvas, params, model);
+      ApplyOutcome({.transfers = {{.position = 3, .token = end}}}, true, params, model, canvas,
+                   state);
+      EXPECT_FALSE(state.finished) << "position 1 is undecided";
+      ApplyOutcome({.transfers = {{.position = 1, .token = 2}}}, true, params, model, canvas,
+                   state);
+      EXPECT_EQ(state.finished, stops);
+      EXPECT_EQ(CountUndecided(canvas, 0, 6), 2);
+    }
+  }
+}
+
+TEST(ApplyOutcomeDeathTest, WhatRevisesMustDoItRight) {
+  const ModelTraits model = MaskModel();
+  const DecodingParams params = {.sampler = "remdm_cap", .block_length = 2};
+  Canvas canvas = CanvasOf("g..g.", model);
+  DecodingState state = BeginDecoding(canvas, params, model);
+  const auto apply = [&](std::vector<Transfer> transfers) {
+    ApplyOutcome({.transfers = std::move(transfers)}, true, params, model, canvas, state);
+  };
+  EXPECT_DEATH(apply({{.position = 1, .token = kMaskedAgain}}), "token -1");
+  apply({{.position = 1, .token = 1}});
+  EXPECT_DEATH(apply({{.position = 1, .token = kMask}}), "token 17");
+  apply({{.position = 2, .token = 1}});
+  EXPECT_DEATH(apply({{.position = 2, .token = 1}}), "position 2 of block 3 .. 5");
+  EXPECT_DEATH(apply({{.position = 3, .token = 1}}), "position 3 is decided");
+}
+
 TEST(ApplyOutcomeDeathTest, OurBugsAreFound) {
   const ModelTraits model = MaskModel();
   const DecodingParams params = {.block_length = 2};

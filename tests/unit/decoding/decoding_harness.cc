@@ -265,6 +265,7 @@ StepQueries QueriesOf(const Sequence& sequence, const StepPlan& plan, bool rows_
     query.statistics_temperature = wanted.statistics_temperature;
     query.top_k = wanted.top_k;
     query.top_p = wanted.top_p;
+    query.top_p_inside = wanted.top_p_inside;
     query.filter_order = wanted.filter_order;
     query.noise = {.seed = sequence.params.seed,
                    .position = static_cast<uint32_t>(wanted.position),
@@ -294,8 +295,12 @@ StepOutcome FinishStep(const StepPlan& plan, absl::Span<const VocabularyAnswer> 
   for (const Transfer& transfer : outcome.transfers) {
     EXPECT_GT(transfer.position, previous);
     EXPECT_LT(transfer.position, context.block.end);
-    EXPECT_TRUE(context.canvas.undecided(transfer.position));
-    EXPECT_TRUE(transfer.token >= 0 && transfer.token != sequence.model.mask_token)
+    const bool committed = context.canvas.states[transfer.position] == PositionState::kCommitted;
+    const bool masked_again = committed && transfer.token == kMaskedAgain;
+    EXPECT_TRUE(context.canvas.undecided(transfer.position) ||
+                (committed && SamplerRevises(sequence.params.sampler)));
+    EXPECT_TRUE(masked_again ||
+                (transfer.token >= 0 && transfer.token != sequence.model.mask_token))
         << transfer.token;
     EXPECT_TRUE(transfer.confidence >= 0 && transfer.confidence <= 1) << transfer.confidence;
     previous = transfer.position;
@@ -365,6 +370,18 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
     params.logits_eos_inf = maybe();
     params.confidence_eos_eot_inf = maybe();
   }
+  if (Reads(entry, Knob::kEta) && maybe()) params.eta = one_of({0.0F, 0.3F, 1.0F});
+  if (Reads(entry, Knob::kRemaskingWindow) && maybe()) {
+    params.t_on = 0.8F;
+    params.t_off = 0.3F;
+    params.alpha_on = 0.6F;
+  }
+  if (Reads(entry, Knob::kEditing)) {
+    params.edit_threshold = one_of({0.0F, 0.3F, 0.9F});
+    params.edit_steps = below(4);
+    if (maybe()) params.repeat_penalty = 1.5F;
+  }
+  if (Reads(entry, Knob::kLowThreshold)) params.low_threshold = one_of({0.0F, 0.2F, 0.4F, 1.0F});
   if (maybe()) params.eos_penalty = one_of({1.5F, -2.0F});
   if (maybe()) params.forbidden_ids = {2, 7, 4};
   if (maybe()) params.pickable_ids = model.tokenizer_size;

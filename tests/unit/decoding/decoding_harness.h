@@ -99,8 +99,9 @@ struct StepRecord {
 std::vector<StepRecord> RunToEnd(Sequence& sequence, Head& head, int32_t num_steps_max = 100000);
 
 // A random request of up to 26 positions that the sampler and the model take: prompt, suffix,
-// holes, nothing given or one hole; every knob that the sampler reads is set in some of them, and
-// so are the penalty, the forbidden ids (2, 4 and 7) and the limit of ids.
+// holes, nothing given or one hole; every knob that the sampler reads is set in some of them (but
+// not eos_early_stop, so that all is filled), and so are the penalty, the forbidden ids (2, 4 and
+// 7) and the limit of ids.
 Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint32_t seed);
 
 }  // namespace cinnabar

@@ -29,10 +29,22 @@ using ::testing::StartsWith;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-constexpr Knob kAllKnobs[] = {Knob::kNumSteps,     Knob::kBlockLength, Knob::kTopP,
-                              Knob::kTopK,         Knob::kThreshold,   Knob::kFactor,
-                              Knob::kEntropyBound, Knob::kAlgTemp,     Knob::kEps,
-                              Knob::kCfgScale,     Knob::kEosSwitches};
+constexpr Knob kAllKnobs[] = {Knob::kNumSteps,
+                              Knob::kBlockLength,
+                              Knob::kTopP,
+                              Knob::kTopK,
+                              Knob::kThreshold,
+                              Knob::kFactor,
+                              Knob::kEntropyBound,
+                              Knob::kAlgTemp,
+                              Knob::kEps,
+                              Knob::kCfgScale,
+                              Knob::kEosSwitches,
+                              Knob::kEta,
+                              Knob::kRemaskingWindow,
+                              Knob::kEditing,
+                              Knob::kLowThreshold,
+                              Knob::kEosEarlyStop};
 
 std::vector<std::string> CatalogNames() {
   std::vector<std::string> names;
@@ -87,7 +99,9 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
   const auto llada = with(guided_blocks, {Knob::kNumSteps, Knob::kEosSwitches});
   const auto fast_dllm = with(guided_blocks, {Knob::kEosSwitches});
   const auto dream = with(guided_blocks, {Knob::kNumSteps, Knob::kTopP, Knob::kTopK, Knob::kEps});
-  const std::set<Knob> sdar = {Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kTopK};
+  const std::set<Knob> sdar = {Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kTopK,
+                               Knob::kEosEarlyStop};
+  const std::set<Knob> remdm = {Knob::kNumSteps, Knob::kTopP};
   const std::map<std::string, std::set<Knob>> want = {
       {"low_confidence", with(llada, {Knob::kKvReuse})},
       {"random", llada},
@@ -108,6 +122,11 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
       {"mdlm_semi_ar", {Knob::kNumSteps, Knob::kBlockLength}},
       {"sedd_euler", {Knob::kNumSteps}},
       {"sedd_analytic", {Knob::kNumSteps}},
+      {"remdm_cap", with(remdm, {Knob::kEta})},
+      {"remdm_rescale", with(remdm, {Knob::kEta})},
+      {"remdm_conf", remdm},
+      {"remdm_loop", with(remdm, {Knob::kEta, Knob::kRemaskingWindow})},
+      {"dfm_corrector", remdm},
   };
   ASSERT_EQ(want.size(), SamplerCatalog().size());
   for (const SamplerEntry& entry : SamplerCatalog()) {
@@ -210,6 +229,24 @@ TEST(ResolveParamsErrorTest, RangesNameTheField) {
            {{.forbidden_ids = {23}}, "forbidden_ids: 23 "},
            {{.pickable_ids = -1}, "pickable_ids: -1 ", "0 .. 23"},
            {{.pickable_ids = 24}, "pickable_ids: 24 "},
+           {{.sampler = "remdm_cap", .eta = -0.5F}, "eta: -0.5", "0 or more"},
+           {{.sampler = "remdm_cap", .eta = 1.5F}, "eta: 1.5", "[0, 1]"},
+           {{.sampler = "remdm_cap", .eta = kNan}, "eta: nan"},
+           {{.sampler = "remdm_loop", .t_on = 1.0F}, "t_on: 1 ", "(0, 1)"},
+           {{.sampler = "remdm_loop", .t_on = kNan}, "t_on: nan"},
+           {{.sampler = "remdm_loop", .t_off = 0.55F}, "t_off: 0.55 ", "below t_on"},
+           {{.sampler = "remdm_loop", .t_off = 0.0F}, "t_off: 0 ", "above 0"},
+           {{.sampler = "remdm_loop", .t_off = kNan}, "t_off: nan"},
+           {{.sampler = "remdm_loop", .alpha_on = 1.0F}, "alpha_on: 1 ", "(0, 1)"},
+           {{.sampler = "remdm_loop", .alpha_on = kNan}, "alpha_on: nan"},
+           {{.edit_threshold = 1.5F}, "edit_threshold: 1.5", "[0, 1]"},
+           {{.edit_threshold = kNan}, "edit_threshold: nan"},
+           {{.edit_steps = -1}, "edit_steps: -1 ", "0 .. 1024"},
+           {{.edit_steps = 1025}, "edit_steps: 1025 "},
+           {{.repeat_penalty = -1.0F}, "repeat_penalty: -1", "0 (off)"},
+           {{.repeat_penalty = kInfinity}, "repeat_penalty: inf"},
+           {{.low_threshold = -1.0F}, "low_threshold: -1", "[0, 1]"},
+           {{.low_threshold = kNan}, "low_threshold: nan"},
        }) {
     ExpectError(c);
   }
@@ -261,6 +298,10 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
            {{.sampler = "fast_dllm_v2", .sub_block_length = -1},
             "sub_block_length: -1 ",
             "default"},
+           {{.sampler = "block_static", .eos_early_stop = true},
+            "eos_early_stop: ",
+            "neither",
+            neither},
            {{.block_length = 8}, "block_length: 8", "blocks of 4", BlockModel()},
            {{.sampler = "mdlm_ancestral", .block_length = 4}, "block_length: ", "leave it out"},
            {{.block_length = 4}, "block_length: ", "the whole canvas", UniformModel()},
@@ -291,6 +332,15 @@ TEST(ResolveParamsErrorTest, AKnobThatIsNotReadIsAnErrorThatNamesTheReaders) {
       {Knob::kEosSwitches, "logits_eos_inf", {.logits_eos_inf = true}},
       {Knob::kEosSwitches, "confidence_eos_eot_inf", {.confidence_eos_eot_inf = true}},
       {Knob::kBlockLength, "block_length", {.block_length = 6}},
+      {Knob::kEta, "eta", {.eta = 0.5F}},
+      {Knob::kRemaskingWindow, "t_on", {.t_on = 0.7F}},
+      {Knob::kRemaskingWindow, "t_off", {.t_off = 0.2F}},
+      {Knob::kRemaskingWindow, "alpha_on", {.alpha_on = 0.7F}},
+      {Knob::kEditing, "edit_threshold", {.edit_threshold = 0.5F}},
+      {Knob::kEditing, "edit_steps", {.edit_steps = 5}},
+      {Knob::kEditing, "repeat_penalty", {.repeat_penalty = 0.5F}},
+      {Knob::kLowThreshold, "low_threshold", {.low_threshold = 0.5F}},
+      {Knob::kEosEarlyStop, "eos_early_stop", {.eos_early_stop = true}},
   };
   for (const SamplerEntry& entry : SamplerCatalog()) {
     const ModelTraits model = Fits(entry, MaskModel()) ? MaskModel() : AbsorbModel();

@@ -1,7 +1,6 @@
 // Identities between samplers, and between a sampler and a formula: where two rules must come to
 // the same, their runs are compared byte by byte. [12.n] is the n-th item of section 12 of the
-// sampler sheet (1 schedules, 2 ideal score, 5 entropy bound; 3, 4 and 6 are about ReMDM, P2 and
-// parameter counts, which these samplers do not have).
+// sampler sheet (1 schedules, 2 ideal score, 3 remasking, 4 path planning, 5 entropy bound).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -436,6 +435,48 @@ TEST_F(IdentityTest, MdlmCachedIsAncestralWithFewerPasses) {
     }
   }
   EXPECT_GT(passes_saved, 0);
+}
+
+// [12.3] Without remasking ReMDM is MDLM: with sigma 0 the same positions at the same steps.
+TEST_F(IdentityTest, RemdmThatNeverMasksAgainIsMdlm) {
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    const Request request = Layout(seed);
+    for (const float temperature : {0.0F, 1.0F}) {
+      DecodingParams params = {
+          .sampler = "mdlm_cached", .num_steps = 9, .temperature = temperature, .seed = 21};
+      const Outcome mdlm = Run(request, params);
+      params.eta = 0.0F;
+      for (const char* sampler : {"remdm_cap", "remdm_rescale"}) {
+        params.sampler = sampler;
+        const Outcome remdm = Run(request, params);
+        EXPECT_EQ(remdm, mdlm) << sampler;
+        EXPECT_EQ(remdm.nfe, mdlm.nfe) << sampler;
+      }
+    }
+  }
+}
+
+// A larger eta masks more again; 0 nothing.
+TEST_F(IdentityTest, MoreEtaMasksMoreAgain) {
+  for (const char* sampler : {"remdm_cap", "remdm_rescale", "remdm_loop"}) {
+    std::vector<int> num_masked_again;
+    for (const float eta : {0.0F, 0.1F, 0.4F}) {
+      num_masked_again.push_back(0);
+      for (int seed = 0; seed < kNumLayouts; ++seed) {
+        Request request = Layout(seed);
+        request.params = {.sampler = sampler, .num_steps = 20, .temperature = 1.0F, .eta = eta};
+        Sequence sequence = Begin(request, MaskModel(), HashNetwork(MaskModel(), 3.0, 7));
+        for (const StepRecord& record : RunToEnd(sequence, *head_)) {
+          for (const Transfer& transfer : record.outcome.transfers) {
+            num_masked_again.back() += transfer.token == kMaskedAgain ? 1 : 0;
+          }
+        }
+      }
+    }
+    EXPECT_EQ(num_masked_again[0], 0) << sampler;
+    EXPECT_GT(num_masked_again[1], 20) << sampler;
+    EXPECT_GT(num_masked_again[2], num_masked_again[1]) << sampler;
+  }
 }
 
 // One block that ends the sequence: mdlm_semi_ar is mdlm_cached.

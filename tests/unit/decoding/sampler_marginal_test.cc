@@ -80,7 +80,10 @@ std::vector<std::vector<int64_t>> CountTokens(const Sequence& start,
                                            std::vector<int64_t>(start.model.vocab_size));
   for (const StepOutcome& outcome : outcomes) {
     std::vector<TokenId> tokens = start.canvas.tokens;
-    for (const Transfer& transfer : outcome.transfers) tokens[transfer.position] = transfer.token;
+    for (const Transfer& transfer : outcome.transfers) {
+      const bool masked_again = transfer.token == kMaskedAgain;
+      tokens[transfer.position] = masked_again ? start.model.mask_token : transfer.token;
+    }
     for (size_t i = 0; i < tokens.size(); ++i) ++counts[i][tokens[i]];
   }
   return counts;
@@ -463,6 +466,46 @@ TEST_F(MarginalTest, MdlmClosesWithTheArgmax) {
       EXPECT_EQ(outcome.transfers[0].token, 12) << "the mask token's logit is larger";
       EXPECT_EQ(outcome.transfers[1].token, 5);
     }
+  }
+}
+
+// ReMDM and the DFM corrector: masked positions are unmasked, committed ones masked again.
+TEST_F(MarginalTest, RemaskingFollowsThePosterior) {
+  const nlohmann::json table = ReadTable("remdm_rows");
+  const Rows rows = table["logits"].get<Rows>();
+  const std::vector<float> confidences = table["confidences"];
+  ModelTraits model = MaskModel();
+  model.vocab_size = model.tokenizer_size = static_cast<int32_t>(rows[0].size());
+  model.mask_token = table["mask_token"];
+  for (const nlohmann::json& draw : table["draws"]) {
+    SCOPED_TRACE(draw.dump().substr(0, 120));
+    const nlohmann::json& options = draw["options"];
+    Request request = {.ids = table["ids"].get<std::vector<TokenId>>(),
+                       .given = std::vector<bool>(6, false),
+                       .params = {.sampler = draw["sampler"],
+                                  .num_steps = draw["steps"],
+                                  .temperature = options.value("temperature", 1.0F),
+                                  .top_p = options.value("top_p", 1.0F),
+                                  .eta = options.value("eta", -1.0F),
+                                  .t_on = options.value("t_on", 0.55F),
+                                  .t_off = options.value("t_off", 0.05F),
+                                  .alpha_on = options.value("alpha_on", 0.9F)}};
+    Sequence start = Begin(request, model, nullptr);
+    for (int32_t i = 0; i < start.canvas.length(); ++i) {
+      if (request.ids[i] == model.mask_token) continue;
+      start.canvas.tokens[i] = request.ids[i];
+      start.canvas.states[i] = PositionState::kCommitted;
+    }
+    if (!start.state.confidences.empty()) start.state.confidences = confidences;
+    SetStep(draw["step"], start);
+    const std::vector<StepOutcome> outcomes = DrawSteps(start, rows, 12000, 70000, *head_);
+    const auto counts = CountTokens(start, outcomes);
+    const Table probabilities = draw["probabilities"];
+    for (size_t i = 0; i < counts.size(); ++i) {
+      SCOPED_TRACE(i);
+      ExpectFollows(counts[i], probabilities[i]);
+    }
+    for (const StepOutcome& outcome : outcomes) ASSERT_TRUE(outcome.stays_open);
   }
 }
 

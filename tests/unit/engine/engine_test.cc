@@ -73,10 +73,12 @@ std::vector<Family> Families() {
           {"open_dcoder", {"threshold", "entropy"}},
           {"a2d_qwen3", {"low_confidence", "block_dynamic"}},
           {"a2d_llama", {"low_confidence", "factor"}},
-          {"mdlm", {"mdlm_cached", "mdlm_ancestral", "low_confidence"}},
+          {"mdlm",
+           {"mdlm_cached", "mdlm_ancestral", "low_confidence", "remdm_cap", "remdm_rescale",
+            "remdm_conf", "remdm_loop", "dfm_corrector"}},
           {"sdar_b4",
            {"block_static", "block_dynamic", "block_sequential", "low_confidence", "threshold",
-            "entropy"}},
+            "entropy", "remdm_conf"}},
           {"sdar_b8", {"block_dynamic", "entropy_bounded"}},
           {"sdar_moe", {"block_dynamic", "threshold"}},
           {"rnd1", {"entropy", "threshold"}},
@@ -129,6 +131,12 @@ SequenceState RandomSequence(const ModelTraits& model, const std::string& sample
     params.block_length = 6;
     if (reads(Knob::kNumSteps)) params.block_length = 0;
   }
+  if (reads(Knob::kEta)) params.eta = 0.3F;
+  if (reads(Knob::kEditing)) {
+    params.edit_threshold = 0.3F;
+    params.edit_steps = 3;
+  }
+  if (reads(Knob::kLowThreshold)) params.low_threshold = 0.2F;
   if (reads(Knob::kAlgTemp) && random() % 2 == 0) params.alg_temp = 0.3F;
   if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 5;
   auto state = MakeSequence(ids, given, params, model);

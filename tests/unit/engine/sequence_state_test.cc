@@ -88,6 +88,14 @@ TEST(SequenceStateTest, ABrokenStateIsAnErrorThatSaysWhatIsWrong) {
       {"kv_reuse", [](auto& s) { s.mutable_params()->set_kv_reuse(static_cast<v1::KvReuse>(7)); }},
       {"block_masks", [](auto& s) { s.set_block_masks(1000); }},
       {"finished", [](auto& s) { s.set_finished(true); }},
+      {"0 confidences",
+       [](auto& s) {
+         s.mutable_params()->set_sampler("remdm_conf");
+         s.mutable_params()->set_block_length(0);
+         s.mutable_params()->set_num_steps(0);
+       }},
+      {"1 confidences", [](auto& s) { s.add_confidences(0.5F); }},
+      {"contradict", [](auto& s) { s.set_block_edits(1); }},
       {"forbidden_ids",
        [](auto& s) { s.mutable_params()->mutable_forbidden_ids()->Resize(99, 1); }},
   };
@@ -97,6 +105,61 @@ TEST(SequenceStateTest, ABrokenStateIsAnErrorThatSaysWhatIsWrong) {
     const absl::StatusOr<SequenceState> state = FromWire(wire, Model(), "m");
     ASSERT_FALSE(state.ok()) << c.words;
     EXPECT_THAT(std::string(state.status().message()), testing::HasSubstr(c.words));
+  }
+}
+
+// Remasking: committed positions in the open block, its own memory, a block without masks.
+TEST(SequenceStateTest, ASequenceThatIsRevisedTravelsToo) {
+  std::vector<TokenId> ids(12, 7);
+  std::vector<bool> given(12, false);
+  given[0] = true;
+  SequenceState state =
+      *MakeSequence(ids, given, {.sampler = "remdm_conf", .num_steps = 20}, Model());
+  ASSERT_EQ(state.decoding.confidences.size(), 12U);
+  StepOutcome outcome;
+  for (int32_t i = 1; i < 12; ++i) {
+    outcome.transfers.push_back(
+        {.position = i, .token = i, .confidence = 0.1F * static_cast<float>(i % 10)});
+  }
+  outcome.stays_open = true;
+  ApplyOutcome(outcome, true, state.params, Model(), state.canvas, state.decoding);
+  EXPECT_FALSE(state.decoding.finished);
+  const v1::SequenceState wire = ToWire(state, "m");
+  absl::StatusOr<SequenceState> back = FromWire(wire, Model(), "m");
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(back->decoding.confidences, state.decoding.confidences);
+  EXPECT_EQ(back->canvas.states, state.canvas.states);
+  ApplyOutcome({.transfers = {{.position = 3, .token = kMaskedAgain}}, .stays_open = true}, false,
+               back->params, Model(), back->canvas, back->decoding);
+  EXPECT_EQ(back->canvas.tokens[3], 99);
+  EXPECT_EQ(back->decoding.confidences[3], 0);
+  EXPECT_EQ(back->decoding.block_edits, 1);
+  EXPECT_TRUE(FromWire(ToWire(*back, "m"), Model(), "m").ok());
+
+  v1::SequenceState broken = wire;
+  broken.set_confidences(4, 1.5F);
+  EXPECT_FALSE(FromWire(broken, Model(), "m").ok());
+  broken = wire;
+  broken.mutable_params()->set_sampler("mdlm_cached");  // nothing undecided, and it never revises
+  broken.clear_confidences();
+  EXPECT_FALSE(FromWire(broken, Model(), "m").ok());
+}
+
+TEST(SequenceStateTest, OnlyAFinalEndOfTextFinishesEarly) {
+  std::vector<TokenId> ids(12, 7);
+  const std::vector<bool> given(12, false);
+  for (const bool stops : {false, true}) {
+    SequenceState state =
+        *MakeSequence(ids, given, {.sampler = "block_static", .eos_early_stop = stops}, Model());
+    ApplyOutcome({.transfers = {{.position = 0, .token = 5}, {.position = 1, .token = 98}}}, true,
+                 state.params, Model(), state.canvas, state.decoding);
+    EXPECT_EQ(state.decoding.finished, stops);
+    v1::SequenceState wire = ToWire(state, "m");
+    EXPECT_TRUE(FromWire(wire, Model(), "m").ok());
+    wire.set_finished(true);
+    EXPECT_EQ(FromWire(wire, Model(), "m").ok(), stops);
+    wire.set_tokens(1, 6);
+    EXPECT_FALSE(FromWire(wire, Model(), "m").ok());
   }
 }
 

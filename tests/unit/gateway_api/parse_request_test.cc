@@ -103,6 +103,9 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
                       "factor": 2, "entropy_bound": 0.2, "alg_temp": 0.3, "eps": 0.01,
                       "cfg_scale": 1.5, "eos_penalty": -1, "logits_eos_inf": true,
                       "confidence_eos_eot_inf": true, "steps_min": 16, "deadline_seconds": 2.5,
+                      "eta": 0.25, "t_on": 0.75, "t_off": 0.125, "alpha_on": 0.5,
+                      "edit_threshold": 0.625, "edit_steps": 7, "repeat_penalty": 1.25,
+                      "low_threshold": 0.375, "eos_early_stop": true,
                       "canvas_tokens": 48, "frames": true, "sub_block_length": 4,
                       "kv_reuse": "dual"})");
     EXPECT_EQ(request.n, 3);
@@ -132,11 +135,22 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
     EXPECT_FLOAT_EQ(params.cfg_scale, 1.5F);
     EXPECT_FLOAT_EQ(params.eos_penalty, -1);
     EXPECT_TRUE(params.logits_eos_inf && params.confidence_eos_eot_inf);
+    EXPECT_EQ(params.eta, 0.25F);
+    EXPECT_EQ(params.t_on, 0.75F);
+    EXPECT_EQ(params.t_off, 0.125F);
+    EXPECT_EQ(params.alpha_on, 0.5F);
+    EXPECT_EQ(params.edit_threshold, 0.625F);
+    EXPECT_EQ(params.edit_steps, 7);
+    EXPECT_EQ(params.repeat_penalty, 1.25F);
+    EXPECT_EQ(params.low_threshold, 0.375F);
+    EXPECT_TRUE(params.eos_early_stop);
     EXPECT_THAT(request.params_set,
-                UnorderedElementsAre("sampler", "num_steps", "block_length", "temperature", "top_p",
-                                     "top_k", "threshold", "factor", "entropy_bound", "alg_temp",
-                                     "eps", "cfg_scale", "eos_penalty", "logits_eos_inf",
-                                     "confidence_eos_eot_inf", "sub_block_length", "kv_reuse"));
+                UnorderedElementsAre(
+                    "sampler", "num_steps", "block_length", "temperature", "top_p", "top_k",
+                    "threshold", "factor", "entropy_bound", "alg_temp", "eps", "cfg_scale",
+                    "eos_penalty", "logits_eos_inf", "confidence_eos_eot_inf", "eta", "t_on",
+                    "t_off", "alpha_on", "edit_threshold", "edit_steps", "repeat_penalty",
+                    "low_threshold", "eos_early_stop", "sub_block_length", "kv_reuse"));
     EXPECT_THAT(request.warnings, IsEmpty());
   }
 }
@@ -434,6 +448,16 @@ TEST(ParseRequestTest, RefusalsOfTheDiffusionContract) {
       {R"("eos_penalty": "x")", "invalid_type", "diffusion.eos_penalty"},
       {R"("logits_eos_inf": 1)", "invalid_type", "diffusion.logits_eos_inf"},
       {R"("confidence_eos_eot_inf": 1)", "invalid_type", "diffusion.confidence_eos_eot_inf"},
+      {R"("eta": -0.1)", "invalid_value", "diffusion.eta"},
+      {R"("t_on": 0)", "invalid_value", "diffusion.t_on"},
+      {R"("t_off": 2)", "invalid_value", "diffusion.t_off"},
+      {R"("alpha_on": "1")", "invalid_type", "diffusion.alpha_on"},
+      {R"("edit_threshold": 1.5)", "invalid_value", "diffusion.edit_threshold"},
+      {R"("edit_steps": -1)", "invalid_value", "diffusion.edit_steps"},
+      {R"("edit_steps": 1.5)", "invalid_type", "diffusion.edit_steps"},
+      {R"("repeat_penalty": -1)", "invalid_value", "diffusion.repeat_penalty"},
+      {R"("low_threshold": 1.5)", "invalid_value", "diffusion.low_threshold"},
+      {R"("eos_early_stop": 1)", "invalid_type", "diffusion.eos_early_stop"},
       {R"("steps_min": 0)", "invalid_value", "diffusion.steps_min"},
       {R"("steps_min": 9, "steps": 8)", "invalid_value", "diffusion.steps_min", "above"},
       {R"("steps_min": 2, "may_degrade": false)", "invalid_value", "diffusion.steps_min"},

@@ -161,9 +161,9 @@ TEST(RenderChunkTest, WarningsComeWithTheEnd) {
 }
 
 TEST(RenderChunkTest, FramesAreValidChunksWithAnEmptyDelta) {
-  const std::vector<int32_t> positions = {99, 100, 102, 108};
-  const std::vector<int32_t> tokens = {5, *TinyTokenizer().IdOf("a"), kTinyEos, 5};
-  const std::string confidences("\x01\xFF\x80\x01", 4);
+  const std::vector<int32_t> positions = {99, 100, 102, 103, 108};
+  const std::vector<int32_t> tokens = {5, *TinyTokenizer().IdOf("a"), kTinyEos, -1, 5};
+  const std::string confidences("\x01\xFF\x80\x00\x01", 5);
   const DiffusionFrame frame = {.step = 3,
                                 .block_begin = 96,
                                 .block_end = 104,
@@ -180,8 +180,8 @@ TEST(RenderChunkTest, FramesAreValidChunksWithAnEmptyDelta) {
   EXPECT_EQ(
       chat["diffusion"],
       json::parse(absl::StrCat(
-          R"({"step":3,"canvas_tokens":8,"block":[0,4],"positions":[0,2],"tokens":[)", tokens[1],
-          R"(,1],"texts":["a","<eos>"],"confidence":[1.0,0.502],"final_end":1})")));
+          R"({"step":3,"canvas_tokens":8,"block":[0,4],"positions":[0,2,3],"tokens":[)", tokens[1],
+          R"(,1,-1],"texts":["a","<eos>",""],"confidence":[1.0,0.502,0.0],"final_end":1})")));
   const json plain =
       json::parse(RenderFrameChunk(Info(Endpoint::kFim), 0, frame, text, TinyTokenizer()));
   EXPECT_EQ(plain["choices"][0]["text"], "");

@@ -234,6 +234,20 @@ TEST(TextAssemblerTest, ADeltaThatMakesNoSenseChangesNothing) {
   EXPECT_EQ(assembler.Add({1, 2}, Bytes("bc"), 3).value(), "bc");
 }
 
+TEST(TextAssemblerTest, WhatMayStillChangeIsDraftAndNotText) {
+  TextAssembler assembler(Tiny(), Span(0, 3));
+  EXPECT_EQ(assembler.Add({0, 1, 2}, Bytes("axc"), 0).value(), "");
+  EXPECT_EQ(assembler.Snapshot(), "axc");
+  EXPECT_EQ(assembler.Add({0, 1}, std::vector<TokenId>{-1, Id("b")}, 0).value(), "");
+  EXPECT_EQ(assembler.Snapshot(), absl::StrCat(kShade, "bc"));
+  EXPECT_EQ(assembler.Add({1, 2}, std::vector<TokenId>{Id("b"), -1}, 1).status().code(),
+            absl::StatusCode::kDataLoss);  // a mask cannot be final
+  EXPECT_EQ(assembler.Add({0}, {Id("d")}, 1).value(), "d");
+  EXPECT_EQ(assembler.Add({0, 2}, std::vector<TokenId>{-1, -1}, 1).value(), "");  // 0 is final
+  EXPECT_EQ(assembler.Snapshot(), absl::StrCat("db", kShade));
+  EXPECT_EQ(assembler.Add({2}, {Id("c")}, 3).value(), "bc");
+}
+
 TEST(TextAssemblerTest, AResultFillsWhatIsMissing) {
   TextAssembler assembler(Tiny(), Span(2, 5));
   ASSERT_TRUE(assembler.Add({2}, {Id("a")}, 3).ok());

@@ -93,6 +93,10 @@ inline VocabularyReference AnswerInDouble(const VocabularyQuery& query,
         return;
       }
       before += weight(order[rank]);
+      if (query.top_p_inside && rank > 0 && before > static_cast<double>(query.top_p) * total) {
+        order.resize(rank);
+        return;
+      }
     }
   };
   if (query.filter_order == FilterOrder::kTopPThenTopK) {

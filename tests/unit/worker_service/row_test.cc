@@ -71,6 +71,7 @@ class RowTest : public testing::TestWithParam<Case> {
     params.seed = 11;
     params.num_steps = GetParam().num_steps;
     params.temperature = GetParam().temperature;
+    if ((*FindSampler(params.sampler))->eta >= 0) params.eta = 0.3F;
     *item.mutable_params() = ToWire(params);
     return item.SerializeAsString();
   }
@@ -94,7 +95,7 @@ class RowTest : public testing::TestWithParam<Case> {
       for (const StepEvent& event : report.events) {
         EXPECT_TRUE(event.status.ok()) << event.status;
         const v1::StepDelta delta = MakeDelta(event, report.TransfersOf(event), *state, plan->facts,
-                                              absl::ZeroDuration(), Usage{});
+                                              traits(), absl::ZeroDuration(), Usage{});
         run.deltas.push_back(delta.SerializeAsString());
         std::optional<std::string>& snapshot = run.snapshots.emplace_back();
         if (state->decoding.step == event.step + 1) {
@@ -187,7 +188,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"llada", "low_confidence", 8, 0.7F}, Case{"a2d_qwen3", "random", 5, 1},
                     Case{"sdar_b4", "block_dynamic", 0, 0}, Case{"mdlm", "mdlm_cached", 12, 1},
                     Case{"sedd_absorb", "sedd_euler", 24, 1},
-                    Case{"sedd_uniform", "sedd_euler", 6, 1}),
+                    Case{"sedd_uniform", "sedd_euler", 6, 1}, Case{"mdlm", "remdm_conf", 12, 1},
+                    Case{"sdar_b4", "remdm_cap", 16, 0.5F}, Case{"llada", "dfm_corrector", 8, 1}),
     [](const auto& info) { return absl::StrCat(info.param.model, "_", info.param.sampler); });
 
 }  // namespace
