@@ -117,6 +117,7 @@ class CountingBackend : public Backend {
     }
     return inner_->Attend(args);
   }
+  absl::Status SoftEmbed(const SoftEmbedArgs& args) override { return inner_->SoftEmbed(args); }
   absl::Status Route(const RouteArgs& args) override { return inner_->Route(args); }
   absl::Status Experts(const ExpertsArgs& args) override {
     for (int64_t i = 0; i < args.num_rows * args.experts_per_row; ++i) {
