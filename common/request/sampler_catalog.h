@@ -33,9 +33,11 @@ enum class Knob : uint32_t {
 
 // What the network's output means; a sampler fits some kinds.
 enum class Parameterization : uint8_t {
-  kMaskPrediction,  // logits of the token at a masked position (LLaDA, Dream, SDAR, MDLM)
-  kAbsorbScore,     // SEDD, absorbing graph
-  kUniformScore,    // SEDD, uniform graph: no mask token
+  kMaskPrediction,     // logits of the token at a masked position (LLaDA, Dream, SDAR, MDLM)
+  kAbsorbScore,        // SEDD, absorbing graph
+  kUniformScore,       // SEDD, uniform graph: no mask token
+  kUniformPrediction,  // logits of the clean token where noise may be (DiffusionGemma): no mask
+                       // token
 };
 
 // What a model is, as far as decoding cares. Filled from the checkpoint; plain data.
@@ -48,6 +50,9 @@ struct ModelTraits {
   TokenId eot_token = -1;  // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
   bool shift_logits = false;  // the prediction for position i is row i-1 (row 0 for position 0)
   int32_t causal_block_length = 0;  // > 0: block-causal attention in blocks of this many positions
+  // With causal_block_length: blocks are counted from where the canvas begins. What lies before the
+  // open block is encoded causally, position by position, by the network's other half.
+  bool causal_encoder = false;
   Parameterization parameterization = Parameterization::kMaskPrediction;
   bool conditioned_on_sigma = false;  // the network reads the noise level
   float sigma_min = 0.0F;             // geometric noise (SEDD); both 0: log-linear

@@ -21,7 +21,7 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 TIMEOUT_SECONDS = 120
-LOGITS_BOUND = 2e-4  # of max(1, |reference|): float32 sums of these networks stay below 5e-5
+LOGITS_BOUND = 2e-4  # of max(1, |reference|): float32 sums of these networks stay below 7e-5
 
 
 class Failure(Exception):

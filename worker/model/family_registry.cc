@@ -10,6 +10,7 @@
 // One line a family; each is defined in the family_*.cc of its name.
 #define CINNABAR_FAMILIES(REGISTER) \
   REGISTER(A2d)                     \
+  REGISTER(DiffusionGemma)          \
   REGISTER(Dream)                   \
   REGISTER(DreamReasoner)           \
   REGISTER(Llada)                   \
@@ -39,12 +40,6 @@ constexpr Unsupported kUnsupported[] = {
     {"Fast_dLLM_QwenForCausalLM",
      "logits shifted inside a block, with each block's first token from the block before, which no "
      "sampler here does yet"},
-    {"DiffusionGemmaForBlockDiffusion",
-     "an encoder beside the decoder, sliding windows, experts and self-conditioning, which are not "
-     "supported yet"},
-    {"DiffusionGemmaForConditionalGeneration",
-     "an encoder beside the decoder, sliding windows, experts and self-conditioning, which are not "
-     "supported yet"},
     {"BD3LM",
      "a cache that slides over the window and moves positions, which is not supported yet"},
 };

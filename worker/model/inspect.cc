@@ -51,11 +51,20 @@ std::string ParameterizationName(Parameterization parameterization) {
       return "absorbing score";
     case Parameterization::kUniformScore:
       return "uniform score";
+    case Parameterization::kUniformPrediction:
+      return "uniform prediction";
   }
   return "";
 }
 
-std::string Attention(const ModelTraits& traits) {
+std::string Attention(const ModelSpec& spec) {
+  const ModelTraits& traits = spec.traits;
+  if (traits.causal_encoder) {
+    const auto& full = spec.windows.full_layers;
+    return absl::StrCat("causal encoder, blocks of ", traits.causal_block_length, ", window ",
+                        spec.windows.window, " but in ", std::count(full.begin(), full.end(), true),
+                        " layers");
+  }
   return traits.causal_block_length == 0
              ? "full"
              : absl::StrCat("block-causal, blocks of ", traits.causal_block_length);
@@ -67,9 +76,9 @@ std::string Experts(const ModelSpec& spec) {
   for (int32_t layer = 0; layer < spec.num_layers; ++layer) layers += HasExperts(spec, layer);
   return absl::StrCat(
       experts.experts_per_token, " of ", experts.num_experts, " a token, MLP ", experts.mlp_dim,
-      experts.num_groups > 1 ? absl::StrCat(", from ", experts.groups_per_token, " of ",
-                                            experts.num_groups, " groups")
-                             : "",
+      experts.num_groups > 1
+          ? absl::StrCat(", from ", experts.groups_per_token, " of ", experts.num_groups, " groups")
+          : "",
       experts.shared_mlp_dim > 0 ? absl::StrCat(", and a shared one of ", experts.shared_mlp_dim)
                                  : "",
       layers < spec.num_layers ? absl::StrCat(", in ", layers, " layers") : "",
@@ -125,8 +134,10 @@ void EstimateMemory(const Checkpoint* checkpoint, ModelReport& report) {
   report.workspace_bytes =
       ActivationBytes(spec, limits.rows_max, limits.sequences_max,
                       std::min(limits.positions_max, spec.traits.positions_max), 4);
+  const KvShape kv = KvShapeOf(spec, 1);
   report.kv_bytes_per_position =
-      int64_t{KvLayers(spec)} * 2 * spec.num_kv_heads * spec.head_dim * 4;
+      8 * (int64_t{kv.num_layers} * kv.num_kv_heads * kv.head_dim +
+           int64_t{kv.num_other_layers} * kv.other_kv_heads * kv.other_head_dim);
 }
 
 void AddNotes(const Checkpoint* checkpoint, ModelReport& report) {
@@ -220,7 +231,7 @@ std::string FormatReport(const ModelReport& report) {
                            spec.num_kv_heads != spec.num_heads
                                ? absl::StrCat(", ", spec.num_kv_heads, " for keys and values")
                                : ""));
-    lines.Add("attention", Attention(traits));
+    lines.Add("attention", Attention(spec));
     lines.Add("positions",
               absl::StrCat("up to ", traits.positions_max, ", rotary base ", spec.rope_theta));
     lines.Add("output",
@@ -242,13 +253,13 @@ std::string FormatReport(const ModelReport& report) {
 
     const ForwardLimits limits;
     lines.Title("\nmemory (estimate)");
-    lines.Add("weights", absl::StrCat(FormatBytes(report.weights_f32_bytes), " as F32, ",
-                                      FormatBytes(report.weights_half_bytes), " as F16 or BF16",
-                                      report.mapped_bytes > 0
-                                          ? absl::StrCat("; experts of ",
-                                                         FormatBytes(report.mapped_bytes),
-                                                         " stay in the file")
-                                          : ""));
+    lines.Add("weights",
+              absl::StrCat(FormatBytes(report.weights_f32_bytes), " as F32, ",
+                           FormatBytes(report.weights_half_bytes), " as F16 or BF16",
+                           report.mapped_bytes > 0
+                               ? absl::StrCat("; experts of ", FormatBytes(report.mapped_bytes),
+                                              " stay in the file")
+                               : ""));
     lines.Add("activations",
               absl::StrCat(FormatBytes(report.workspace_bytes), " for ", limits.rows_max, " rows"));
     lines.Add("keys and values",
@@ -302,6 +313,7 @@ nlohmann::ordered_json ReportToJson(const ModelReport& report) {
                       {"tied_head", spec.tied_head},
                       {"positions_max", traits.positions_max},
                       {"causal_block_length", traits.causal_block_length},
+                      {"causal_encoder", traits.causal_encoder},
                       {"shift_logits", traits.shift_logits},
                       {"conditioned_on_sigma", traits.conditioned_on_sigma},
                       {"parameterization", ParameterizationName(traits.parameterization)}};

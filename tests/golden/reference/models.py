@@ -322,6 +322,8 @@ def read_traits(directory, config):
         return Traits("llada_moe", rows, config["mask_token_id"], eos_tokens=eos)
     if architecture == "LLaDA2MoeModelLM":
         return Traits("llada2", rows, config["mask_token_id"], block_length=config["block_size"], eos_tokens=eos)
+    if architecture == "DiffusionGemmaForBlockDiffusion":
+        return Traits("diffusion_gemma", config["text_config"]["vocab_size"], -1, eos_tokens=eos)
     if architecture == "MDLM":
         return Traits("mdlm", rows, rows - 1)
     if "graph" in config and "model" in config:  # SEDD names no architecture
@@ -348,4 +350,7 @@ def load(directory, dtype=np.float64):
     path = directory / "tokenizer.json"
     if path.exists():
         traits.tokenizer_size = 1 + max(t["id"] for t in json.loads(path.read_text())["added_tokens"])
+    if traits.family == "diffusion_gemma":
+        from .gemma import GemmaBody  # which builds on this module
+        return GemmaBody(config, tensors, traits)
     return (DiTBody if traits.family in ("sedd", "mdlm") else DecoderBody)(config, tensors, traits)
