@@ -151,6 +151,10 @@ struct KvShape {
   int32_t other_kv_heads = 0;
   int32_t other_head_dim = 0;
 
+  // Where layer `layer` is kept: memory of one layer is used by every layer in turn.
+  int32_t kept_layer(int32_t layer) const {
+    return num_layers == 1 && num_other_layers == 0 ? 0 : layer;
+  }
   bool is_other(int32_t layer) const { return layer >= num_layers; }
   int32_t kv_heads_of(int32_t layer) const {
     return is_other(layer) ? other_kv_heads : num_kv_heads;

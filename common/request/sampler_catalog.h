@@ -40,9 +40,11 @@ enum class Knob : uint32_t {
 
 // What the network's output means; a sampler fits some kinds.
 enum class Parameterization : uint8_t {
-  kMaskPrediction,  // logits of the token at a masked position (LLaDA, Dream, SDAR, MDLM)
-  kAbsorbScore,     // SEDD, absorbing graph
-  kUniformScore,    // SEDD, uniform graph: no mask token
+  kMaskPrediction,     // logits of the token at a masked position (LLaDA, Dream, SDAR, MDLM)
+  kAbsorbScore,        // SEDD, absorbing graph
+  kUniformScore,       // SEDD, uniform graph: no mask token
+  kUniformPrediction,  // logits of the clean token where noise may be (DiffusionGemma): no mask
+                       // token
 };
 
 // What a model is, as far as decoding cares. Filled from the checkpoint; plain data.
@@ -57,6 +59,9 @@ struct ModelTraits {
   // row of a block is that of the block before, once its tokens are final.
   bool shift_logits = false;
   int32_t causal_block_length = 0;  // > 0: block-causal attention in blocks of this many positions
+  // With causal_block_length: blocks are counted from where the canvas begins. What lies before the
+  // open block is encoded causally, position by position, by the network's other half.
+  bool causal_encoder = false;
   Parameterization parameterization = Parameterization::kMaskPrediction;
   bool conditioned_on_sigma = false;  // the network reads the noise level
   float sigma_min = 0.0F;             // geometric noise (SEDD); both 0: log-linear

@@ -14,6 +14,8 @@ v1::ModelTraits::Parameterization ToWire(Parameterization parameterization) {
       return v1::ModelTraits::ABSORB_SCORE;
     case Parameterization::kUniformScore:
       return v1::ModelTraits::UNIFORM_SCORE;
+    case Parameterization::kUniformPrediction:
+      return v1::ModelTraits::UNIFORM_PREDICTION;
   }
   CINNABAR_CHECK(false) << "not a parameterization: " << static_cast<int>(parameterization);
 }
@@ -30,6 +32,7 @@ absl::StatusOr<ModelTraits> FromWire(const v1::ModelTraits& wire) {
   traits.eot_token = wire.eot_token();
   traits.shift_logits = wire.shift_logits();
   traits.causal_block_length = wire.causal_block_length();
+  traits.causal_encoder = wire.causal_encoder();
   traits.conditioned_on_sigma = wire.conditioned_on_sigma();
   traits.sigma_min = wire.sigma_min();
   traits.sigma_max = wire.sigma_max();
@@ -44,6 +47,9 @@ absl::StatusOr<ModelTraits> FromWire(const v1::ModelTraits& wire) {
       return traits;
     case v1::ModelTraits::UNIFORM_SCORE:
       traits.parameterization = Parameterization::kUniformScore;
+      return traits;
+    case v1::ModelTraits::UNIFORM_PREDICTION:
+      traits.parameterization = Parameterization::kUniformPrediction;
       return traits;
     default:
       return absl::InvalidArgumentError(
@@ -62,6 +68,7 @@ v1::ModelTraits ToWire(const ModelTraits& traits) {
   wire.set_eot_token(traits.eot_token);
   wire.set_shift_logits(traits.shift_logits);
   wire.set_causal_block_length(traits.causal_block_length);
+  wire.set_causal_encoder(traits.causal_encoder);
   wire.set_parameterization(ToWire(traits.parameterization));
   wire.set_conditioned_on_sigma(traits.conditioned_on_sigma);
   wire.set_sigma_min(traits.sigma_min);

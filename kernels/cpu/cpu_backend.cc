@@ -127,7 +127,7 @@ class PanelKv : public KvMemory {
   int64_t memory_bytes() const override { return Bytes(shape_); }
   const KvShape& shape() const { return shape_; }
   float* Keys(int32_t layer, int32_t head) const {
-    const int32_t kept = shape_.num_layers == 1 ? 0 : layer;
+    const int32_t kept = shape_.kept_layer(layer);
     return reinterpret_cast<float*>(memory_.get()) + FloatsBefore(shape_, kept) +
            head * HeadFloats(shape_, shape_.head_dim_of(kept));
   }

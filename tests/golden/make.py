@@ -26,7 +26,7 @@ GENERATED = ["models", "logits", "cases", "probabilities", "index.json"]
 
 # Ids below these stand for text; the others are special or unused rows.
 TEXT_IDS = {"llada_gqa": 125, "sdar_b8": 93, "sdar_moe": 93, "rnd1": 93, "rnd1_bf16": 93, "llada_moe": 93, "llada2": 93,
-            "fast_dllm_v2": 93, "bd3lm": 88,
+            "fast_dllm_v2": 93, "bd3lm": 88, "diffusion_gemma": 97, "diffusion_gemma_bf16": 97,
             "sedd_absorb": 83, "sedd_uniform": 83, "mdlm": 88}
 
 
@@ -53,9 +53,12 @@ def logits_inputs(model_name, traits):
         random = np.random.RandomState(seed + length)
         ids = random.randint(0, text_ids(model_name), length)
         given = random.random_sample(length) >= masked_share
-        if traits.mask_token < 0:
+        if traits.family == "diffusion_gemma":
+            given[:] = np.arange(length) < length - 8  # a block of noise behind what is encoded
+        elif traits.mask_token < 0:
             given[:] = True
-        ids[~given] = traits.mask_token
+        if traits.mask_token >= 0:
+            ids[~given] = traits.mask_token
         entry = {"ids": ids.tolist(), "given": given.tolist()}
         if traits.family == "sedd":
             entry["sigma"] = sigma
@@ -69,9 +72,12 @@ def make_logits(out):
         model = models.load(out / "models" / name)
         narrow = models.load(out / "models" / name, np.float32)
         for length, entry in logits_inputs(name, model.traits):
-            if name in ("dream_bf16", "sdar_b4_f16", "rnd1_bf16") and length != 13:
+            if name in ("dream_bf16", "sdar_b4_f16", "rnd1_bf16", "diffusion_gemma_bf16") and length != 13:
                 continue
             case = f"{name}_{length}"
+            if model.traits.family == "diffusion_gemma":
+                index.append(make_steps(out, name, case, entry, model, narrow))
+                continue
             rows = model.logits(entry["ids"], entry.get("sigma"))
             # The reference itself must not be badly conditioned: float32 stays well inside the bound that
             # run_cli.py grants.
@@ -84,6 +90,28 @@ def make_logits(out):
     return index
 
 
+def make_steps(out, name, case, entry, model, narrow):
+    """Three steps of one block, each conditioned on the prediction of the one before; `ids` holds the first."""
+    begin = entry["given"].index(False)
+    random = np.random.RandomState(begin)
+    entry["steps"] = [{"ids": entry["ids"][begin:], "temperature": 0.8}]
+    entry["steps"] += [{"ids": random.randint(0, 97, 8).tolist(), "temperature": t} for t in (0.55, 0.4)]
+    rows, before, narrow_before = [], None, None
+    for step in entry["steps"]:
+        logits = model.block_logits(entry["ids"][:begin], step["ids"], before)
+        single = narrow.block_logits(entry["ids"][:begin], step["ids"], narrow_before)
+        error = np.abs(single - logits) / np.maximum(1, np.abs(logits))
+        assert error.max() < 7e-5, f"{case}: float32 is off by {error.max():.1e}"
+        before = logits, step["temperature"]
+        narrow_before = single.astype(np.float32), np.float32(step["temperature"])
+        rows.append(logits)
+    dump_json(out / "logits" / f"{case}.json", entry)
+    safetensors_io.save(out / "logits" / f"{case}.safetensors", {"logits": rows[0], "steps": np.concatenate(rows)},
+                        "F32")
+    return {"name": case, "model_dir": f"models/{name}", "input_file": f"logits/{case}.json",
+            "logits_file": f"logits/{case}.safetensors"}
+
+
 def make(out):
     out.mkdir(parents=True, exist_ok=True)
     for name in GENERATED:
@@ -93,6 +121,9 @@ def make(out):
     index = {"logits": make_logits(out), "tokens": [], "properties": [], "probabilities": []}
     loaded = {name: models.load(out / "models" / name) for name in checkpoints.CHECKPOINTS}
     for name, case in cases.token_cases(loaded, text_ids):
+        dump_json(out / "cases" / f"{name}.json", case)
+        index["tokens"].append({"name": name, "case_file": f"cases/{name}.json"})
+    for name, case in cases.gemma_cases(loaded):
         dump_json(out / "cases" / f"{name}.json", case)
         index["tokens"].append({"name": name, "case_file": f"cases/{name}.json"})
     for name, case in cases.random_run_cases(loaded, text_ids):

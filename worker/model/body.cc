@@ -16,6 +16,16 @@ namespace {
 // Logits come out in pieces of about this many floats.
 constexpr int64_t kLogitsFloats = 1 << 20;
 
+// To nearest even in the significant bits of `dtype`, for numbers far from its limits.
+float RoundTo(DType dtype, float value) {
+  if (dtype == DType::kF32) return value;
+  int exponent = 0;
+  const double fraction = std::frexp(static_cast<double>(value), &exponent);
+  const int bits = dtype == DType::kBf16 ? 8 : 11;
+  return static_cast<float>(
+      std::ldexp(std::nearbyint(std::ldexp(fraction, bits)), exponent - bits));
+}
+
 }  // namespace
 
 // --- Loading
@@ -54,6 +64,30 @@ absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::ExpertMatrix(
                             "load ", names[0]);
   loaded_bytes_ += weight->memory_bytes();
   return weight;
+}
+
+absl::StatusOr<std::vector<std::unique_ptr<Weight>>> WeightLoader::StackedExperts(
+    const std::string& name, int32_t num_experts, int32_t num_parts, RowOrder row_order) {
+  CINNABAR_ASSIGN_OR_RETURN(const HostMatrix all, checkpoint_.StackedMatrix(name));
+  const int64_t part_rows = all.rows / num_experts / num_parts;
+  const bool mapped = all.dtype == dtype_.value_or(all.dtype);
+  std::vector<std::unique_ptr<Weight>> experts;
+  for (int32_t expert = 0; expert < num_experts; ++expert) {
+    std::vector<HostMatrix> parts(num_parts, all);
+    for (int32_t part = 0; part < num_parts; ++part) {
+      const int64_t row = (int64_t{expert} * num_parts + part) * part_rows;
+      parts[part].rows = part_rows;
+      parts[part].data = static_cast<const char*>(all.data) + row * all.cols * BytesOf(all.dtype);
+    }
+    absl::StatusOr<std::unique_ptr<Weight>> weight =
+        mapped ? backend_.MapWeight(parts, row_order)
+               : backend_.LoadWeight(parts, row_order, *dtype_);
+    CINNABAR_RETURN_IF_ERROR(weight.status(), "load ", name, " of expert ", expert);
+    loaded_bytes_ += (*weight)->memory_bytes();
+    experts.push_back(*std::move(weight));
+  }
+  if (!mapped) checkpoint_.Release(name);
+  return experts;
 }
 
 absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Embedding(const std::string& name) {
@@ -120,6 +154,9 @@ absl::Status Body::LoadHead(WeightLoader& loader) {
                                              : spec_.names.head + ".weight";
   CINNABAR_ASSIGN_OR_RETURN(head_, loader.Matrix({head}));
   CINNABAR_ASSIGN_OR_RETURN(embedding_, loader.Embedding(embedding));
+  if (spec_.scaled_embedding) {
+    embedding_scale_ = RoundTo(embedding_->dtype(), std::sqrt(static_cast<float>(spec_.dim)));
+  }
   if (dit) {
     CINNABAR_ASSIGN_OR_RETURN(head_bias_,
                               loader.Vector({spec_.tensor_prefix + "output_layer.linear.bias"}));
@@ -141,30 +178,23 @@ absl::StatusOr<Rows> Body::TakeRows(int64_t rows, int64_t cols, DType dtype) {
 }
 
 WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits) {
-  const int64_t q_dim = int64_t{spec.num_heads} * spec.head_dim;
   return {.rows_max = limits.rows_max,
-          .cols_max = std::max({int64_t{spec.dim}, q_dim, int64_t{spec.mlp_dim},
+          .cols_max = std::max({int64_t{spec.dim}, WidestQ(spec), int64_t{spec.mlp_dim},
                                 int64_t{spec.experts.mlp_dim}, int64_t{spec.experts.shared_mlp_dim},
                                 int64_t{spec.cond_dim}, int64_t{kSigmaFrequencies}}),
           .vocabulary = spec.traits.vocab_size,
           .queries_max = limits.rows_max,
           .positions_max = limits.positions_max,
-          .head_dim_max = spec.head_dim,
+          .head_dim_max = std::max(spec.head_dim, spec.windows.full_head_dim),
           .num_experts = spec.experts.num_experts,
           .experts_per_row = spec.experts.experts_per_token,
           .expert_dim = spec.dim,
-          .expert_mlp_dim = spec.experts.mlp_dim};
-}
-
-KvShape KvShapeFor(const ModelSpec& spec, int32_t positions, KvReuse reuse) {
-  return {.num_layers = reuse == KvReuse::kExact ? KvLayers(spec) : spec.num_layers,
-          .num_kv_heads = spec.num_kv_heads,
-          .head_dim = spec.head_dim,
-          .positions_max = positions};
+          .expert_mlp_dim = spec.experts.mlp_dim,
+          .soft_rows_max = spec.traits.causal_encoder ? spec.traits.causal_block_length : 0};
 }
 
 int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, const Backend& backend) {
-  const int64_t bytes = backend.KvBytes(KvShapeFor(spec, positions_max, KvReuse::kExact));
+  const int64_t bytes = backend.KvBytes(KvShapeOf(spec, positions_max, KvReuse::kExact));
   return (bytes + positions_max - 1) / positions_max;
 }
 
@@ -180,8 +210,8 @@ int64_t LogitsBytes(const ModelSpec& spec, const ForwardLimits& limits) {
 absl::Status Body::TakeWorkspace() {
   const DType activation = backend_.activation_dtype();
   const int64_t rows = limits_.rows_max;
-  const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
-  const int64_t kv_dim = int64_t{spec_.num_kv_heads} * spec_.head_dim;
+  const int64_t q_dim = WidestQ(spec_);
+  const int64_t kv_dim = WidestKv(spec_);
   const std::tuple<Rows*, int64_t, DType> wanted[] = {
       {&residual_, spec_.dim, DType::kF32},
       {&normed_, spec_.dim, activation},
@@ -204,26 +234,39 @@ absl::Status Body::TakeWorkspace() {
   wanted_ids_.reserve(rows);
   wanted_sigmas_.reserve(rows);
   wanted_sequences_.reserve(limits_.sequences_max);
-  CINNABAR_RETURN_IF_ERROR(MakeRotaryTable());
+  const int32_t rotary_dim = spec_.rotary_dim > 0 ? spec_.rotary_dim : spec_.head_dim;
+  CINNABAR_ASSIGN_OR_RETURN(rotary_, MakeRotaryTable(spec_.rope_theta, rotary_dim, rotary_dim / 2));
+  if (spec_.experts.num_experts > 0) CINNABAR_RETURN_IF_ERROR(TakeRouting());
   return backend_.Reserve(WorkspaceFor(spec_, limits_));
 }
 
-absl::Status Body::MakeRotaryTable() {
-  const int32_t rotary_dim = spec_.rotary_dim > 0 ? spec_.rotary_dim : spec_.head_dim;
+absl::Status Body::TakeRouting() {
+  const ExpertSpec& experts = spec_.experts;
+  const int64_t rows = limits_.rows_max;
+  CINNABAR_ASSIGN_OR_RETURN(router_logits_, TakeRows(rows, experts.num_experts, DType::kF32));
+  // Dense [rows, experts_per_token]: taken as one row each.
+  CINNABAR_ASSIGN_OR_RETURN(chosen_experts_,
+                            TakeRows(1, rows * experts.experts_per_token, DType::kF32));
+  CINNABAR_ASSIGN_OR_RETURN(expert_weights_,
+                            TakeRows(1, rows * experts.experts_per_token, DType::kF32));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RotaryTable> Body::MakeRotaryTable(double theta, int32_t rotary_dim,
+                                                  int32_t num_angles) {
   const int64_t half = rotary_dim / 2, positions = limits_.positions_max;
   std::vector<float> cosine(positions * half), sine(positions * half);
   for (int64_t i = 0; i < half; ++i) {
     const double frequency =
-        std::pow(spec_.rope_theta, -static_cast<double>(i) / static_cast<double>(half));
+        i < num_angles ? std::pow(theta, -static_cast<double>(i) / static_cast<double>(half)) : 0.0;
     for (int64_t position = 0; position < positions; ++position) {
       const double angle = static_cast<double>(position) * frequency;
       cosine[position * half + i] = static_cast<float>(std::cos(angle));
       sine[position * half + i] = static_cast<float>(std::sin(angle));
     }
   }
-  rotary_ = {.rotary_dim = rotary_dim, .positions_max = limits_.positions_max};
-  for (const auto& [table, member] :
-       {std::pair{&cosine, &rotary_.cosine}, {&sine, &rotary_.sine}}) {
+  RotaryTable result{.rotary_dim = rotary_dim, .positions_max = limits_.positions_max};
+  for (const auto& [table, member] : {std::pair{&cosine, &result.cosine}, {&sine, &result.sine}}) {
     CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer,
                               backend_.LoadVector({.data = table->data(),
                                                    .dtype = DType::kF32,
@@ -234,7 +277,8 @@ absl::Status Body::MakeRotaryTable() {
     buffers_bytes_ += buffer->size_bytes();
     buffers_.push_back(std::move(buffer));
   }
-  return backend_.Synchronize();
+  CINNABAR_RETURN_IF_ERROR(backend_.Synchronize());  // the tables of this function go
+  return result;
 }
 
 absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string& directory,
@@ -256,7 +300,9 @@ absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string& direct
   }
   ForwardLimits within = limits;
   within.positions_max = std::min(limits.positions_max, spec.traits.positions_max);
-  const auto make = spec.body == BodyKind::kDiT ? &MakeDiTBody : &MakeDecoderBody;
+  const auto make = spec.body == BodyKind::kDiT     ? &MakeDiTBody
+                    : spec.body == BodyKind::kGemma ? &MakeGemmaBody
+                                                    : &MakeDecoderBody;
   std::unique_ptr<Body> body = make(std::move(spec), std::move(checkpoint), backend, within);
   CINNABAR_RETURN_IF_ERROR(body->Load(options), directory);
   return std::unique_ptr<Denoiser>(std::move(body));
@@ -270,7 +316,7 @@ float Body::attention_scale() const {
 }
 
 KvShape Body::SequenceKvShape(int32_t positions, KvReuse reuse) const {
-  return KvShapeFor(spec_, positions, reuse);
+  return KvShapeOf(spec_, positions, reuse);
 }
 
 absl::Status Body::CheckBatch(const ForwardBatch& batch) const {
@@ -286,7 +332,9 @@ absl::Status Body::CheckBatch(const ForwardBatch& batch) const {
   for (const SequenceSpan& sequence : batch.sequences) {
     CINNABAR_CHECK(sequence.row_begin == row && sequence.num_rows > 0) << "sequences leave a gap";
     CINNABAR_CHECK(sequence.kv != nullptr && sequence.first_position >= 0);
-    CINNABAR_CHECK(sequence.block_length == spec_.traits.causal_block_length)
+    CINNABAR_CHECK(spec_.traits.causal_encoder
+                       ? sequence.block_length == 0 || sequence.block_length == 1
+                       : sequence.block_length == spec_.traits.causal_block_length)
         << "block length " << sequence.block_length;
     CINNABAR_CHECK(int64_t{sequence.first_position} + sequence.num_rows <= KeysEnd(sequence) &&
                    KeysEnd(sequence) <= limits_.positions_max)
@@ -331,7 +379,7 @@ absl::Status Body::GatherWanted(const ForwardBatch& batch) {
                                                 .row_indices = batch.wanted_rows,
                                                 .out = wanted_residual_}));
   return backend_.GatherRows({.x = attention_,
-                              .dim = int64_t{spec_.num_heads} * spec_.head_dim,
+                              .dim = WidestQ(spec_),
                               .row_indices = batch.wanted_rows,
                               .out = wanted_attention_});
 }
@@ -376,7 +424,7 @@ void Body::RememberWanted(const ForwardBatch& batch) {
 absl::Status Body::Forward(const ForwardBatch& batch) {
   num_wanted_ = 0;
   CINNABAR_RETURN_IF_ERROR(CheckBatch(batch));
-  CINNABAR_RETURN_IF_ERROR(backend_.Embed(*embedding_, batch.ids, 1.0F, residual_));
+  CINNABAR_RETURN_IF_ERROR(backend_.Embed(*embedding_, batch.ids, embedding_scale_, residual_));
   CINNABAR_RETURN_IF_ERROR(RunLayers(batch));
   // Ops read the caller's spans until now.
   CINNABAR_RETURN_IF_ERROR(backend_.Synchronize());
@@ -398,6 +446,7 @@ absl::Status Body::Answer(absl::Span<const VocabularyQuery> queries,
   CINNABAR_RETURN_IF_ERROR(backend_.AnswerVocabulary({.hidden = hidden_,
                                                       .weight = head_.get(),
                                                       .bias = AsFloats(head_bias_),
+                                                      .logit_cap = spec_.logit_cap,
                                                       .queries = queries,
                                                       .answers = answers}));
   return backend_.Synchronize();
@@ -417,11 +466,15 @@ absl::Status Body::Logits(int32_t begin, int32_t count, absl::Span<float> out) {
                                               .num_rows = num_rows,
                                               .weight = head_.get(),
                                               .bias = AsFloats(head_bias_),
+                                              .logit_cap = spec_.logit_cap,
                                               .out = logits_}));
     CINNABAR_RETURN_IF_ERROR(
         backend_.Download(logits_.data, out.subspan(done * vocab_size, num_rows * vocab_size)));
   }
-  if (spec_.traits.parameterization == Parameterization::kMaskPrediction) return absl::OkStatus();
+  const Parameterization kind = spec_.traits.parameterization;
+  if (kind != Parameterization::kAbsorbScore && kind != Parameterization::kUniformScore) {
+    return absl::OkStatus();
+  }
   for (int32_t row = 0; row < count; ++row) {
     const absl::Span<float> scores = out.subspan(row * vocab_size, vocab_size);
     const double offset = OutputOffset(wanted_sigmas_[begin + row]);

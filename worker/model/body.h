@@ -1,4 +1,4 @@
-// What the two bodies share: reading weights into a backend, the embedding, the wanted rows, the
+// What the bodies share: reading weights into a backend, the embedding, the wanted rows, the
 // vocabulary head. A body adds its layers.
 #ifndef CINNABAR_WORKER_MODEL_BODY_H_
 #define CINNABAR_WORKER_MODEL_BODY_H_
@@ -33,6 +33,12 @@ class WeightLoader {
   // conversion.
   absl::StatusOr<std::unique_ptr<Weight>> ExpertMatrix(const std::vector<std::string>& names,
                                                        RowOrder row_order = RowOrder::kStacked);
+  // Experts whose matrices lie in one tensor [num_experts, rows, cols], rows those of `num_parts`
+  // equal parts; each as ExpertMatrix() of its parts.
+  absl::StatusOr<std::vector<std::unique_ptr<Weight>>> StackedExperts(const std::string& name,
+                                                                      int32_t num_experts,
+                                                                      int32_t num_parts,
+                                                                      RowOrder row_order);
   absl::StatusOr<std::unique_ptr<Weight>> Embedding(const std::string& name);
   // The vectors `names` one after another, as floats.
   absl::StatusOr<std::unique_ptr<Buffer>> Vector(const std::vector<std::string>& names);
@@ -84,6 +90,12 @@ class Body : public Denoiser {
   }
   const RotaryTable& rotary() const { return rotary_; }
   float attention_scale() const;
+  const Weight& head() const { return *head_; }
+  const Weight& embedding() const { return *embedding_; }
+  float embedding_scale() const { return embedding_scale_; }
+
+  // Angles of position p: p * theta^(-2 i / rotary_dim) for i < num_angles, else 0.
+  absl::StatusOr<RotaryTable> MakeRotaryTable(double theta, int32_t rotary_dim, int32_t num_angles);
 
   // A buffer for `rows` rows of `cols` activations (or floats), counted as workspace.
   absl::StatusOr<Rows> TakeRows(int64_t rows, int64_t cols, DType dtype);
@@ -110,6 +122,9 @@ class Body : public Denoiser {
   Rows wanted_residual_;   // [rows_max, dim], float32: the last layer's rows
   Rows wanted_attention_;  // [rows_max, heads * head_dim]
   Rows hidden_;            // [rows_max, dim]
+  Rows router_logits_;     // [rows_max, num_experts], float32; these three where there are experts
+  Rows chosen_experts_;    // int32 [rows_max, experts_per_token]
+  Rows expert_weights_;    // [rows_max, experts_per_token], float32
 
  private:
   friend absl::StatusOr<std::unique_ptr<Denoiser>> LoadDenoiser(const std::string&, Backend&,
@@ -118,7 +133,7 @@ class Body : public Denoiser {
   absl::Status Load(const LoadOptions& options);
   absl::Status LoadHead(WeightLoader& loader);
   absl::Status TakeWorkspace();
-  absl::Status MakeRotaryTable();
+  absl::Status TakeRouting();
   absl::Status CheckBatch(const ForwardBatch& batch) const;
   void RememberWanted(const ForwardBatch& batch);
 
@@ -127,6 +142,7 @@ class Body : public Denoiser {
   Backend& backend_;
   ForwardLimits limits_;
   std::unique_ptr<Weight> embedding_;
+  float embedding_scale_ = 1.0F;
   std::unique_ptr<Weight> head_;
   std::unique_ptr<Buffer> head_bias_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
@@ -144,18 +160,19 @@ class Body : public Denoiser {
 
 // What a body takes of its backend, from its spec alone. `limits` is within what the model allows.
 WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits);
-KvShape KvShapeFor(const ModelSpec& spec, int32_t positions, KvReuse reuse);
 // Of one sequence, rounded up; those of the longest one over its positions.
 int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, const Backend& backend);
 // Rows of logits that come out at a time, and their bytes.
 int32_t LogitsRows(const ModelSpec& spec, const ForwardLimits& limits);
 int64_t LogitsBytes(const ModelSpec& spec, const ForwardLimits& limits);
 
-// In body_decoder.cc and body_dit.cc.
+// In body_decoder.cc, body_dit.cc and body_gemma.cc.
 std::unique_ptr<Body> MakeDecoderBody(ModelSpec spec, Checkpoint checkpoint, Backend& backend,
                                       const ForwardLimits& limits);
 std::unique_ptr<Body> MakeDiTBody(ModelSpec spec, Checkpoint checkpoint, Backend& backend,
                                   const ForwardLimits& limits);
+std::unique_ptr<Body> MakeGemmaBody(ModelSpec spec, Checkpoint checkpoint, Backend& backend,
+                                    const ForwardLimits& limits);
 
 }  // namespace cinnabar
 

@@ -37,7 +37,6 @@ class DecoderBody : public Body {
 
  protected:
   absl::Status LoadLayers(WeightLoader& loader) override {
-    if (spec().experts.num_experts > 0) CINNABAR_RETURN_IF_ERROR(TakeRouting());
     layers_.resize(spec().num_layers);
     for (int32_t layer = 0; layer < spec().num_layers; ++layer) {
       CINNABAR_RETURN_IF_ERROR(LoadLayer(loader, layer));
@@ -146,18 +145,6 @@ class DecoderBody : public Body {
     return absl::OkStatus();
   }
 
-  absl::Status TakeRouting() {
-    const ExpertSpec& experts = spec().experts;
-    const int64_t rows = limits().rows_max;
-    CINNABAR_ASSIGN_OR_RETURN(router_logits_, TakeRows(rows, experts.num_experts, DType::kF32));
-    // Dense [rows, experts_per_token]: taken as one row each.
-    CINNABAR_ASSIGN_OR_RETURN(chosen_experts_,
-                              TakeRows(1, rows * experts.experts_per_token, DType::kF32));
-    CINNABAR_ASSIGN_OR_RETURN(expert_weights_,
-                              TakeRows(1, rows * experts.experts_per_token, DType::kF32));
-    return absl::OkStatus();
-  }
-
   // residual += the chosen experts of normed_.
   absl::Status RunExperts(const DecoderLayer& layer, int64_t num_rows, const Rows& residual) {
     const ExpertSpec& experts = spec().experts;
@@ -225,9 +212,6 @@ class DecoderBody : public Body {
                              .out = residual});
   }
 
-  Rows router_logits_;   // [rows_max, num_experts], float32
-  Rows chosen_experts_;  // int32 [rows_max, experts_per_token]
-  Rows expert_weights_;  // [rows_max, experts_per_token], float32
   std::vector<DecoderLayer> layers_;
   std::unique_ptr<Buffer> final_norm_;
 };

@@ -28,6 +28,14 @@ struct ForwardLimits {
   int32_t positions_max = 2048;  // longest sequence; at most the model's own limit
 };
 
+// What one step of a block hands to the next, for networks that read their own last prediction.
+// Buffers are of SelfConditioningBytes().
+struct SelfConditioning {
+  const Buffer* previous = nullptr;  // what the step before left; null: the block's first step
+  float temperature = 1.0F;          // of the prediction that is read
+  Buffer* next = nullptr;            // gets what the next step reads; every row is wanted then
+};
+
 // One forward pass. Spans are host memory, borrowed for the call.
 struct ForwardBatch {
   absl::Span<const TokenId> ids;             // [rows], packed
@@ -37,6 +45,8 @@ struct ForwardBatch {
   // Packed rows whose final hidden state is wanted, ascending. Empty: only keys and values are
   // computed.
   absl::Span<const int32_t> wanted_rows = {};
+  // [sequences] or empty; read for open blocks of networks that have such a thing.
+  absl::Span<const SelfConditioning> self_conditioning = {};
 };
 
 class Denoiser {
@@ -51,10 +61,15 @@ class Denoiser {
   // one layer, overwritten by each layer in turn.
   virtual KvShape SequenceKvShape(int32_t positions, KvReuse reuse) const = 0;
 
+  // Device memory of one SelfConditioning buffer; 0: the network does not read its last prediction.
+  virtual int64_t SelfConditioningBytes() const { return 0; }
+
   // Runs the network. Afterwards hidden row i of Answer() and Logits() is the final, normed state
   // of packed row wanted_rows[i], until the next Forward(). For block-causal sequences the keys and
   // values of all rows are in their KvMemory, as for any sequence whose memory keeps all layers; a
-  // full-attention one without those starts at position 0.
+  // full-attention one without those starts at position 0. Where traits().causal_encoder, rows to
+  // encode are a span of block_length 1, wanted by nobody, and an open block is a span of
+  // block_length 0; a sequence may have both in one pass, in that order.
   // Synchronizes. InvalidArgument for an id outside the vocabulary; any other misfit of the batch
   // is the caller's bug.
   virtual absl::Status Forward(const ForwardBatch& batch) = 0;

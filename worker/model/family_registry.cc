@@ -11,6 +11,7 @@
 #define CINNABAR_FAMILIES(REGISTER) \
   REGISTER(A2d)                     \
   REGISTER(Bd3lm)                   \
+  REGISTER(DiffusionGemma)          \
   REGISTER(Dream)                   \
   REGISTER(DreamReasoner)           \
   REGISTER(FastDllmV2)              \
@@ -31,20 +32,6 @@ CINNABAR_FAMILIES(CINNABAR_DECLARE_FAMILY)
 #undef CINNABAR_DECLARE_FAMILY
 
 namespace {
-
-// Diffusion language models that are known and not computed, with what they need.
-struct Unsupported {
-  absl::string_view architecture;
-  absl::string_view missing;
-};
-constexpr Unsupported kUnsupported[] = {
-    {"DiffusionGemmaForBlockDiffusion",
-     "an encoder beside the decoder, sliding windows, experts and self-conditioning, which are not "
-     "supported yet"},
-    {"DiffusionGemmaForConditionalGeneration",
-     "an encoder beside the decoder, sliding windows, experts and self-conditioning, which are not "
-     "supported yet"},
-};
 
 const Family* FindFamily(const CheckpointFacts& facts) {
   for (const std::string& architecture : facts.architectures) {
@@ -68,12 +55,6 @@ absl::Status NoFamily(const CheckpointFacts& facts) {
         facts.config_path, ": names no architecture, and looks like none of the supported models"));
   }
   const std::string& name = facts.architectures[0];
-  for (const Unsupported& known : kUnsupported) {
-    if (known.architecture == name) {
-      return absl::UnimplementedError(
-          absl::StrCat(facts.config_path, ": architecture ", name, " needs ", known.missing));
-    }
-  }
   std::vector<absl::string_view> supported;
   for (const Family* family : Families()) {
     supported.insert(supported.end(), family->architectures.begin(), family->architectures.end());

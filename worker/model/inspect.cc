@@ -51,11 +51,20 @@ std::string ParameterizationName(Parameterization parameterization) {
       return "absorbing score";
     case Parameterization::kUniformScore:
       return "uniform score";
+    case Parameterization::kUniformPrediction:
+      return "uniform prediction";
   }
   return "";
 }
 
-std::string Attention(const ModelTraits& traits) {
+std::string Attention(const ModelSpec& spec) {
+  const ModelTraits& traits = spec.traits;
+  if (traits.causal_encoder) {
+    const auto& full = spec.windows.full_layers;
+    return absl::StrCat("causal encoder, blocks of ", traits.causal_block_length, ", window ",
+                        spec.windows.window, " but in ", std::count(full.begin(), full.end(), true),
+                        " layers");
+  }
   return traits.causal_block_length == 0
              ? "full"
              : absl::StrCat("block-causal, blocks of ", traits.causal_block_length);
@@ -125,8 +134,10 @@ void EstimateMemory(const Checkpoint* checkpoint, ModelReport& report) {
   report.workspace_bytes =
       ActivationBytes(spec, limits.rows_max, limits.sequences_max,
                       std::min(limits.positions_max, spec.traits.positions_max), 4);
+  const KvShape kv = KvShapeOf(spec, 1, KvReuse::kExact);
   report.kv_bytes_per_position =
-      int64_t{KvLayers(spec)} * 2 * spec.num_kv_heads * spec.head_dim * 4;
+      8 * (int64_t{kv.num_layers} * kv.num_kv_heads * kv.head_dim +
+           int64_t{kv.num_other_layers} * kv.other_kv_heads * kv.other_head_dim);
 }
 
 void AddNotes(const Checkpoint* checkpoint, ModelReport& report) {
@@ -220,7 +231,7 @@ std::string FormatReport(const ModelReport& report) {
                            spec.num_kv_heads != spec.num_heads
                                ? absl::StrCat(", ", spec.num_kv_heads, " for keys and values")
                                : ""));
-    lines.Add("attention", Attention(traits));
+    lines.Add("attention", Attention(spec));
     lines.Add("positions",
               absl::StrCat("up to ", traits.positions_max, ", rotary base ", spec.rope_theta));
     lines.Add("output",
@@ -302,6 +313,7 @@ nlohmann::ordered_json ReportToJson(const ModelReport& report) {
                       {"tied_head", spec.tied_head},
                       {"positions_max", traits.positions_max},
                       {"causal_block_length", traits.causal_block_length},
+                      {"causal_encoder", traits.causal_encoder},
                       {"shift_logits", traits.shift_logits},
                       {"conditioned_on_sigma", traits.conditioned_on_sigma},
                       {"parameterization", ParameterizationName(traits.parameterization)}};

@@ -119,6 +119,52 @@ std::vector<ExpectedTensor> DiTTensors(const ModelSpec& spec) {
   return list.Take();
 }
 
+std::vector<ExpectedTensor> GemmaTensors(const ModelSpec& spec) {
+  const DecoderNames& names = spec.names;
+  const ExpertSpec& experts = spec.experts;
+  const int64_t dim = spec.dim;
+  TensorList list;
+  const auto add_mlp = [&](const std::function<std::string(const std::string&)>& name) {
+    list.AddLinear(name("gate_proj"), spec.mlp_dim, dim, false);
+    list.AddLinear(name("up_proj"), spec.mlp_dim, dim, false);
+    list.AddLinear(name("down_proj"), dim, spec.mlp_dim, false);
+  };
+  list.Add(names.embedding + ".weight", {spec.traits.vocab_size, dim});
+  list.Add(spec.conditioning_prefix + "pre_norm.weight", {dim});
+  add_mlp([&](const std::string& leaf) { return spec.conditioning_prefix + leaf; });
+  for (int32_t layer = 0; layer < spec.num_layers; ++layer) {
+    const HeadShape heads = HeadsOf(spec, layer);
+    const int64_t q_dim = int64_t{heads.num_heads} * heads.head_dim;
+    const int64_t kv_dim = int64_t{heads.num_kv_heads} * heads.head_dim;
+    const auto name = [&](const std::string& leaf) {
+      return LayerTensor(names.layer_prefix, layer, leaf);
+    };
+    for (const char* norm :
+         {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+          "post_feedforward_layernorm_1", "pre_feedforward_layernorm_2",
+          "post_feedforward_layernorm_2", "post_feedforward_layernorm"}) {
+      list.Add(name(norm) + ".weight", {dim});
+    }
+    list.AddLinear(name(names.q), q_dim, dim, false);
+    list.AddLinear(name(names.k), kv_dim, dim, false);
+    if (!spec.windows.full_layers[layer]) list.AddLinear(name(names.v), kv_dim, dim, false);
+    list.Add(name(names.q_norm) + ".weight", {heads.head_dim});
+    list.Add(name(names.k_norm) + ".weight", {heads.head_dim});
+    list.AddLinear(name(names.o), dim, q_dim, false);
+    add_mlp([&](const std::string& leaf) { return name("mlp." + leaf); });
+    list.AddLinear(name(names.router), experts.num_experts, dim, false);
+    list.Add(name("router.scale"), {dim});
+    list.Add(name("router.per_expert_scale"), {experts.num_experts});
+    list.Add(name(names.experts + "gate_up_proj"),
+             {experts.num_experts, 2 * int64_t{experts.mlp_dim}, dim});
+    list.Add(name(names.experts + "down_proj"), {experts.num_experts, dim, experts.mlp_dim});
+    list.Add(name("layer_scalar"), {1});
+    list.Add(LayerTensor(spec.encoder_layer_prefix, layer, "layer_scalar"), {1});
+  }
+  list.Add(names.final_norm + ".weight", {dim});
+  return list.Take();
+}
+
 std::string LayerPrefix(const ModelSpec& spec) {
   return spec.body == BodyKind::kDiT ? spec.tensor_prefix + "blocks." : spec.names.layer_prefix;
 }
@@ -151,6 +197,37 @@ std::string ExpertTensor(const DecoderNames& names, int32_t layer, int32_t exper
   return absl::StrCat(names.layer_prefix, layer, ".", names.experts, expert, ".", leaf);
 }
 
+HeadShape HeadsOf(const ModelSpec& spec, int32_t layer) {
+  const WindowSpec& windows = spec.windows;
+  const bool full = !windows.full_layers.empty() && windows.full_layers[layer];
+  return {.num_heads = spec.num_heads,
+          .num_kv_heads = full ? windows.full_kv_heads : spec.num_kv_heads,
+          .head_dim = full ? windows.full_head_dim : spec.head_dim};
+}
+
+int64_t WidestQ(const ModelSpec& spec) {
+  return int64_t{spec.num_heads} * std::max(spec.head_dim, spec.windows.full_head_dim);
+}
+
+int64_t WidestKv(const ModelSpec& spec) {
+  return std::max(int64_t{spec.num_kv_heads} * spec.head_dim,
+                  int64_t{spec.windows.full_kv_heads} * spec.windows.full_head_dim);
+}
+
+KvShape KvShapeOf(const ModelSpec& spec, int32_t positions, KvReuse reuse) {
+  const WindowSpec& windows = spec.windows;
+  const auto num_full = static_cast<int32_t>(
+      std::count(windows.full_layers.begin(), windows.full_layers.end(), true));
+  const int32_t num_layers = reuse == KvReuse::kExact ? KvLayers(spec) : spec.num_layers;
+  return {.num_layers = num_layers - num_full,
+          .num_kv_heads = spec.num_kv_heads,
+          .head_dim = spec.head_dim,
+          .positions_max = positions,
+          .num_other_layers = num_full,
+          .other_kv_heads = windows.full_kv_heads,
+          .other_head_dim = windows.full_head_dim};
+}
+
 bool HasExperts(const ModelSpec& spec, int32_t layer) {
   return spec.experts.num_experts > 0 &&
          !(static_cast<size_t>(layer) < spec.experts.dense_layers.size() &&
@@ -158,7 +235,15 @@ bool HasExperts(const ModelSpec& spec, int32_t layer) {
 }
 
 std::vector<ExpectedTensor> ExpectedTensors(const ModelSpec& spec) {
-  return spec.body == BodyKind::kDiT ? DiTTensors(spec) : DecoderTensors(spec);
+  switch (spec.body) {
+    case BodyKind::kDecoder:
+      return DecoderTensors(spec);
+    case BodyKind::kDiT:
+      return DiTTensors(spec);
+    case BodyKind::kGemma:
+      return GemmaTensors(spec);
+  }
+  return {};
 }
 
 std::vector<std::string> CheckTensors(const Checkpoint& checkpoint, ModelSpec& spec) {
@@ -208,8 +293,8 @@ std::vector<std::string> UnusedTensors(const Checkpoint& checkpoint, const Model
 
 int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequences_max,
                         int64_t positions_max, int64_t activation_bytes) {
-  const int64_t q_dim = int64_t{spec.num_heads} * spec.head_dim;
-  const int64_t kv_dim = int64_t{spec.num_kv_heads} * spec.head_dim;
+  const int64_t q_dim = WidestQ(spec);
+  const int64_t kv_dim = WidestKv(spec);
   // Body::TakeWorkspace: two residual streams, then normed, q | k | v, attention, MLP and what is
   // gathered.
   const int64_t a_row =
@@ -218,8 +303,11 @@ int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequenc
                           std::max<int64_t>(spec.mlp_dim, spec.experts.shared_mlp_dim)) +
       // Router logits, then chosen experts and their weights.
       4 * (int64_t{spec.experts.num_experts} + 2 * int64_t{spec.experts.experts_per_token});
-  const int64_t rotary = 4 * positions_max * spec.head_dim;
+  const int64_t rotary = 4 * positions_max * (int64_t{spec.head_dim} + spec.windows.full_head_dim);
   int64_t conditioning = 0;
+  if (spec.body == BodyKind::kGemma) {  // two branches of every row, and a block's soft embeddings
+    conditioning = 4 * int64_t{spec.dim} * (2 * rows_max + spec.traits.causal_block_length);
+  }
   if (spec.body == BodyKind::kDiT) {
     const int64_t a_sequence = kSigmaFrequencies + 2 * int64_t{spec.cond_dim} +
                                int64_t{spec.dim} * (6 * int64_t{spec.num_layers} + 2);

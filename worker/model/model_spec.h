@@ -19,6 +19,7 @@ namespace cinnabar {
 enum class BodyKind : uint8_t {
   kDecoder,  // pre-norm RMSNorm, rotary attention with grouped heads, SwiGLU (Llama, Qwen, LLaDA)
   kDiT,      // layer norms modulated by the noise level, GELU (SEDD, MDLM)
+  kGemma,    // norms around each part, windows, an MLP beside experts, encoder and decoder (Gemma)
 };
 
 // Where a decoder keeps its tensors, without ".weight" and ".bias". Those of a layer follow
@@ -65,6 +66,17 @@ struct ExpertSpec {
   float scale = 1.0F;
 };
 
+// Layers that see everything among those that see a window; num_kv_heads, head_dim and rope_theta
+// of ModelSpec are the latter's.
+struct WindowSpec {
+  int32_t window = 0;             // positions that a row sees, its own included
+  std::vector<bool> full_layers;  // [num_layers]
+  int32_t full_kv_heads = 0;
+  int32_t full_head_dim = 0;  // even
+  double full_rope_theta = 1e6;
+  int32_t full_rotary_angles = 0;  // of full_head_dim / 2; the rest of a head is not rotated
+};
+
 struct ModelSpec {
   ModelTraits traits;
   std::string architecture;  // as config.json names it
@@ -80,7 +92,7 @@ struct ModelSpec {
   double rope_theta = 10000.0;
   int32_t rotary_dim = 0;  // leading dimensions of a head that are rotated, even; 0: all
 
-  // kDecoder
+  // kDecoder, kGemma
   ExpertSpec experts;
   bool qkv_bias = false;
   bool o_bias = false;
@@ -89,6 +101,13 @@ struct ModelSpec {
   bool tied_head = false;            // the head is the embedding
   bool tied_unless_present = false;  // the config does not say: tied when there is no head tensor
   DecoderNames names;
+
+  // kGemma
+  WindowSpec windows;
+  std::string encoder_layer_prefix;  // of the scalars that the encoder has for itself
+  std::string conditioning_prefix;   // of the MLP that reads the last prediction
+  bool scaled_embedding = false;     // by sqrt(dim), rounded to the dtype of the embedding
+  float logit_cap = 0.0F;            // see VocabularyArgs; 0: none
 
   // kDiT; names are those of SEDD's code after this prefix
   std::string tensor_prefix;
@@ -125,6 +144,13 @@ int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequenc
 inline int32_t KvLayers(const ModelSpec& spec) {
   return spec.traits.causal_block_length > 0 ? spec.num_layers : 1;
 }
+// The memory of a sequence: layers with a window first, then those that see everything.
+KvShape KvShapeOf(const ModelSpec& spec, int32_t positions, KvReuse reuse);
+
+// Heads of a layer, and the widest q, and k (or v), of any.
+HeadShape HeadsOf(const ModelSpec& spec, int32_t layer);
+int64_t WidestQ(const ModelSpec& spec);
+int64_t WidestKv(const ModelSpec& spec);
 
 // Whether a layer has experts.
 bool HasExperts(const ModelSpec& spec, int32_t layer);

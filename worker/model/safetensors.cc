@@ -308,6 +308,14 @@ std::string Checkpoint::FileOf(const TensorEntry& tensor) const {
 }
 
 absl::StatusOr<HostMatrix> Checkpoint::Matrix(absl::string_view name) const {
+  return AsMatrix(name, /*stacked=*/false);
+}
+
+absl::StatusOr<HostMatrix> Checkpoint::StackedMatrix(absl::string_view name) const {
+  return AsMatrix(name, /*stacked=*/true);
+}
+
+absl::StatusOr<HostMatrix> Checkpoint::AsMatrix(absl::string_view name, bool stacked) const {
   const TensorEntry* entry = Find(name);
   if (entry == nullptr) return absl::NotFoundError(absl::StrCat("tensor ", name, " is missing"));
   const std::string& path = files_[entry->file_index].path();
@@ -316,12 +324,15 @@ absl::StatusOr<HostMatrix> Checkpoint::Matrix(absl::string_view name) const {
     return absl::UnimplementedError(absl::StrCat(path, ": tensor ", name, " is ", entry->dtype,
                                                  "; weights are read as F32, F16 or BF16"));
   }
-  if (entry->shape.empty() || entry->shape.size() > 2) {
-    return Broken(path, name, absl::StrCat(DescribeTensor(*entry), " is no vector or matrix"));
+  const size_t dimensions = entry->shape.size();
+  if (stacked ? dimensions != 3 : dimensions == 0 || dimensions > 2) {
+    return Broken(path, name,
+                  absl::StrCat(DescribeTensor(*entry),
+                               stacked ? " is no stack of matrices" : " is no vector or matrix"));
   }
   return HostMatrix{.data = files_[entry->file_index].bytes().data() + entry->begin_byte,
                     .dtype = *dtype,
-                    .rows = entry->shape.size() == 1 ? 1 : entry->shape[0],
+                    .rows = dimensions == 1 ? 1 : entry->shape[0] * (stacked ? entry->shape[1] : 1),
                     .cols = entry->shape.back()};
 }
 

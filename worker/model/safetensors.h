@@ -66,11 +66,15 @@ class Checkpoint {
   // long as this.
   absl::StatusOr<HostMatrix> Matrix(absl::string_view name) const;
 
+  // A tensor [count, rows, cols] as a matrix of count * rows rows; errors as above.
+  absl::StatusOr<HostMatrix> StackedMatrix(absl::string_view name) const;
+
   // The tensor's bytes will not be read again soon.
   void Release(absl::string_view name) const;
 
  private:
   absl::Status AddFile(const std::string& path);
+  absl::StatusOr<HostMatrix> AsMatrix(absl::string_view name, bool stacked) const;
 
   std::vector<MappedFile> files_;
   std::vector<TensorEntry> tensors_;

@@ -5,7 +5,7 @@ can tell apart and the case shows what it is there for.
 """
 import numpy as np
 
-from . import models, samplers
+from . import gemma, models, samplers
 
 
 def parse_layout(layout):
@@ -233,6 +233,41 @@ def token_cases(loaded, text_ids):
         else:
             case["expected"].update(nfe_min=result.nfe_min, nfe_max=result.nfe)
         yield name, case
+
+
+# DiffusionGemma's sampler is random, and reproducible to the token all the same (gemma.py).
+GEMMA = [
+    ("gemma_renoise", "diffusion_gemma", 3, 13, 8, dict(steps=12, entropy_bound=0.4), {"several", "drawn is not the best"}),
+    ("gemma_renoise_two_blocks", "diffusion_gemma", 4, 7, 16, dict(steps=14, entropy_bound=1.5),
+     {"several", "drawn is not the best"}),
+    ("gemma_renoise_stops_early", "diffusion_gemma", 28, 5, 13,
+     dict(steps=40, entropy_bound=1.0, confident_entropy=0.2), {"stopped early", "several"}),
+    ("gemma_renoise_needs_two_stable_steps", "diffusion_gemma", 4, 6, 8,
+     dict(steps=20, entropy_bound=2.0, stable_steps=2, confident_entropy=0.3, temperature_start=0.6,
+          temperature_end=0.3), {"stopped early"}),
+    ("gemma_renoise_one_given", "diffusion_gemma", 1, 1, 8, dict(steps=6, entropy_bound=0.0), {"one"}),
+    ("gemma_renoise_bf16", "diffusion_gemma_bf16", 0, 9, 8, dict(steps=8, entropy_bound=0.6), {"several"}),
+]
+
+
+def gemma_cases(loaded):
+    for name, model_name, first_seed, prompt, canvas, options, wanted in GEMMA:
+        model = loaded[model_name]
+        for seed in range(first_seed, 2000):  # those before were seen to be too close
+            ids = np.random.RandomState(seed).randint(0, 97, prompt).tolist()
+            options = {"sampler": "gemma_renoise", **options, "seed": (seed << 33) + seed}
+            whole, given = ids + [0] * canvas, [True] * prompt + [False] * canvas
+            try:
+                tokens, passes, events = gemma.generate(model, whole, given, options)
+            except samplers.TooClose:
+                continue
+            if wanted <= events:
+                break
+        else:
+            raise AssertionError(f"{name}: no input shows it with safe margins")
+        yield name, {"model": f"models/{model_name}", "input": {"ids": ids, "given": given[:prompt]},
+                     "options": {**options, "gen_length": canvas},
+                     "expected": {"ids": tokens[:prompt + canvas], "nfe": passes}}
 
 
 # --- random steps ------------------------------------------------------------------------------------------

@@ -437,6 +437,71 @@ def bd3lm(directory, seed):
     write(directory, config, tensors)
 
 
+# --- encoder and decoder ------------------------------------------------------------------------------------
+
+def diffusion_gemma(directory, seed, dtype="F32"):
+    """Windowed layers, and two that see everything. Of what reads images there is one tensor, which is not read."""
+    types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    d, ffn, heads, experts, width = 22, 25, 4, 5, 5
+    text = {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1,
+        "final_logit_softcapping": 30.0, "global_head_dim": 18, "head_dim": 10,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": d, "initializer_range": 0.02,
+        "intermediate_size": ffn, "layer_types": types, "max_position_embeddings": 2048,
+        "model_type": "diffusion_gemma_text", "moe_intermediate_size": width, "num_attention_heads": heads,
+        "num_experts": experts, "num_global_key_value_heads": 1, "num_hidden_layers": len(types),
+        "num_key_value_heads": 2, "pad_token_id": 0, "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 5000.0, "rope_type": "proportional"},
+            "sliding_attention": {"rope_theta": 1000.0, "rope_type": "default"}},
+        "sliding_window": 6, "tie_word_embeddings": True, "top_k_experts": 2,
+        "use_bidirectional_attention": "vision", "vocab_size": 103}
+    if dtype == "BF16":
+        text["dtype"] = "bfloat16"
+    config = {"architectures": ["DiffusionGemmaForBlockDiffusion"], "boi_token_id": 98, "canvas_length": 8,
+              "eoi_token_id": 99, "image_token_id": 100, "initializer_range": 0.02, "model_type": "diffusion_gemma",
+              "text_config": text, "tie_word_embeddings": True}
+    draw = Draw(seed)
+    t = {"model.decoder.embed_tokens.weight": draw.normal(text["vocab_size"], d) * (4.0 / d ** 0.5)}
+
+    def mlp(prefix, gain=1.5):
+        t[prefix + "gate_proj.weight"] = draw.matrix(ffn, d, 1.5)
+        t[prefix + "up_proj.weight"] = draw.matrix(ffn, d, 1.5)
+        t[prefix + "down_proj.weight"] = draw.matrix(d, ffn, gain)
+
+    for n, kind in enumerate(types):
+        full, p = kind == "full_attention", f"model.decoder.layers.{n}."
+        hd, kv = (text["global_head_dim"], 1) if full else (text["head_dim"], 2)
+        t[p + "input_layernorm.weight"] = draw.norm(d)
+        t[p + "self_attn.q_proj.weight"] = draw.matrix(heads * hd, d, 2.4)
+        t[p + "self_attn.k_proj.weight"] = draw.matrix(kv * hd, d, 2.4)
+        if not full:
+            t[p + "self_attn.v_proj.weight"] = draw.matrix(kv * hd, d, 1.5)
+        t[p + "self_attn.q_norm.weight"] = 0.6 * draw.norm(hd)
+        t[p + "self_attn.k_norm.weight"] = 0.6 * draw.norm(hd)
+        t[p + "self_attn.o_proj.weight"] = draw.matrix(d, heads * hd, 1.6)
+        t[p + "post_attention_layernorm.weight"] = 0.4 * draw.norm(d)
+        t[p + "pre_feedforward_layernorm.weight"] = draw.norm(d)
+        mlp(p + "mlp.")
+        t[p + "post_feedforward_layernorm_1.weight"] = draw.norm(d)
+        t[p + "pre_feedforward_layernorm_2.weight"] = draw.norm(d)
+        t[p + "router.proj.weight"] = draw.matrix(experts, d, 18.0)
+        t[p + "router.scale"] = draw.norm(d)
+        t[p + "router.per_expert_scale"] = draw.norm(experts)
+        t[p + "experts.gate_up_proj"] = draw.normal(experts, 2 * width, d) * (1.5 / d ** 0.5)
+        t[p + "experts.down_proj"] = draw.normal(experts, d, width) * (1.5 / width ** 0.5)
+        t[p + "post_feedforward_layernorm_2.weight"] = draw.norm(d)
+        t[p + "post_feedforward_layernorm.weight"] = 0.4 * draw.norm(d)
+        t[p + "layer_scalar"] = np.array([0.7 + 0.1 * n])
+        t[f"model.encoder.language_model.layers.{n}.layer_scalar"] = np.array([0.9 - 0.05 * n])
+    t["model.decoder.norm.weight"] = draw.norm(d)
+    t["model.decoder.self_conditioning.pre_norm.weight"] = draw.norm(d)
+    mlp("model.decoder.self_conditioning.", gain=0.3)
+    t["model.encoder.embed_vision.embedding_projection.weight"] = draw.matrix(d, 7)
+    write(directory, config, t, dtype, others={
+        "generation_config.json": {"eos_token_id": [1, 97], "pad_token_id": 0}})
+
+
 # --- the list --------------------------------------------------------------------------------------------
 
 CHECKPOINTS = {
@@ -461,4 +526,6 @@ CHECKPOINTS = {
     "llada2": lambda directory: llada2(directory, seed=118),
     "fast_dllm_v2": lambda directory: fast_dllm_v2(directory, seed=121),
     "bd3lm": lambda directory: bd3lm(directory, seed=122),
+    "diffusion_gemma": lambda directory: diffusion_gemma(directory, seed=120),
+    "diffusion_gemma_bf16": lambda directory: diffusion_gemma(directory, seed=121, dtype="BF16"),
 }

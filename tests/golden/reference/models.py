@@ -334,6 +334,8 @@ def read_traits(directory, config):
                       eos_tokens=eos)
     if architecture == "BD3LM":
         return Traits("bd3lm", rows, rows - 1, block_length=config["block_size"])
+    if architecture == "DiffusionGemmaForBlockDiffusion":
+        return Traits("diffusion_gemma", config["text_config"]["vocab_size"], -1, eos_tokens=eos)
     if architecture == "MDLM":
         return Traits("mdlm", rows, rows - 1)
     if "graph" in config and "model" in config:  # SEDD names no architecture
@@ -360,4 +362,7 @@ def load(directory, dtype=np.float64):
     path = directory / "tokenizer.json"
     if path.exists():
         traits.tokenizer_size = 1 + max(t["id"] for t in json.loads(path.read_text())["added_tokens"])
+    if traits.family == "diffusion_gemma":
+        from .gemma import GemmaBody  # which builds on this module
+        return GemmaBody(config, tensors, traits)
     return (DiTBody if traits.family in ("sedd", "mdlm", "bd3lm") else DecoderBody)(config, tensors, traits)

@@ -500,14 +500,11 @@ TEST(FamilyTest, Bd3lmIsMdlmInBlocks) {
   EXPECT_THAT(Error(Without(config, "block_size")), HasSubstr("block_size"));
 }
 
-TEST(FamilyTest, AKnownArchitectureSaysWhatIsMissing) {
-  for (const auto& [architecture, word] :
-       {std::pair{"DiffusionGemmaForBlockDiffusion", "encoder"},
-        {"LlamaForCausalLM", "supported are A2DQwen2LMHeadModel"}}) {
-    const json config = {{"architectures", {architecture}}};
-    EXPECT_EQ(Spec(config).status().code(), absl::StatusCode::kUnimplemented);
-    EXPECT_THAT(Error(config), AllOf(HasSubstr(architecture), HasSubstr(word)));
-  }
+TEST(FamilyTest, AnUnknownArchitectureIsToldWhatIsSupported) {
+  const json config = {{"architectures", {"LlamaForCausalLM"}}};
+  EXPECT_EQ(Spec(config).status().code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(Error(config),
+              AllOf(HasSubstr("LlamaForCausalLM"), HasSubstr("supported are A2DQwen2LMHeadModel")));
 }
 
 TEST(FamilyTest, EndsComeFromBothConfigsAndIdsOutOfRangeAreDropped) {

@@ -45,6 +45,7 @@ struct Part {
   float sigma = 0.5F;
   KvMemory* kv = nullptr;
   std::vector<int32_t> wanted = {};  // rows of this sequence
+  int32_t encoded = 0;               // causal encoder: leading rows that it takes
 };
 
 // Runs the parts as one batch; logits of the wanted rows, part after part.
@@ -55,13 +56,24 @@ std::vector<std::vector<float>> RunParts(Denoiser& model, const std::vector<Part
   std::vector<int32_t> wanted;
   for (const Part& part : parts) {
     const auto row_begin = static_cast<int32_t>(ids.size());
-    sequences.push_back({.row_begin = row_begin,
-                         .num_rows = static_cast<int32_t>(part.ids.size()),
-                         .first_position = part.first_position,
-                         .block_length = model.traits().causal_block_length,
-                         .kv = part.kv});
+    const bool two_halves = model.traits().causal_encoder;
+    if (part.encoded > 0) {
+      sequences.push_back({.row_begin = row_begin,
+                           .num_rows = part.encoded,
+                           .first_position = part.first_position,
+                           .block_length = 1,
+                           .kv = part.kv});
+      sigmas.push_back(part.sigma);
+    }
+    if (part.encoded < static_cast<int32_t>(part.ids.size())) {
+      sequences.push_back({.row_begin = row_begin + part.encoded,
+                           .num_rows = static_cast<int32_t>(part.ids.size()) - part.encoded,
+                           .first_position = part.first_position + part.encoded,
+                           .block_length = two_halves ? 0 : model.traits().causal_block_length,
+                           .kv = part.kv});
+      sigmas.push_back(part.sigma);
+    }
     ids.insert(ids.end(), part.ids.begin(), part.ids.end());
-    sigmas.push_back(part.sigma);
     for (const int32_t row : part.wanted) wanted.push_back(row_begin + row);
   }
   const absl::Status status =
@@ -104,18 +116,36 @@ Loaded Load(const std::string& backend, const std::string& model, const LoadOpti
   loaded.backend = MakeTestBackend(backend);
   absl::StatusOr<std::unique_ptr<Denoiser>> denoiser =
       LoadDenoiser(absl::StrCat(GoldenFolder(), "/models/", model), *loaded.backend, options,
-                   {.rows_max = 128, .sequences_max = 5, .positions_max = 64});
+                   {.rows_max = 128, .sequences_max = 8, .positions_max = 64});
   EXPECT_TRUE(denoiser.ok()) << denoiser.status();
   if (denoiser.ok()) loaded.model = std::move(*denoiser);
   return loaded;
 }
 
 const std::vector<std::string>& Models() {
-  static const auto* const models = new std::vector<std::string>{
-      "a2d_llama",   "a2d_qwen2",    "a2d_qwen3",   "dream",   "dream_bf16", "llada",
-      "llada_gqa",   "mdlm",         "open_dcoder", "sdar_b4", "sdar_b8",    "sdar_b4_f16",
-      "sedd_absorb", "sedd_uniform", "sdar_moe",    "rnd1",    "rnd1_bf16",  "llada_moe",
-      "llada2",      "fast_dllm_v2", "bd3lm"};
+  static const auto* const models = new std::vector<std::string>{"a2d_llama",
+                                                                 "a2d_qwen2",
+                                                                 "a2d_qwen3",
+                                                                 "dream",
+                                                                 "dream_bf16",
+                                                                 "llada",
+                                                                 "llada_gqa",
+                                                                 "mdlm",
+                                                                 "open_dcoder",
+                                                                 "sdar_b4",
+                                                                 "sdar_b8",
+                                                                 "sdar_b4_f16",
+                                                                 "sedd_absorb",
+                                                                 "sedd_uniform",
+                                                                 "sdar_moe",
+                                                                 "rnd1",
+                                                                 "rnd1_bf16",
+                                                                 "llada_moe",
+                                                                 "llada2",
+                                                                 "diffusion_gemma",
+                                                                 "diffusion_gemma_bf16",
+                                                                 "fast_dllm_v2",
+                                                                 "bd3lm"};
   return *models;
 }
 
@@ -129,6 +159,13 @@ std::vector<TokenId> SomeIds(const Denoiser& model, size_t count, uint32_t seed)
     if ((state >> 4) % 3 == 0 && model.traits().mask_token >= 0) id = model.traits().mask_token;
   }
   return ids;
+}
+
+// How many of a sequence's rows are encoded: all but a block.
+int32_t EncodedRows(const Denoiser& model, size_t num_rows) {
+  const ModelTraits& traits = model.traits();
+  if (!traits.causal_encoder) return 0;
+  return std::max(static_cast<int32_t>(num_rows) - traits.causal_block_length, 0);
 }
 
 bool SameBits(absl::Span<const float> a, absl::Span<const float> b) {
@@ -161,6 +198,8 @@ TEST_P(ForwardTest, AgreesWithTheGoldenLogits) {
     part.sigma = (*input).value("sigma", 0.0F);
     part.kv = loaded.NewKv(static_cast<int32_t>(part.ids.size()));
     part.wanted = AllRows(part.ids.size());
+    part.encoded = EncodedRows(*loaded.model, part.ids.size());
+    part.wanted.erase(part.wanted.begin(), part.wanted.begin() + part.encoded);
     const std::vector<float> got = RunParts(*loaded.model, {part})[0];
     ASSERT_EQ(static_cast<int64_t>(got.size()), want->rows * want->cols);
     for (size_t i = 0; i < got.size(); ++i) {
@@ -191,6 +230,7 @@ TEST_P(ForwardTest, ASequenceGivesTheSameBitsAloneAndPacked) {
       Part part{.ids = SomeIds(model, length, seed), .sigma = 0.3F * static_cast<float>(seed)};
       part.kv = loaded.NewKv(length);
       part.wanted = AllRows(part.ids.size());
+      part.encoded = EncodedRows(model, part.ids.size());
       parts.push_back(part);
     }
     std::vector<std::vector<float>> alone;
@@ -213,6 +253,8 @@ TEST_P(ForwardTest, WhichRowsAreWantedDoesNotChangeThem) {
     const int64_t vocab_size = loaded.model->traits().vocab_size;
     Part first{.ids = SomeIds(*loaded.model, 19, 5), .sigma = 0.2F, .kv = loaded.NewKv(19)};
     Part second{.ids = SomeIds(*loaded.model, 13, 6), .sigma = 0.9F, .kv = loaded.NewKv(13)};
+    first.encoded = EncodedRows(*loaded.model, 19);
+    second.encoded = EncodedRows(*loaded.model, 13);
     first.wanted = AllRows(19);
     second.wanted = AllRows(13);
     const std::vector<std::vector<float>> all = RunParts(*loaded.model, {first, second});
@@ -269,9 +311,104 @@ TEST(ForwardOnCpuTest, ThreadsAndInstructionsDoNotChangeBits) {
       ASSERT_NE(loaded.model, nullptr);
       Part part{
           .ids = SomeIds(*loaded.model, 23, 9), .kv = loaded.NewKv(23), .wanted = AllRows(23)};
+      part.encoded = EncodedRows(*loaded.model, 23);
       logits.push_back(RunParts(*loaded.model, {part})[0]);
     }
     EXPECT_TRUE(SameBits(logits[0], logits[1]));
+  }
+}
+
+// Steps of one block, each conditioned on the one before: against the golden logits, beside another
+// sequence, and with what lies before the block encoded in pieces and passes of its own.
+TEST_P(ForwardTest, ABlockReadsItsLastPrediction) {
+  for (const std::string name :
+       {"diffusion_gemma_13", "diffusion_gemma_37", "diffusion_gemma_bf16_13"}) {
+    SCOPED_TRACE(name);
+    Loaded loaded = Load(GetParam(), name.substr(0, name.rfind('_')));
+    ASSERT_NE(loaded.model, nullptr);
+    Denoiser& model = *loaded.model;
+    const int32_t block = model.traits().causal_block_length;
+    const int64_t vocab_size = model.traits().vocab_size;
+    const std::string path = absl::StrCat(GoldenFolder(), "/logits/", name);
+    const json input = *ReadJsonFile(path + ".json", 1U << 24);
+    const absl::StatusOr<Checkpoint> file = Checkpoint::OpenFile(path + ".safetensors");
+    ASSERT_TRUE(file.ok()) << file.status();
+    const HostMatrix want = *file->Matrix("steps");
+    const auto ids = input["ids"].get<std::vector<TokenId>>();
+    const int32_t length = static_cast<int32_t>(ids.size()), begin = length - block;
+
+    // A neighbour of one block without anything before it.
+    const std::vector<TokenId> other = SomeIds(model, block, 3);
+    KvMemory* const other_kv = loaded.NewKv(block);
+    std::vector<std::vector<float>> runs;
+    for (const bool in_pieces : {false, true}) {
+      KvMemory* const kv = loaded.NewKv(length);
+      std::unique_ptr<Buffer> kept[2] = {*loaded.backend->Allocate(model.SelfConditioningBytes()),
+                                         *loaded.backend->Allocate(model.SelfConditioningBytes())};
+      int32_t encoded = 0;
+      for (const int32_t end : {2, 3, begin - 1}) {
+        if (!in_pieces) break;
+        Part piece{.ids = {ids.begin() + encoded, ids.begin() + end}, .first_position = encoded};
+        piece.kv = kv;
+        piece.encoded = end - encoded;
+        RunParts(model, {piece});
+        encoded = end;
+      }
+      std::vector<float>& got = runs.emplace_back();
+      float temperature = 0;
+      int step = 0;
+      for (const json& entry : input["steps"]) {
+        const auto block_ids = entry["ids"].get<std::vector<TokenId>>();
+        std::vector<TokenId> rows;
+        std::vector<SequenceSpan> spans;
+        if (in_pieces) {
+          rows = other;
+          spans.push_back({.num_rows = block, .kv = other_kv});
+        }
+        if (encoded < begin) {
+          spans.push_back({.row_begin = static_cast<int32_t>(rows.size()),
+                           .num_rows = begin - encoded,
+                           .first_position = encoded,
+                           .block_length = 1,
+                           .kv = kv});
+          rows.insert(rows.end(), ids.begin() + encoded, ids.begin() + begin);
+        }
+        encoded = begin;
+        const auto row_begin = static_cast<int32_t>(rows.size());
+        spans.push_back(
+            {.row_begin = row_begin, .num_rows = block, .first_position = begin, .kv = kv});
+        rows.insert(rows.end(), block_ids.begin(), block_ids.end());
+        std::vector<int32_t> wanted = {};
+        if (in_pieces) wanted = {1, 4};
+        for (int32_t i = 0; i < block; ++i) wanted.push_back(row_begin + i);
+        std::vector<SelfConditioning> conditioning(spans.size());
+        conditioning.back() = {.previous = step == 0 ? nullptr : kept[step % 2].get(),
+                               .temperature = step == 0 ? 1.0F : temperature,
+                               .next = kept[(step + 1) % 2].get()};
+        ASSERT_TRUE(model
+                        .Forward({.ids = rows,
+                                  .sequences = spans,
+                                  .wanted_rows = wanted,
+                                  .self_conditioning = conditioning})
+                        .ok());
+        std::vector<float> logits(block * vocab_size);
+        ASSERT_TRUE(
+            model.Logits(static_cast<int32_t>(wanted.size()) - block, block, absl::MakeSpan(logits))
+                .ok());
+        got.insert(got.end(), logits.begin(), logits.end());
+        temperature = entry["temperature"];
+        ++step;
+      }
+    }
+    ASSERT_EQ(static_cast<int64_t>(runs[0].size()), want.rows * want.cols);
+    for (size_t i = 0; i < runs[0].size(); ++i) {
+      float reference;
+      std::memcpy(&reference, static_cast<const char*>(want.data) + i * sizeof(float),
+                  sizeof(float));
+      ASSERT_NEAR(runs[0][i], reference, 2e-4 * std::max(1.0F, std::abs(reference)))
+          << "element " << i;
+    }
+    EXPECT_TRUE(SameBits(runs[0], runs[1]));
   }
 }
 

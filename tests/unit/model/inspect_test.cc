@@ -78,13 +78,13 @@ TEST(InspectTest, TellsWhatTheModelIs) {
 
 TEST(InspectTest, AnUnsupportedArchitectureStillReports) {
   const std::string folder = CopyOf("sdar_b8", "unsupported");
-  EditConfig(folder, "architectures", {"DiffusionGemmaForBlockDiffusion"});
+  EditConfig(folder, "architectures", {"LlamaForCausalLM"});
   const ModelReport report = Inspect(folder);
   EXPECT_FALSE(report.spec.has_value());
-  EXPECT_THAT(report.problems, Contains(AllOf(HasSubstr("unsupported: "), HasSubstr("encoder"))));
+  EXPECT_THAT(report.problems, Contains(AllOf(HasSubstr("LlamaForCausalLM"))));
   EXPECT_GT(report.num_parameters, 10000);
   EXPECT_THAT(FormatReport(report),
-              AllOf(HasSubstr("cannot be served"), HasSubstr("DiffusionGemma")));
+              AllOf(HasSubstr("cannot be served"), HasSubstr("LlamaForCausalLM")));
   EXPECT_EQ(ReportToJson(report)["family"], nullptr);
 }
 

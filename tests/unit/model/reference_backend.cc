@@ -76,16 +76,24 @@ class PlainBuffer : public Buffer {
 
 struct PlainKv : public KvMemory {
   explicit PlainKv(const KvShape& s) : shape(s) {
-    const size_t size = int64_t{s.num_layers} * s.positions_max * s.num_kv_heads * s.head_dim;
+    const size_t size = FloatsBefore(s, s.num_layers + s.num_other_layers);
     k.resize(size, NAN);  // a read of what was never written shows
     v.resize(size, NAN);
   }
   int64_t memory_bytes() const override { return static_cast<int64_t>(8 * k.size()); }
+  static int64_t FloatsBefore(const KvShape& s, int32_t layer) {
+    int64_t floats = 0;
+    for (int32_t i = 0; i < layer; ++i) {
+      floats += int64_t{s.positions_max} * s.kv_heads_of(i) * s.head_dim_of(i);
+    }
+    return floats;
+  }
   size_t At(int32_t layer, int32_t position, int32_t head) const {
-    const int32_t kept = shape.num_layers == 1 ? 0 : layer;
-    CINNABAR_CHECK(kept < shape.num_layers && position < shape.positions_max);
-    return ((int64_t{kept} * shape.positions_max + position) * shape.num_kv_heads + head) *
-           shape.head_dim;
+    const int32_t kept = shape.kept_layer(layer);
+    CINNABAR_CHECK(kept < shape.num_layers + shape.num_other_layers &&
+                   position < shape.positions_max);
+    return FloatsBefore(shape, kept) +
+           (int64_t{position} * shape.kv_heads_of(kept) + head) * shape.head_dim_of(kept);
   }
   KvShape shape;
   std::vector<float> k, v;
@@ -102,6 +110,10 @@ const SequenceSpan& SequenceOf(absl::Span<const SequenceSpan> sequences, int64_t
 }
 
 double Silu(double x) { return x / (1 + std::exp(-x)); }
+double GeluTanh(double x) {
+  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+double Capped(double x, double cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
 
 void NormInPlace(float* x, int64_t dim, const float* weight, double eps) {
   double sum = 0;
@@ -123,7 +135,7 @@ class ReferenceBackend : public Backend {
     return std::unique_ptr<KvMemory>(new PlainKv(shape));
   }
   int64_t KvBytes(const KvShape& s) const override {
-    return int64_t{8} * s.num_layers * s.positions_max * s.num_kv_heads * s.head_dim;
+    return 8 * PlainKv::FloatsBefore(s, s.num_layers + s.num_other_layers);
   }
   absl::Status Reserve(const WorkspaceShape&) override { return absl::OkStatus(); }
   int64_t WorkspaceBytes(const WorkspaceShape&) const override { return 0; }
@@ -176,7 +188,7 @@ class ReferenceBackend : public Backend {
 
   absl::Status Linear(const LinearArgs& args) override {
     const auto& weight = static_cast<const PlainWeight&>(*args.weight);
-    CINNABAR_CHECK((args.epilogue == Epilogue::kSwiGlu) ==
+    CINNABAR_CHECK((args.epilogue == Epilogue::kSwiGlu || args.epilogue == Epilogue::kGeGlu) ==
                    (weight.row_order() == RowOrder::kGatedPairs));
     std::vector<double> y(weight.rows());
     for (int64_t r = 0; r < args.num_rows; ++r) {
@@ -195,8 +207,13 @@ class ReferenceBackend : public Backend {
   absl::Status RmsNorm(const RmsNormArgs& args) override {
     for (int64_t r = 0; r < args.num_rows; ++r) {
       const float* x = RowOf(args.x, args.row_indices.empty() ? r : args.row_indices[r]);
-      std::copy(x, x + args.dim, RowOf(args.out, r));
-      NormInPlace(RowOf(args.out, r), args.dim, args.weight, args.eps);
+      std::vector<float> normed(x, x + args.dim);
+      NormInPlace(normed.data(), args.dim, args.weight, args.eps);
+      float* out = RowOf(args.out, r);
+      const float scale =
+          args.scales == nullptr ? 1.0F : args.scales[SequenceOf(args.sequences, r).modulation_row];
+      for (int64_t i = 0; i < args.dim; ++i)
+        out[i] = args.add ? (out[i] + normed[i]) * scale : normed[i];
     }
     return absl::OkStatus();
   }
@@ -250,7 +267,8 @@ class ReferenceBackend : public Backend {
       auto& kv = static_cast<PlainKv&>(*sequence.kv);
       for (int32_t h = 0; h < args.heads.num_kv_heads; ++h) {
         const float* k = heads + (args.heads.num_heads + h) * dim;
-        const float* v = heads + (num_qk + h) * dim;
+        float* v = heads + (num_qk + h) * dim;
+        if (args.v_norm != nullptr) NormInPlace(v, dim, args.v_norm, args.norm_eps);
         std::copy(k, k + dim, kv.k.begin() + kv.At(args.layer, position, h));
         std::copy(v, v + dim, kv.v.begin() + kv.At(args.layer, position, h));
       }
@@ -267,12 +285,17 @@ class ReferenceBackend : public Backend {
       if (const int32_t block = sequence.block_length; block > 0) {
         visible = std::min(visible, (position / block + 1) * block);
       }
+      int32_t first = 0;
+      if (args.window > 0) {
+        const int32_t base = sequence.block_length == 0 ? sequence.first_position : position;
+        first = std::max(base - args.window + 1, 0);
+      }
       const auto& kv = static_cast<const PlainKv&>(*sequence.kv);
       std::vector<double> weights(visible), out(dim);
       for (int32_t h = 0; h < args.heads.num_heads; ++h) {
         const float* q = RowOf(args.q, r) + h * dim;
         double top = -INFINITY, total = 0;
-        for (int32_t p = 0; p < visible; ++p) {
+        for (int32_t p = first; p < visible; ++p) {
           const float* k = kv.k.data() + kv.At(args.layer, p, h / group);
           double dot = 0;
           for (int32_t i = 0; i < dim; ++i) dot += double{q[i]} * k[i];
@@ -280,7 +303,7 @@ class ReferenceBackend : public Backend {
           top = std::max(top, weights[p]);
         }
         std::fill(out.begin(), out.end(), 0.0);
-        for (int32_t p = 0; p < visible; ++p) {
+        for (int32_t p = first; p < visible; ++p) {
           const double weight = std::exp(weights[p] - top);
           const float* v = kv.v.data() + kv.At(args.layer, p, h / group);
           for (int32_t i = 0; i < dim; ++i) out[i] += weight * v[i];
@@ -328,8 +351,9 @@ class ReferenceBackend : public Backend {
       for (int32_t i = 0; i < args.experts_per_row; ++i) {
         const double weight = args.bias_counts ? choice[chosen[i]] : score[chosen[i]];
         args.experts[r * args.experts_per_row + i] = chosen[i];
-        args.weights[r * args.experts_per_row + i] =
-            static_cast<float>(weight * args.scale / (args.renormalize ? sum : 1.0));
+        args.weights[r * args.experts_per_row + i] = static_cast<float>(
+            weight * args.scale / (args.renormalize ? sum : 1.0) *
+            (args.expert_scales == nullptr ? 1.0F : args.expert_scales[chosen[i]]));
       }
     }
     return absl::OkStatus();
@@ -337,6 +361,7 @@ class ReferenceBackend : public Backend {
 
   absl::Status Experts(const ExpertsArgs& args) override {
     for (int64_t r = 0; r < args.num_rows; ++r) {
+      if (!args.add) std::fill_n(RowOf(args.out, r), args.down[0]->rows(), 0.0F);
       for (int32_t i = 0; i < args.experts_per_row; ++i) {
         const int64_t place = r * args.experts_per_row + i;
         const auto& gate_up = static_cast<const PlainWeight&>(*args.gate_up[args.experts[place]]);
@@ -348,7 +373,8 @@ class ReferenceBackend : public Backend {
         };
         std::vector<double> inner(down.cols());
         for (int64_t c = 0; c < down.cols(); ++c) {
-          inner[c] = Silu(dot(gate_up.row(c), RowOf(args.x, r), gate_up.cols())) *
+          const double gate = dot(gate_up.row(c), RowOf(args.x, r), gate_up.cols());
+          inner[c] = (args.activation == Epilogue::kGeGlu ? GeluTanh(gate) : Silu(gate)) *
                      dot(gate_up.row(down.cols() + c), RowOf(args.x, r), gate_up.cols());
         }
         for (int64_t c = 0; c < down.rows(); ++c) {
@@ -364,11 +390,39 @@ class ReferenceBackend : public Backend {
     return absl::UnimplementedError("the reference backend answers no queries");
   }
   absl::Status Logits(const LogitsArgs& args) override {
-    return Linear({.x = args.hidden,
-                   .num_rows = args.num_rows,
-                   .weight = args.weight,
-                   .bias = args.bias,
-                   .out = args.out});
+    const absl::Status product = Linear({.x = args.hidden,
+                                         .num_rows = args.num_rows,
+                                         .weight = args.weight,
+                                         .bias = args.bias,
+                                         .out = args.out});
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      float* row = RowOf(args.out, r);
+      for (int64_t id = 0; id < args.weight->rows(); ++id) {
+        row[id] = static_cast<float>(Capped(row[id], args.logit_cap));
+      }
+    }
+    return product;
+  }
+  absl::Status SoftEmbed(const SoftEmbedArgs& args) override {
+    const auto& head = static_cast<const PlainWeight&>(*args.weight);
+    const auto& table = static_cast<const PlainWeight&>(*args.table);
+    for (int64_t r = 0; r < args.num_rows; ++r) {
+      std::vector<double> out(table.cols());
+      double mass = 0;
+      for (int64_t id = 0; id < head.rows(); ++id) {
+        double logit = 0;
+        for (int64_t i = 0; i < head.cols(); ++i) {
+          logit += double{RowOf(args.hidden, r)[i]} * head.row(id)[i];
+        }
+        const double p = std::exp(Capped(logit, args.logit_cap) / args.temperature);
+        mass += p;
+        for (int64_t i = 0; i < table.cols(); ++i) out[i] += p * table.row(id)[i];
+      }
+      for (int64_t i = 0; i < table.cols(); ++i) {
+        RowOf(args.out, r)[i] = static_cast<float>(args.scale * out[i] / mass);
+      }
+    }
+    return absl::OkStatus();
   }
   absl::Status Synchronize() override { return absl::OkStatus(); }
 
@@ -395,12 +449,13 @@ class ReferenceBackend : public Backend {
           out[c] = static_cast<float>(Silu(y[c]));
           break;
         case Epilogue::kGeluTanh:
-          out[c] = static_cast<float>(
-              0.5 * y[c] *
-              (1 + std::tanh(std::sqrt(2 / M_PI) * (y[c] + 0.044715 * y[c] * y[c] * y[c]))));
+          out[c] = static_cast<float>(GeluTanh(y[c]));
           break;
         case Epilogue::kSwiGlu:
           if (c < half) out[c] = static_cast<float>(Silu(y[c]) * y[half + c]);
+          break;
+        case Epilogue::kGeGlu:
+          if (c < half) out[c] = static_cast<float>(GeluTanh(y[c]) * y[half + c]);
           break;
       }
     }
