@@ -63,10 +63,29 @@ struct Family {
 };
 
 std::vector<Family> Families() {
-  const std::vector<const char*> mask_samplers = {
-      "low_confidence", "random",           "origin",         "maskgit_plus",    "topk_margin",
-      "entropy",        "threshold",        "factor",         "entropy_bounded", "block_static",
-      "block_dynamic",  "block_sequential", "mdlm_ancestral", "mdlm_cached",     "mdlm_semi_ar"};
+  const std::vector<const char*> mask_samplers = {"low_confidence",
+                                                  "random",
+                                                  "origin",
+                                                  "maskgit_plus",
+                                                  "topk_margin",
+                                                  "entropy",
+                                                  "threshold",
+                                                  "factor",
+                                                  "entropy_bounded",
+                                                  "block_static",
+                                                  "block_dynamic",
+                                                  "block_sequential",
+                                                  "mdlm_ancestral",
+                                                  "mdlm_cached",
+                                                  "mdlm_semi_ar",
+                                                  "p2",
+                                                  "p2_random",
+                                                  "p2_open",
+                                                  "rnd1",
+                                                  "rnd1_entropy_bounded",
+                                                  "joint_threshold",
+                                                  "hierarchical",
+                                                  "hierarchical_remask"};
   return {{"dream", mask_samplers},
           {"llada", mask_samplers},
           {"open_dcoder", {"threshold", "entropy"}},
@@ -77,13 +96,14 @@ std::vector<Family> Families() {
             "remdm_conf", "remdm_loop", "dfm_corrector"}},
           {"sdar_b4",
            {"block_static", "block_dynamic", "block_sequential", "low_confidence", "threshold",
-            "entropy", "remdm_conf"}},
+            "entropy", "remdm_conf", "p2", "joint_threshold", "hierarchical_remask",
+            "bd3lm_first_hitting", "bd3lm_scheduled"}},
           {"sdar_b8", {"block_dynamic", "entropy_bounded"}},
           {"sdar_moe", {"block_dynamic", "threshold"}},
           {"rnd1", {"entropy", "threshold"}},
           {"rnd1_bf16", {"entropy"}},
           {"llada_moe", {"low_confidence", "factor"}},
-          {"llada2", {"block_dynamic", "block_static", "low_confidence"}},
+          {"llada2", {"block_dynamic", "block_static", "low_confidence", "joint_threshold"}},
           {"sedd_absorb", {"sedd_euler", "sedd_analytic"}},
           {"sedd_uniform", {"sedd_euler", "sedd_analytic"}}};
 }
