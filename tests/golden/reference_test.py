@@ -155,6 +155,57 @@ def test_block_dynamic_by_hand():
     assert trace([0.9, 0.8, 0.7, 0.6], {**options, "steps": 1}, traits) == [[0, 1, 2, 3]]
 
 
+def test_runs_by_hand():
+    confidences, options = [0.3, 0.6, 0.5, 0.95, 0.2], dict(sampler="hierarchical", threshold=0.9, low_threshold=0.4)
+    given = [False, False, True, False, False]
+    # Runs 0-1 and 3-4; then 0 and 4 alone, neither above the low threshold: the best of them.
+    assert trace(confidences, options, given=given) == [[1, 3], [0], [4]]
+    assert trace([0.3, 0.2], options) == [[0], [1]]
+    assert trace([0.95, 0.92, 0.91], options) == [[0, 1, 2]]
+
+
+def test_path_planning_by_hand():
+    # Nothing changes its mind, so the least probable are masked and the order is that of confidence.
+    assert trace([0.5, 0.95, 0.7, 0.92], dict(sampler="p2", steps=4)) == [[1], [3], [2], [0]]
+    assert trace([0.5, 0.95, 0.7, 0.92], dict(sampler="p2_open", steps=2)) == [[1, 3], [0, 2]]
+    # A large eta masks what is committed: 1 is the best, but ln 0.95 * 30 is below ln 0.5.
+    assert trace([0.5, 0.95, 0.7, 0.92], dict(sampler="p2", steps=4, eta=30.0)) == [[1], [1, 2, 3], [0, 1, 2], [2]]
+
+
+def test_joint_threshold_by_hand():
+    options = dict(sampler="joint_threshold", threshold=0.75, edit_threshold=0.5)
+    # What it predicts it keeps: a last look, and the end.
+    assert trace([0.9, 0.8, 0.7, 0.6], options) == [[0, 1], [2], [3], []]
+    assert trace([0.9, 0.8, 0.7, 0.6], {**options, "edit_steps": 0}) == [[0, 1], [2], [3]]
+
+
+def test_remasking_gains_at_least_one():
+    options = dict(sampler="hierarchical_remask", threshold=0.9, low_threshold=0.55)
+    assert trace([0.95, 0.5, 0.92, 0.6], options) == [[0, 2], [3], [1]]
+    # Position 0 is taken as the best of two, then doubted; with one more than what is doubted it is taken again.
+    assert trace([0.5, 0.3], options) == [[0], [1]]
+
+
+def test_nucleus_leaves_out_what_crosses():
+    close(samplers.nucleus(np.array([0.2, 0.5, 0.3]), 0.85), [0, 5 / 8, 3 / 8])
+    close(samplers.nucleus(np.array([0.2, 0.5, 0.3]), 0.75), [0, 1, 0])
+    close(samplers.nucleus(np.array([0.2, 0.5, 0.3]), 0.4), [0, 1, 0])
+
+
+def test_remasking_without_sigma_is_mdlm():
+    logits, ids = np.log([[0.5, 0.3, 0.1, 0.1], [0.2, 0.2, 0.5, 0.1]]), [3, 1]
+    for step in range(6):
+        want = samplers.mdlm_posterior(logits, ids, 3, *samplers.step_time(step, 6))
+        for name in ("remdm_cap", "remdm_rescale"):
+            close(samplers.remdm_posterior(name, logits, ids, 3, 6, step, eta=0.0), want)
+
+
+def test_the_corrector_ends():
+    for steps in (1, 2, 7, 64, 1000):
+        times = samplers.dfm_times(steps)
+        assert all(a > b >= 0 for a, b in zip(times, times[1:])) and len(times) <= steps + 32
+
+
 def test_blocks():
     full, causal = models.Traits("f", 9, 0), models.Traits("c", 9, 0, block_length=4)
     given = [True] * 3 + [False] * 7 + [True] * 2
@@ -278,7 +329,10 @@ def test_every_model_has_logits_and_every_sampler_a_case():
             for e in INDEX["tokens"] + INDEX["properties"]}
     assert used == {"low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "threshold",
                     "factor", "entropy_bounded", "block_static", "block_dynamic", "block_sequential",
-                    "mdlm_ancestral", "sedd_euler", "sedd_analytic"}
+                    "mdlm_ancestral", "sedd_euler", "sedd_analytic", "remdm_cap", "remdm_rescale", "remdm_conf",
+                    "remdm_loop", "dfm_corrector", "p2", "p2_random", "p2_open", "rnd1", "rnd1_entropy_bounded",
+                    "joint_threshold", "hierarchical", "hierarchical_remask", "bd3lm_first_hitting",
+                    "bd3lm_scheduled"}
 
 
 def test_cases_keep_what_was_given_and_fill_the_rest_once():
@@ -290,8 +344,14 @@ def test_cases_keep_what_was_given_and_fill_the_rest_once():
         result = case["expected"]["ids"]
         assert len(result) == len(given), entry["name"]
         assert all(not g or a == b for a, b, g in zip(ids, result, given)), entry["name"]
-        filled = sorted(p for step in case["expected"]["trace"] for p in step)
-        assert filled == [i for i, g in enumerate(given) if not g], entry["name"]
+        changed = sorted(p for step in case["expected"]["trace"] for p in step)
+        open_ = [i for i, g in enumerate(given) if not g]
+        if case["options"]["sampler"] in samplers.REVISING:
+            changed = sorted(set(changed))
+        if case["options"].get("eos_early_stop"):
+            assert set(changed) <= set(open_), entry["name"]
+        else:
+            assert changed == open_, entry["name"]
 
 
 def test_probabilities_sum_to_one():

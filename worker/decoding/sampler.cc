@@ -45,6 +45,16 @@ constexpr Registration kRegistry[] = {
     {"remdm_conf", RemdmConfSampler},
     {"remdm_loop", RemdmLoopSampler},
     {"dfm_corrector", DfmCorrectorSampler},
+    {"p2", PathPlanningSampler},
+    {"p2_random", PathPlanningRandomSampler},
+    {"p2_open", PathPlanningOpenSampler},
+    {"rnd1", Rnd1Sampler},
+    {"rnd1_entropy_bounded", Rnd1EntropyBoundedSampler},
+    {"joint_threshold", JointThresholdSampler},
+    {"hierarchical", HierarchicalSampler},
+    {"hierarchical_remask", HierarchicalRemaskSampler},
+    {"bd3lm_first_hitting", Bd3lmFirstHittingSampler},
+    {"bd3lm_scheduled", Bd3lmScheduledSampler},
 };
 
 // Opens block `index` or the first one after it that has something to fill.

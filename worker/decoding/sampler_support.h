@@ -83,6 +83,16 @@ const Sampler* RemdmRescaleSampler();
 const Sampler* RemdmConfSampler();
 const Sampler* RemdmLoopSampler();
 const Sampler* DfmCorrectorSampler();
+const Sampler* PathPlanningSampler();
+const Sampler* PathPlanningRandomSampler();
+const Sampler* PathPlanningOpenSampler();
+const Sampler* Rnd1Sampler();
+const Sampler* Rnd1EntropyBoundedSampler();
+const Sampler* JointThresholdSampler();
+const Sampler* HierarchicalSampler();
+const Sampler* HierarchicalRemaskSampler();
+const Sampler* Bd3lmFirstHittingSampler();
+const Sampler* Bd3lmScheduledSampler();
 
 }  // namespace cinnabar
 

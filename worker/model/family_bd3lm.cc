@@ -17,7 +17,7 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
           "true is not computed for blocks");
   Require(config.Bool("adaln", true), config, "adaln", "false is not computed");
   traits.causal_block_length = static_cast<int32_t>(config.Int("block_size", 1, kBlockLengthMax));
-  traits.default_sampler = "block_dynamic";
+  traits.default_sampler = "bd3lm_first_hitting";
   if (!config.status().ok()) return config.status();
   return spec;
 }

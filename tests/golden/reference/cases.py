@@ -191,6 +191,44 @@ GREEDY = [
     ("threshold_llada_moe_infill", "llada_moe", HOLES, dict(threshold=0.5), None),
     ("block_dynamic_llada2", "llada2", "g11 +13", dict(steps=24, threshold=0.5), None),
     ("block_static_llada2_infill", "llada2", HOLES + " g2", dict(steps=12), None),
+    # Path planning.
+    ("p2_llada", "llada", "g8 +12", dict(steps=6), events("masked again")),
+    ("p2_llada_eta", "llada", "g6 +14", dict(steps=10, eta=2.0), both(events("masked again"), effect(eta=1.0))),
+    ("p2_llada_eta_zero", "llada", "g6 +10", dict(steps=5, eta=0.0), effect(eta=1.0)),
+    ("p2_dream_infill", "dream", HOLES, dict(steps=6, block_length=8), events("masked again")),
+    ("p2_open_open_dcoder", "open_dcoder", "g9 +12", dict(steps=7), events("masked again")),
+    ("p2_open_open_dcoder_infill", "open_dcoder", HOLES, dict(steps=6, top_p=0.9, top_k=6),
+     both(events("masked again"), effect(top_p=1.0, top_k=0))),
+    # RND1.
+    ("rnd1_rnd1", "rnd1", "g8 +12", dict(steps=5), None),
+    ("rnd1_rnd1_infill", "rnd1", HOLES, dict(steps=15, top_k=7, top_p=0.9), effect(top_k=0, top_p=1.0)),
+    ("rnd1_entropy_bounded_rnd1", "rnd1", "g8 +12", dict(entropy_bound=1.5), events("several")),
+    ("rnd1_entropy_bounded_llada_infill", "llada", HOLES, dict(entropy_bound=2.0, top_k=8), events("several")),
+    # LLaDA2.1.
+    ("joint_threshold_llada2", "llada2", "g11 +13", dict(threshold=0.5, edit_threshold=0.3), events("edited")),
+    ("joint_threshold_llada2_budget", "llada2", "g9 +15", dict(threshold=0.4, edit_threshold=0.0, edit_steps=2),
+     events("edited", "edit budget")),
+    ("joint_threshold_llada2_no_edit_steps", "llada2", "g10 +14", dict(threshold=0.4, edit_threshold=0.1, edit_steps=0),
+     events("edited")),
+    ("joint_threshold_llada2_penalty", "llada2", HOLES + " g2",
+     dict(threshold=0.5, edit_threshold=0.4, repeat_penalty=3.0), both(events("edited"), effect(repeat_penalty=0))),
+    ("joint_threshold_llada", "llada", "g9 +12", dict(threshold=0.5, edit_threshold=0.4, block_length=6, top_k=9,
+                                                      top_p=0.95), events("edited")),
+    # dInfer.
+    ("hierarchical_llada", "llada", "g9 +16", dict(threshold=0.6, low_threshold=0.2, block_length=8),
+     events("several", "fallback")),
+    ("hierarchical_llada_infill", "llada", HOLES, dict(threshold=0.8, low_threshold=0.15), events("several")),
+    ("hierarchical_remask_llada", "llada", "g9 +14", dict(threshold=0.7, low_threshold=0.2),
+     events("several", "masked again")),
+    ("hierarchical_remask_llada_infill", "llada", HOLES, dict(threshold=0.6, low_threshold=0.3, block_length=8),
+     events("masked again")),
+    # An end of text that is final ends the run.
+    ("block_dynamic_llada2_early_stop", "llada2", "g9 +31", dict(steps=40, threshold=0.5, eos_early_stop=True),
+     events("stopped early")),
+    ("block_sequential_sdar_b4_early_stop", "sdar_b4", "g9 +31", dict(steps=40, eos_early_stop=True),
+     events("stopped early")),
+    ("joint_threshold_llada2_early_stop", "llada2", "g9 +31",
+     dict(threshold=0.5, edit_threshold=0.4, eos_early_stop=True), events("stopped early")),
     ("block_sequential_sdar_b4", "sdar_b4", "g9 +11", dict(steps=9), None),
     ("block_sequential_sdar_b4_tail", "sdar_b4", "g6 +10", dict(steps=3), None),
     ("block_sequential_sdar_b8_infill", "sdar_b8", HOLES + " g2", dict(steps=9), None),
@@ -293,6 +331,13 @@ RANDOM_RUNS = [
     ("remdm_conf", "mdlm", "g5 +12", dict(sampler="remdm_conf", steps=16, temperature=1, top_p=0.9)),
     ("remdm_loop_llada", "llada", HOLES, dict(sampler="remdm_loop", steps=20, eta=0.1, temperature=0.8)),
     ("dfm_corrector", "mdlm", HOLES, dict(sampler="dfm_corrector", steps=10, temperature=1)),
+    ("p2_random_llada", "llada", "g6 +12", dict(sampler="p2_random", steps=8, eta=1)),
+    ("p2_llada_warm", "llada", HOLES, dict(sampler="p2", steps=6, temperature=0.7)),
+    ("joint_threshold_llada2_warm", "llada2", "g9 +15",
+     dict(sampler="joint_threshold", threshold=0.4, edit_threshold=0.2, edit_steps=4, temperature=0.8, top_k=20)),
+    ("bd3lm_first_hitting_sdar", "sdar_b4", "g6 +14", dict(sampler="bd3lm_first_hitting", temperature=1, top_p=0.9)),
+    ("bd3lm_scheduled_sdar_infill", "sdar_b8", HOLES + " g3",
+     dict(sampler="bd3lm_scheduled", steps=12, temperature=0.8)),
 ]
 
 
@@ -400,6 +445,17 @@ def probability_cases(loaded, text_ids):
         draws.append({"steps": steps, "step": step, "t": t, "dt": dt, "temperature": temperature, "probabilities":
                       listed(samplers.mdlm_posterior(logits, ids, mask, t, dt, temperature))})
     yield "mdlm_rows", {"kind": "mdlm", "mask_token": mask, "ids": ids, "logits": listed(logits), "draws": draws}
+    # BD3-LM: one step of a block, from the same logits.
+    draws = []
+    for name, options in (("bd3lm_first_hitting", {}), ("bd3lm_first_hitting", dict(top_p=0.75)),
+                          ("bd3lm_scheduled", dict(steps=5, step=0)), ("bd3lm_scheduled", dict(steps=5, step=3)),
+                          ("bd3lm_scheduled", dict(steps=5, step=4, top_p=0.5)),
+                          ("bd3lm_scheduled", dict(steps=9, step=4, temperature=0.5)),
+                          ("bd3lm_scheduled", dict(steps=1, step=0))):
+        p = samplers.bd3lm_posterior(name, logits, ids, mask, **options)
+        draws.append({"sampler": name, "options": options, "probabilities": listed(p)})
+    yield "bd3lm_rows", {"kind": "bd3lm", "mask_token": mask, "ids": ids, "logits": listed(logits), "draws": draws}
+
     # ReMDM and the DFM corrector: one step from inline logits. Positions 1, 3 and 4 are committed.
     logits, ids = random_rows(10, 6, n, 2.0), [mask, 6, mask, 2, 9, mask]
     logits[0, mask] = 3.0

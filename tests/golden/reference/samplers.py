@@ -675,3 +675,21 @@ def remdm_posterior(name, logits, ids, mask_token, steps, step, eta=None, t_on=0
     weights = np.where(masked[:, None], p0 * ((as_ - (1 - sigma) * at) / (1 - at))[:, None], p0 * (1 - sigma)[:, None])
     weights[:, mask_token] = np.where(masked, (1 - as_ - sigma * at) / (1 - at), sigma)
     return normalised(weights)
+
+
+def bd3lm_posterior(name, logits, ids, mask_token, steps=1, step=0, top_p=1.0, temperature=1.0):
+    """One step of BD3-LM inside a block. first_hitting: one uniformly chosen masked position; scheduled: each masked
+    position by the ratio of move chances between neighbouring times."""
+    logits, ids = np.array(logits, dtype=np.float64), np.asarray(ids)
+    logits[:, mask_token] = -np.inf
+    p0 = np.array([nucleus(row, top_p) if top_p < 1 else row for row in softmax(logits / temperature)])
+    masked = ids == mask_token
+    if name == "bd3lm_first_hitting":
+        stays = 1 - 1 / masked.sum()
+    else:
+        t, dt = np.linspace(1, 0, steps)[step], 1 / steps
+        stays = max((t - dt) / t, 0.0) if t > 0 else 0.0
+    weights = p0 * (1 - stays)
+    weights[:, mask_token] = stays
+    weights[~masked] = np.eye(logits.shape[-1])[ids[~masked]]
+    return weights

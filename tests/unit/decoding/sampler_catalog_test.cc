@@ -127,6 +127,19 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
       {"remdm_conf", remdm},
       {"remdm_loop", with(remdm, {Knob::kEta, Knob::kRemaskingWindow})},
       {"dfm_corrector", remdm},
+      {"p2", with(guided_blocks, {Knob::kNumSteps, Knob::kEta})},
+      {"p2_random", with(guided_blocks, {Knob::kNumSteps, Knob::kEta})},
+      {"p2_open", with(guided_blocks, {Knob::kNumSteps, Knob::kTopP, Knob::kTopK})},
+      {"rnd1", with(guided_blocks, {Knob::kNumSteps, Knob::kTopP, Knob::kTopK})},
+      {"rnd1_entropy_bounded",
+       with(guided_blocks, {Knob::kEntropyBound, Knob::kTopP, Knob::kTopK})},
+      {"joint_threshold",
+       {Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kTopP, Knob::kTopK,
+        Knob::kEosEarlyStop}},
+      {"hierarchical", with(fast_dllm, {Knob::kThreshold, Knob::kLowThreshold})},
+      {"hierarchical_remask", with(fast_dllm, {Knob::kThreshold, Knob::kLowThreshold})},
+      {"bd3lm_first_hitting", {Knob::kBlockLength, Knob::kTopP, Knob::kEosEarlyStop}},
+      {"bd3lm_scheduled", {Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kEosEarlyStop}},
   };
   ASSERT_EQ(want.size(), SamplerCatalog().size());
   for (const SamplerEntry& entry : SamplerCatalog()) {

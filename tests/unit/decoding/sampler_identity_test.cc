@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/philox.h"
 #include "tests/unit/decoding/decoding_harness.h"
@@ -249,13 +250,31 @@ TEST_F(IdentityTest, BlockSequentialWithOneEachIsLeftToRight) {
     }
     EXPECT_EQ(outcome.trace, left_to_right);
     // Blocks of one position leave no sampler another order.
-    for (const char* sampler :
-         {"low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin",
-          "threshold", "factor", "entropy_bounded", "block_static", "block_dynamic",
-          "block_sequential", "mdlm_semi_ar"}) {
+    for (const char* sampler : {"low_confidence",
+                                "random",
+                                "maskgit_plus",
+                                "topk_margin",
+                                "entropy",
+                                "origin",
+                                "threshold",
+                                "factor",
+                                "entropy_bounded",
+                                "block_static",
+                                "block_dynamic",
+                                "block_sequential",
+                                "mdlm_semi_ar",
+                                "p2",
+                                "p2_random",
+                                "p2_open",
+                                "rnd1",
+                                "rnd1_entropy_bounded",
+                                "hierarchical",
+                                "bd3lm_first_hitting",
+                                "bd3lm_scheduled"}) {
       const Outcome other = Run(request, {.sampler = sampler, .block_length = 1});
       EXPECT_EQ(other.trace, left_to_right) << sampler;
-      if (std::string(sampler) != "mdlm_semi_ar") {  // which does not see what follows
+      if (!absl::StrContains(sampler, "semi_ar") && !absl::StartsWith(sampler, "bd3lm")) {
+        // Those do not see what follows.
         EXPECT_EQ(other.tokens, outcome.tokens) << sampler;
       }
     }
@@ -276,19 +295,26 @@ TEST_F(IdentityTest, EverySamplerCanTransferAllAtOnce) {
           Run(request, {.sampler = "low_confidence", .num_steps = 1, .temperature = temperature});
       EXPECT_EQ(all.nfe, 1);
       EXPECT_EQ(all.trace.size(), 1U);
-      for (DecodingParams params :
-           std::vector<DecodingParams>{{.sampler = "random", .num_steps = 1},
-                                       {.sampler = "origin", .num_steps = 1},
-                                       {.sampler = "maskgit_plus", .num_steps = 1},
-                                       {.sampler = "topk_margin", .num_steps = 1},
-                                       {.sampler = "entropy", .num_steps = 1, .alg_temp = 0.5F},
-                                       {.sampler = "threshold", .threshold = 0.0F},
-                                       {.sampler = "factor", .factor = 1000.0F},
-                                       {.sampler = "entropy_bounded", .entropy_bound = infinity},
-                                       {.sampler = "block_static", .num_steps = 1},
-                                       {.sampler = "block_dynamic", .num_steps = 1},
-                                       {.sampler = "block_dynamic", .threshold = 0.0F},
-                                       {.sampler = "block_sequential", .num_steps = 1}}) {
+      for (DecodingParams params : std::vector<DecodingParams>{
+               {.sampler = "random", .num_steps = 1},
+               {.sampler = "origin", .num_steps = 1},
+               {.sampler = "maskgit_plus", .num_steps = 1},
+               {.sampler = "topk_margin", .num_steps = 1},
+               {.sampler = "entropy", .num_steps = 1, .alg_temp = 0.5F},
+               {.sampler = "threshold", .threshold = 0.0F},
+               {.sampler = "factor", .factor = 1000.0F},
+               {.sampler = "entropy_bounded", .entropy_bound = infinity},
+               {.sampler = "block_static", .num_steps = 1},
+               {.sampler = "block_dynamic", .num_steps = 1},
+               {.sampler = "block_dynamic", .threshold = 0.0F},
+               {.sampler = "p2", .num_steps = 1},
+               {.sampler = "p2_random", .num_steps = 1},
+               {.sampler = "p2_open", .num_steps = 1},
+               {.sampler = "rnd1", .num_steps = 1},
+               {.sampler = "rnd1_entropy_bounded", .entropy_bound = infinity},
+               {.sampler = "joint_threshold", .threshold = 0.0F, .edit_steps = 0},
+               {.sampler = "hierarchical", .threshold = 0.0F},
+               {.sampler = "block_sequential", .num_steps = 1}}) {
         params.temperature = temperature;
         const Outcome outcome = Run(request, params);
         EXPECT_EQ(outcome, all) << params.sampler << " at " << temperature;
@@ -477,6 +503,190 @@ TEST_F(IdentityTest, MoreEtaMasksMoreAgain) {
     EXPECT_GT(num_masked_again[1], 20) << sampler;
     EXPECT_GT(num_masked_again[2], num_masked_again[1]) << sampler;
   }
+}
+
+// --- Path planning, RND1, LLaDA2.1, dInfer
+// ------------------------------------------------------------------------------------
+
+int NumMaskedAgain(const std::vector<StepRecord>& records) {
+  int num = 0;
+  for (const StepRecord& record : records) {
+    for (const Transfer& transfer : record.outcome.transfers) {
+      num += transfer.token == kMaskedAgain ? 1 : 0;
+    }
+  }
+  return num;
+}
+
+// [12.4] With eta 0 nothing that was committed is masked again, so that with a step for each
+// position path planning is the order of confidence, or a random one.
+TEST_F(IdentityTest, PathPlanningWithoutRemasking) {
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    const Request request = Layout(seed);
+    for (const float temperature : {0.0F, 1.0F}) {
+      for (const auto& [p2, plain] :
+           {std::pair{"p2", "low_confidence"}, std::pair{"p2_random", "random"}}) {
+        const Outcome want =
+            Run(request, {.sampler = plain, .temperature = temperature, .seed = 9});
+        EXPECT_EQ(Run(request, {.sampler = p2, .temperature = temperature, .eta = 0.0F, .seed = 9}),
+                  want)
+            << p2;
+      }
+    }
+    for (const int32_t num_steps : {2, 3, 7}) {
+      Request planned = request;
+      planned.params = {.sampler = "p2", .num_steps = num_steps, .eta = 0.0F};
+      Sequence sequence = Begin(planned, MaskModel(), HashNetwork(MaskModel(), 3.0, 7));
+      EXPECT_EQ(NumMaskedAgain(RunToEnd(sequence, *head_)), 0);
+    }
+  }
+}
+
+// After step i of S floor(N (1 - i / S)) positions are masked, however often they change.
+TEST_F(IdentityTest, PathPlanningKeepsToItsSchedule) {
+  int num_masked_again = 0;
+  for (const char* sampler : {"p2", "p2_random", "p2_open"}) {
+    for (int seed = 0; seed < kNumLayouts; ++seed) {
+      for (const int32_t num_steps : {1, 3, 8, 40}) {
+        Request request = Layout(seed);
+        request.params = {.sampler = sampler, .num_steps = num_steps};
+        if (request.params.sampler != "p2_open") request.params.eta = 1.5F;
+        Sequence sequence = Begin(request, MaskModel(), HashNetwork(MaskModel(), 3.0, 7));
+        const int32_t num_masked = NumMasked(request);
+        for (int32_t step = 1; !sequence.state.finished; ++step) {
+          num_masked_again += NumMaskedAgain(RunToEnd(sequence, *head_, 1));
+          ASSERT_EQ(CountUndecided(sequence.canvas, 0, sequence.canvas.length()),
+                    num_masked * (num_steps - std::min(step, num_steps)) / num_steps);
+        }
+        EXPECT_LE(sequence.state.step, num_steps);
+      }
+    }
+  }
+  EXPECT_GT(num_masked_again, 500);
+}
+
+// One position at a time: by entropy, and (a bound of 0) by confidence.
+TEST_F(IdentityTest, Rnd1OneAtATime) {
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    const Request request = Layout(seed);
+    EXPECT_EQ(Run(request, {.sampler = "rnd1"}),
+              Run(request, {.sampler = "entropy_bounded", .entropy_bound = 0.0F}));
+    EXPECT_EQ(Run(request, {.sampler = "rnd1_entropy_bounded", .entropy_bound = 0.0F}),
+              Run(request, {.sampler = "low_confidence"}));
+  }
+}
+
+// When nothing is edited, joint_threshold is block_dynamic with a quota of one.
+TEST_F(IdentityTest, JointThresholdWithoutEditsIsBlockDynamic) {
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    const Request request = Layout(seed);
+    for (const ModelTraits& model : {MaskModel(), BlockModel()}) {
+      for (const float threshold : {0.2F, 0.5F}) {
+        const Network network = HashNetwork(model, 5.0, 7);
+        const Outcome dynamic =
+            Run(request, {.sampler = "block_dynamic", .block_length = 4, .threshold = threshold},
+                model, network);
+        const Outcome joint = Run(request,
+                                  {.sampler = "joint_threshold",
+                                   .block_length = 4,
+                                   .threshold = threshold,
+                                   .edit_threshold = 1.0F,
+                                   .edit_steps = 0},
+                                  model, network);
+        EXPECT_EQ(joint, dynamic);
+        EXPECT_EQ(joint.nfe, dynamic.nfe);
+      }
+    }
+  }
+}
+
+// A network that does not change its mind edits nothing: one more look at each block, and its end.
+TEST_F(IdentityTest, JointThresholdLooksAgainUntilNothingChanges) {
+  std::vector<std::vector<float>> rows(9, std::vector<float>(MaskModel().vocab_size, 0.0F));
+  for (size_t i = 0; i < rows.size(); ++i) rows[i][5 + i % 3] = 9.0F;
+  const Request request = {.ids = std::vector<TokenId>(9, 1),
+                           .given = {true, false, false, false, false, false, false, false, false}};
+  const DecodingParams params = {
+      .sampler = "joint_threshold", .block_length = 4, .threshold = 0.5F, .edit_threshold = 0.0F};
+  EXPECT_EQ(Run(request, params, MaskModel(), FixedNetwork(rows)).nfe, 4);
+  // One that is never content is looked at until the budget is spent.
+  const Network restless = [](absl::Span<const TokenId> tokens, int32_t position, float) {
+    std::vector<float> row(MaskModel().vocab_size, 0.0F);
+    row[tokens[position] == 5 ? 6 : 5] = 9.0F;
+    return row;
+  };
+  for (const int32_t edit_steps : {0, 1, 5}) {
+    DecodingParams budget = params;
+    budget.edit_steps = edit_steps;
+    EXPECT_EQ(Run(request, budget, MaskModel(), restless).nfe, 2 * (1 + edit_steps));
+  }
+}
+
+// The penalty is on the token to the left, as it stands before the step, inside the block.
+TEST_F(IdentityTest, ARepeatedTokenIsPenalised) {
+  std::vector<std::vector<float>> rows(4, std::vector<float>(MaskModel().vocab_size, 0.0F));
+  for (auto& row : rows) row[5] = 4.0F;
+  for (auto& row : rows) row[6] = 3.0F;
+  const Request request = {.ids = {5, 1, 1, 1}, .given = {true, false, false, false}};
+  DecodingParams params = {
+      .sampler = "joint_threshold", .threshold = 0.0F, .edit_threshold = 1.0F, .edit_steps = 0};
+  EXPECT_THAT(Run(request, params, MaskModel(), FixedNetwork(rows)).tokens,
+              ElementsAre(5, 5, 5, 5));
+  params.repeat_penalty = 2.0F;
+  // The block begins behind the given token, and masks stand to the left of the others.
+  EXPECT_THAT(Run(request, params, MaskModel(), FixedNetwork(rows)).tokens,
+              ElementsAre(5, 5, 5, 5));
+  EXPECT_THAT(Run(request, params, BlockModel(), FixedNetwork(rows)).tokens,
+              ElementsAre(5, 6, 5, 5));
+}
+
+// Where no run may speak for itself, hierarchical is threshold; where all may and none is sure, one
+// of each run is taken.
+TEST_F(IdentityTest, HierarchicalBetweenThresholdAndHalving) {
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    const Request request = Layout(seed);
+    for (const float threshold : {0.3F, 0.9F}) {
+      EXPECT_EQ(
+          Run(request, {.sampler = "hierarchical", .threshold = threshold, .low_threshold = 1.0F}),
+          Run(request, {.sampler = "threshold", .threshold = threshold}));
+    }
+  }
+  const int32_t length = 32;
+  Request request = {.ids = std::vector<TokenId>(length, 1),
+                     .given = std::vector<bool>(length, false)};
+  request.given[0] = true;
+  std::vector<std::vector<float>> rows(length, std::vector<float>(MaskModel().vocab_size, 0.0F));
+  for (int32_t i = 0; i < length; ++i) {  // the middle of every run is its best
+    for (int32_t power = 1; power < length; power *= 2) {
+      rows[i][5] += i % power == 0 ? 0.1F : 0.0F;
+    }
+  }
+  for (const char* sampler : {"hierarchical", "hierarchical_remask"}) {
+    const Outcome halving =
+        Run(request, {.sampler = sampler, .threshold = 1.0F, .low_threshold = 0.0F}, MaskModel(),
+            FixedNetwork(rows));
+    std::vector<size_t> sizes;
+    for (const auto& step : halving.trace) sizes.push_back(step.size());
+    EXPECT_THAT(sizes, ElementsAre(1, 2, 4, 8, 16)) << sampler;
+  }
+}
+
+// What is predicted with too little confidence is masked again, but every step gains a position.
+TEST_F(IdentityTest, HierarchicalRemaskAlwaysGains) {
+  int num_masked_again = 0;
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    Request request = Layout(seed);
+    request.params = {.sampler = "hierarchical_remask", .threshold = 0.8F, .low_threshold = 0.35F};
+    Sequence sequence = Begin(request, MaskModel(), HashNetwork(MaskModel(), 4.0, 7));
+    int32_t left = NumMasked(request);
+    while (!sequence.state.finished) {
+      num_masked_again += NumMaskedAgain(RunToEnd(sequence, *head_, 1));
+      const int32_t now = CountUndecided(sequence.canvas, 0, sequence.canvas.length());
+      ASSERT_LT(now, left);
+      left = now;
+    }
+  }
+  EXPECT_GT(num_masked_again, 20);
 }
 
 // One block that ends the sequence: mdlm_semi_ar is mdlm_cached.

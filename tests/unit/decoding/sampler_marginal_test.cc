@@ -509,6 +509,78 @@ TEST_F(MarginalTest, RemaskingFollowsThePosterior) {
   }
 }
 
+TEST_F(MarginalTest, Bd3lmFollowsThePosterior) {
+  const nlohmann::json table = ReadTable("bd3lm_rows");
+  const Rows rows = table["logits"].get<Rows>();
+  ModelTraits model = MaskModel();
+  model.vocab_size = model.tokenizer_size = static_cast<int32_t>(rows[0].size());
+  model.mask_token = table["mask_token"];
+  for (const nlohmann::json& draw : table["draws"]) {
+    SCOPED_TRACE(draw.dump().substr(0, 100));
+    const nlohmann::json& options = draw["options"];
+    Request request = {.ids = table["ids"].get<std::vector<TokenId>>(),
+                       .given = {},
+                       .params = {.sampler = draw["sampler"],
+                                  .num_steps = options.value("steps", 0),
+                                  .temperature = options.value("temperature", 1.0F),
+                                  .top_p = options.value("top_p", 1.0F)}};
+    for (const TokenId id : request.ids) request.given.push_back(id != model.mask_token);
+    Sequence start = Begin(request, model, nullptr);
+    SetStep(options.value("step", 0), start);
+    const std::vector<StepOutcome> outcomes = DrawSteps(start, rows, 12000, 50000, *head_);
+    const auto counts = CountTokens(start, outcomes);
+    const Table probabilities = draw["probabilities"];
+    for (size_t i = 0; i < counts.size(); ++i) ExpectFollows(counts[i], probabilities[i]);
+    if (draw["sampler"] != "bd3lm_first_hitting") continue;
+    for (const StepOutcome& outcome : outcomes) ASSERT_EQ(outcome.transfers.size(), 1U);
+  }
+}
+
+// The times at which positions are unmasked are those of as many independent uniform numbers, the
+// latest first: the chance that the k-th of m is below x is that of at least m - k + 1 of them.
+TEST_F(MarginalTest, FirstHittingTimesAreOrderStatistics) {
+  constexpr int kMasks = 4;
+  constexpr int kBins = 8;
+  ModelTraits model = MaskModel();
+  model.conditioned_on_sigma = true;
+  std::vector<std::vector<int64_t>> counts(kMasks, std::vector<int64_t>(kBins));
+  for (int seed = 0; seed < 8000; ++seed) {
+    Sequence sequence =
+        Begin({.ids = std::vector<TokenId>(9, 1),
+               .given = {true, false, false, false, false, false, false, false, false},
+               .params = {.sampler = "bd3lm_first_hitting",
+                          .block_length = kMasks,
+                          .seed = static_cast<uint64_t>(seed)}},
+              model, FixedNetwork(Rows(9, std::vector<float>(model.vocab_size, 0.0F))));
+    const std::vector<StepRecord> records = RunToEnd(sequence, *head_);
+    ASSERT_EQ(records.size(), 2U * kMasks);
+    double last = 1;
+    for (int step = kMasks; step < 2 * kMasks; ++step) {  // of the second block
+      const double time = -std::expm1(-double{records[step].plan.sigma}) / (1 - 1e-3);
+      ASSERT_LE(time, last);
+      last = time;
+      ++counts[step - kMasks][std::min(static_cast<int>(time * kBins), kBins - 1)];
+    }
+  }
+  for (int k = 0; k < kMasks; ++k) {
+    const auto below = [&](double x) {
+      double chance = 0;
+      for (int j = kMasks - k; j <= kMasks; ++j) {
+        const double ways = std::exp(std::lgamma(kMasks + 1.0) - std::lgamma(j + 1.0) -
+                                     std::lgamma(kMasks - j + 1.0));
+        chance += ways * std::pow(x, j) * std::pow(1 - x, kMasks - j);
+      }
+      return chance;
+    };
+    std::vector<double> probabilities;
+    for (int bin = 0; bin < kBins; ++bin) {
+      probabilities.push_back(below((bin + 1.0) / kBins) - below(double{1} * bin / kBins));
+    }
+    SCOPED_TRACE(k);
+    ExpectFollows(counts[k], probabilities);
+  }
+}
+
 ModelTraits SeddModel(const nlohmann::json& table) {
   ModelTraits model = table["graph"] == "absorb" ? AbsorbModel() : UniformModel();
   CINNABAR_CHECK(table["log_score"][0].size() == static_cast<size_t>(model.vocab_size));

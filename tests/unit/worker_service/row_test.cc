@@ -72,6 +72,7 @@ class RowTest : public testing::TestWithParam<Case> {
     params.num_steps = GetParam().num_steps;
     params.temperature = GetParam().temperature;
     if ((*FindSampler(params.sampler))->eta >= 0) params.eta = 0.3F;
+    if (params.sampler == "joint_threshold") params.edit_threshold = 0.2F;
     *item.mutable_params() = ToWire(params);
     return item.SerializeAsString();
   }
@@ -142,6 +143,29 @@ TEST_P(RowTest, ResumedAfterAnyStepFromAnySnapshotItEndsAlike) {
   EXPECT_GE(num_resumed, num_steps);
 }
 
+// What a stream has sent as text does not change: no step touches a position that an earlier one
+// called final.
+TEST_P(RowTest, WhatIsFinalStays) {
+  StartedRow started;
+  started.payload = Payload();
+  int32_t final_end = 0;
+  int num_revised = 0;
+  int32_t num_decided = 0;
+  for (const std::string& bytes : RunFrom(started).deltas) {
+    v1::StepDelta delta;
+    ASSERT_TRUE(delta.ParseFromString(bytes));
+    for (const int32_t position : delta.positions()) EXPECT_GE(position, final_end);
+    EXPECT_GE(delta.final_end(), final_end);
+    final_end = delta.final_end();
+    num_revised += delta.num_revised();
+    num_decided += delta.positions_size() - delta.num_revised();
+    for (const TokenId token : delta.tokens()) num_decided -= token == kMaskedAgain ? 1 : 0;
+  }
+  EXPECT_GE(final_end, 24);
+  if (traits().mask_token >= 0) EXPECT_EQ(num_decided, 16);
+  EXPECT_EQ(num_revised > 0, SamplerRevises(GetParam().sampler)) << num_revised;
+}
+
 TEST_P(RowTest, WhatDoesNotFitIsRefused) {
   StartedRow started;
   started.payload = Payload();
@@ -189,7 +213,10 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"sdar_b4", "block_dynamic", 0, 0}, Case{"mdlm", "mdlm_cached", 12, 1},
                     Case{"sedd_absorb", "sedd_euler", 24, 1},
                     Case{"sedd_uniform", "sedd_euler", 6, 1}, Case{"mdlm", "remdm_conf", 12, 1},
-                    Case{"sdar_b4", "remdm_cap", 16, 0.5F}, Case{"llada", "dfm_corrector", 8, 1}),
+                    Case{"sdar_b4", "remdm_cap", 16, 0.5F}, Case{"llada", "dfm_corrector", 8, 1},
+                    Case{"llada", "p2", 6, 0}, Case{"llada2", "joint_threshold", 0, 0},
+                    Case{"llada", "hierarchical_remask", 0, 0},
+                    Case{"sdar_b8", "bd3lm_first_hitting", 0, 1}),
     [](const auto& info) { return absl::StrCat(info.param.model, "_", info.param.sampler); });
 
 }  // namespace

@@ -1,0 +1,90 @@
+// RND1 (github.com/RadicalNumerics/RND1, sampling.py): the lowest entropies first, so that after
+// step i of S floor(N (1 - i / S)) of a block's N positions are left; or, entropy-bounded, as many
+// of the most probable predictions as keep their joint entropy within a bound.
+#include <algorithm>
+
+#include "worker/decoding/sampler_support.h"
+#include "worker/decoding/selection.h"
+
+namespace cinnabar {
+namespace {
+
+void SetDistribution(const DecodingParams& params, PositionQuery& query) {
+  query.pick_temperature = params.temperature;
+  query.statistics_temperature = TemperedStatistics(params);
+  query.top_p = params.top_p;
+  query.top_k = params.top_k;
+  query.filter_order = FilterOrder::kTopKThenTopP;
+}
+
+class Rnd1 final : public Sampler {
+ public:
+  void Plan(const StepContext& context, StepPlan& plan) const override {
+    StartPlan(context, plan);
+    QueryUndecided(context, plan);
+    if (Count(context, static_cast<int32_t>(plan.queries.size())) == 0) plan.queries.clear();
+    for (PositionQuery& query : plan.queries) SetDistribution(context.params, query);
+    plan.forward = !plan.queries.empty();
+  }
+
+  void Decide(const StepContext& context, const StepPlan& plan,
+              absl::Span<const VocabularyAnswer> answers, StepOutcome& outcome) const override {
+    outcome.Clear();
+    SelectionScratch& scratch = ThreadScratch();
+    scratch.scores.clear();
+    for (const VocabularyAnswer& answer : answers) scratch.scores.push_back(-answer.entropy);
+    TakeBest(scratch.scores, Count(context, static_cast<int32_t>(answers.size())), scratch.chosen);
+    TransferChosen(plan, answers, scratch.chosen, outcome);
+  }
+
+ private:
+  static int32_t Count(const StepContext& context, int32_t num_masked) {
+    const int64_t num_steps = StepsOf(context);
+    const int64_t steps_left = std::max<int64_t>(num_steps - 1 - context.state.block_step, 0);
+    const int64_t stay = int64_t{context.state.block_masks} * steps_left / num_steps;
+    return static_cast<int32_t>(num_masked - stay);
+  }
+};
+
+class Rnd1EntropyBounded final : public Sampler {
+ public:
+  void Plan(const StepContext& context, StepPlan& plan) const override {
+    StartPlan(context, plan);
+    QueryUndecided(context, plan);
+    for (PositionQuery& query : plan.queries) SetDistribution(context.params, query);
+  }
+
+  void Decide(const StepContext& context, const StepPlan& plan,
+              absl::Span<const VocabularyAnswer> answers, StepOutcome& outcome) const override {
+    outcome.Clear();
+    SelectionScratch& scratch = ThreadScratch();
+    scratch.scores.clear();
+    for (const VocabularyAnswer& answer : answers) scratch.scores.push_back(answer.probability);
+    OrderByScore(scratch.scores, scratch.chosen);
+    int32_t count = 0;
+    double sum = 0;
+    double largest = 0;
+    for (const int32_t index : scratch.chosen) {
+      sum += answers[index].entropy;
+      largest = std::max(largest, answers[index].entropy);
+      if (count > 0 && sum - largest > context.params.entropy_bound) break;
+      ++count;
+    }
+    KeepFirst(count, scratch.chosen);
+    TransferChosen(plan, answers, scratch.chosen, outcome);
+  }
+};
+
+}  // namespace
+
+const Sampler* Rnd1Sampler() {
+  static const Rnd1 sampler;
+  return &sampler;
+}
+
+const Sampler* Rnd1EntropyBoundedSampler() {
+  static const Rnd1EntropyBounded sampler;
+  return &sampler;
+}
+
+}  // namespace cinnabar
