@@ -155,7 +155,7 @@ struct KvShape {
   int32_t kept_layer(int32_t layer) const {
     return num_layers == 1 && num_other_layers == 0 ? 0 : layer;
   }
-  bool is_other(int32_t layer) const { return layer >= num_layers; }
+  bool is_other(int32_t layer) const { return kept_layer(layer) >= num_layers; }
   int32_t kv_heads_of(int32_t layer) const {
     return is_other(layer) ? other_kv_heads : num_kv_heads;
   }
