@@ -17,14 +17,19 @@ struct DecodingParams {
   int32_t num_steps = 0;  // denoising steps for the whole canvas; 0: one for each masked position
   int32_t block_length =
       0;  // blocks are decoded left to right; 0: the model's block, else the canvas
-  float temperature = 0.0F;             // >= 0; 0 takes the argmax
-  float top_p = 1.0F;                   // in (0, 1]; 1 is off
-  int32_t top_k = 0;                    // >= 0; 0 is off
-  float threshold = 0.9F;               // confidence, in [0, 1]
-  float factor = 1.0F;                  // > 0
-  float entropy_bound = 0.1F;           // nats, >= 0
-  float alg_temp = 0.0F;                // >= 0; randomises the order of transfers
-  float eps = 1e-3F;                    // end of the time schedule, in (0, 1)
+  float temperature = 0.0F;    // >= 0; 0 takes the argmax
+  float top_p = 1.0F;          // in (0, 1]; 1 is off
+  int32_t top_k = 0;           // >= 0; 0 is off
+  float threshold = 0.9F;      // confidence, in [0, 1]
+  float factor = 1.0F;         // > 0
+  float entropy_bound = 0.1F;  // nats, >= 0
+  float alg_temp = 0.0F;       // >= 0; randomises the order of transfers
+  float eps = 1e-3F;           // end of the time schedule, in (0, 1)
+  // Of a block's steps: falls evenly from the first to what the step after the last would have.
+  float temperature_start = 0.8F;  // > 0, at least temperature_end
+  float temperature_end = 0.4F;    // > 0
+  int32_t stable_steps = 1;  // >= 0; a block ends when its best tokens stayed for so many steps
+  float confident_entropy = 0.005F;     // nats; and their mean entropy is below this
   float cfg_scale = 0.0F;               // >= 0; classifier-free guidance, doubles the forward
   bool logits_eos_inf = false;          // EOS may never be predicted
   bool confidence_eos_eot_inf = false;  // EOS and EoT are transferred last

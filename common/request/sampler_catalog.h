@@ -28,7 +28,9 @@ enum class Knob : uint32_t {
   kAlgTemp = 1U << 7,
   kEps = 1U << 8,
   kCfgScale = 1U << 9,
-  kEosSwitches = 1U << 10,  // logits_eos_inf, confidence_eos_eot_inf
+  kEosSwitches = 1U << 10,   // logits_eos_inf, confidence_eos_eot_inf
+  kCooling = 1U << 24,       // temperature_start, temperature_end
+  kAdaptiveStop = 1U << 25,  // stable_steps, confident_entropy
 };
 
 // What the network's output means; a sampler fits some kinds.

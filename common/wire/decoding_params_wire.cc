@@ -29,6 +29,10 @@ absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire) {
   params.forbidden_ids.assign(wire.forbidden_ids().begin(), wire.forbidden_ids().end());
   params.pickable_ids = wire.pickable_ids();
   params.seed = wire.seed();
+  if (wire.has_temperature_start()) params.temperature_start = wire.temperature_start();
+  if (wire.has_temperature_end()) params.temperature_end = wire.temperature_end();
+  if (wire.has_stable_steps()) params.stable_steps = wire.stable_steps();
+  if (wire.has_confident_entropy()) params.confident_entropy = wire.confident_entropy();
   return params;
 }
 
@@ -52,6 +56,10 @@ v1::DecodingParams ToWire(const DecodingParams& params) {
   wire.mutable_forbidden_ids()->Assign(params.forbidden_ids.begin(), params.forbidden_ids.end());
   wire.set_pickable_ids(params.pickable_ids);
   wire.set_seed(params.seed);
+  wire.set_temperature_start(params.temperature_start);
+  wire.set_temperature_end(params.temperature_end);
+  wire.set_stable_steps(params.stable_steps);
+  wire.set_confident_entropy(params.confident_entropy);
   return wire;
 }
 

@@ -204,12 +204,29 @@ class Reader {
 
 // ---- The diffusion contract ----
 
-constexpr std::array<absl::string_view, 18> kDiffusionFields = {
-    "sampler",   "steps",         "block_length",     "threshold",
-    "factor",    "entropy_bound", "alg_temp",         "eps",
-    "cfg_scale", "eos_penalty",   "logits_eos_inf",   "confidence_eos_eot_inf",
-    "steps_min", "may_degrade",   "deadline_seconds", "canvas_tokens",
-    "frames",    "num_steps"};  // the last is a name to recognise, not to take
+constexpr std::array<absl::string_view, 22> kDiffusionFields = {
+    "sampler",
+    "steps",
+    "block_length",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "alg_temp",
+    "eps",
+    "temperature_start",
+    "temperature_end",
+    "stable_steps",
+    "confident_entropy",
+    "cfg_scale",
+    "eos_penalty",
+    "logits_eos_inf",
+    "confidence_eos_eot_inf",
+    "steps_min",
+    "may_degrade",
+    "deadline_seconds",
+    "canvas_tokens",
+    "frames",
+    "num_steps"};  // the last is a name to recognise, not to take
 
 constexpr absl::string_view kTopLevelFields[] = {"temperature", "top_p",  "top_k",   "seed",
                                                  "max_tokens",  "stop",   "stream",  "diffusing",
@@ -611,6 +628,13 @@ void Parser::ReadDiffusion() {
   number("entropy_bound", 0, kNumberMax, false, &DecodingParams::entropy_bound);
   number("alg_temp", 0, kNumberMax, false, &DecodingParams::alg_temp);
   number("eps", 0, 1, true, &DecodingParams::eps);
+  number("temperature_start", 0, kNumberMax, true, &DecodingParams::temperature_start);
+  number("temperature_end", 0, kNumberMax, true, &DecodingParams::temperature_end);
+  if (const auto stable = integer("stable_steps", 0, limits_.num_steps_max)) {
+    params.stable_steps = *stable;
+    was_set("stable_steps");
+  }
+  number("confident_entropy", 0, kNumberMax, false, &DecodingParams::confident_entropy);
   number("cfg_scale", 0, kNumberMax, false, &DecodingParams::cfg_scale);
   number("eos_penalty", -kNumberMax, kNumberMax, false, &DecodingParams::eos_penalty);
   flag("logits_eos_inf", &DecodingParams::logits_eos_inf);

@@ -112,6 +112,10 @@ Json KnobNames(const SamplerEntry& entry) {
       {Knob::kEntropyBound, "entropy_bound"},
       {Knob::kAlgTemp, "alg_temp"},
       {Knob::kEps, "eps"},
+      {Knob::kCooling, "temperature_start"},
+      {Knob::kCooling, "temperature_end"},
+      {Knob::kAdaptiveStop, "stable_steps"},
+      {Knob::kAdaptiveStop, "confident_entropy"},
       {Knob::kCfgScale, "cfg_scale"},
       {Knob::kEosSwitches, "logits_eos_inf"},
       {Knob::kEosSwitches, "confidence_eos_eot_inf"}};

@@ -38,6 +38,7 @@ constexpr Registration kRegistry[] = {
     {"mdlm_semi_ar", MdlmSemiArSampler},
     {"sedd_euler", SeddEulerSampler},
     {"sedd_analytic", SeddAnalyticSampler},
+    {"gemma_renoise", GemmaRenoiseSampler},
 };
 
 // Opens block `index` or the first one after it that has something to fill.
@@ -45,6 +46,8 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
                int32_t index, DecodingState& state) {
   const int32_t num_blocks = NumBlocks(canvas, model, params.block_length);
   state.block_step = 0;
+  state.predictions.clear();
+  state.stable_steps = 0;
   for (; index < num_blocks; ++index) {
     const BlockRange block = BlockAt(canvas, model, params.block_length, index);
     state.block_masks = CountUndecided(canvas, block.begin, block.end);
@@ -62,6 +65,7 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
 void StepPlan::Clear() {
   forward = true;
   sigma = 0.0F;
+  prediction_temperature = 1.0F;
   visible_begin = 0;
   visible_end = 0;
   queries.clear();
@@ -70,6 +74,7 @@ void StepPlan::Clear() {
 void StepOutcome::Clear() {
   transfers.clear();
   settled = false;
+  predictions.clear();
 }
 
 absl::StatusOr<const Sampler*> GetSampler(absl::string_view name) {
@@ -121,6 +126,10 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   ++state.step;
   ++state.block_step;
   if (forward) ++state.nfe;
+  if (!outcome.predictions.empty()) {
+    state.stable_steps = outcome.predictions == state.predictions ? state.stable_steps + 1 : 1;
+    state.predictions.assign(outcome.predictions.begin(), outcome.predictions.end());
+  }
   if (CountUndecided(canvas, block.begin, block.end) == 0) {
     OpenBlock(canvas, params, model, state.block_index + 1, state);
   }

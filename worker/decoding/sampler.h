@@ -33,6 +33,10 @@ struct DecodingState {
   int32_t step = 0;         // denoising steps done in all; keys the random source
   int32_t nfe = 0;          // forward passes taken part in
   bool finished = false;
+  // Of the open block, for samplers that look whether their predictions still change: those of the
+  // last step, and in how many steps up to it they were the same.
+  std::vector<TokenId> predictions;
+  int32_t stable_steps = 0;
 };
 
 // Everything a sampler may look at.
@@ -56,12 +60,14 @@ struct PositionQuery {
   float top_p = 1.0F;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
   float sigma_step = 0.0F;
+  bool want_top = false;
   absl::InlinedVector<VocabularyRule, kForbiddenIdsMax> rules;  // usually empty
 };
 
 struct StepPlan {
   bool forward = true;  // false: nothing to compute, Decide() is called with no answers
   float sigma = 0.0F;   // noise level for networks that read it
+  float prediction_temperature = 1.0F;  // at which the next step reads this one's prediction
   // Positions [begin, end) that the network sees; positions restart from 0 at `begin`. Block-causal
   // models ignore it (they see everything up to the end of the open block).
   int32_t visible_begin = 0;
@@ -82,6 +88,7 @@ struct StepOutcome {
   // replaces the token; `settled` says whether all kNoise positions of the block are now committed.
   std::vector<Transfer> transfers;
   bool settled = false;
+  std::vector<TokenId> predictions;  // see DecodingState; empty: the sampler keeps none
 
   void Clear();
 };

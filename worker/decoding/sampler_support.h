@@ -71,6 +71,7 @@ const Sampler* MdlmCachedSampler();
 const Sampler* MdlmSemiArSampler();
 const Sampler* SeddEulerSampler();
 const Sampler* SeddAnalyticSampler();
+const Sampler* GemmaRenoiseSampler();
 
 }  // namespace cinnabar
 

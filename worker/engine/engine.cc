@@ -1,6 +1,7 @@
 #include "worker/engine/engine.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -22,10 +23,19 @@ struct Engine::Sequence {
   // Block-causal: positions [0, kv_final) have the keys and values of their final tokens in `kv`.
   int32_t kv_final = 0;
   BlockRange block;  // the open block, set with the plan
+  // Networks that read their last prediction: it, once the open block has one, and room for the
+  // next.
+  std::unique_ptr<Buffer> prediction;
+  std::unique_ptr<Buffer> next_prediction;
+  float prediction_temperature = 1.0F;
+  bool has_prediction = false;
+  // While the open block's steps are made again, to have its last prediction: what they lead to.
+  std::optional<SequenceState> resumed;
   StepPlan plan;
   StepOutcome outcome;
 
   bool guided() const { return state.params.cfg_scale > 0; }
+  const SequenceState& known_state() const { return resumed.has_value() ? *resumed : state; }
 };
 
 // Everything one forward pass needs, reused from turn to turn.
@@ -39,6 +49,7 @@ struct Engine::Scratch {
   std::vector<TokenId> ids;
   std::vector<SequenceSpan> spans;
   std::vector<float> sigmas;
+  std::vector<SelfConditioning> conditioning;
   std::vector<int32_t> wanted_rows;
   std::vector<VocabularyQuery> queries;
   std::vector<VocabularyAnswer> answers;
@@ -49,6 +60,7 @@ struct Engine::Scratch {
     ids.clear();
     spans.clear();
     sigmas.clear();
+    conditioning.clear();
     wanted_rows.clear();
     queries.clear();
     answers.clear();
@@ -66,6 +78,7 @@ Engine::Engine(Denoiser& denoiser, const EngineOptions& options)
   scratch_->ids.reserve(rows);
   scratch_->spans.reserve(options_.limits.sequences_max);
   scratch_->sigmas.reserve(options_.limits.sequences_max);
+  scratch_->conditioning.reserve(options_.limits.sequences_max);
   scratch_->wanted_rows.reserve(rows);
   scratch_->queries.reserve(rows);
   scratch_->answers.reserve(rows);
@@ -86,11 +99,13 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
     if (copies > 1) return absl::InvalidArgumentError("cfg_scale: not for block-causal models");
     if (model_.shift_logits)
       return absl::UnimplementedError("block-causal model with shifted logits");
-    // A step computes the open block and, once, the block before it.
-    if (2 * model_.causal_block_length > options_.limits.rows_max) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("blocks of ", model_.causal_block_length,
-                       " positions need rows_max of at least twice that"));
+    // A step computes the open block and, once, the block before it; an encoder may take that in
+    // pieces.
+    const int32_t blocks = model_.causal_encoder ? 1 : 2;
+    if (blocks * model_.causal_block_length > options_.limits.rows_max) {
+      return absl::InvalidArgumentError(absl::StrCat("blocks of ", model_.causal_block_length,
+                                                     " positions need rows_max of at least ",
+                                                     blocks == 1 ? "that" : "twice that"));
     }
   } else if (copies * length > options_.limits.rows_max) {
     return absl::InvalidArgumentError(absl::StrCat("a step computes ", copies * length,
@@ -103,7 +118,8 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
         absl::StrCat(num_sequences(), " sequences are running already"));
   }
   const KvShape shape = denoiser_.SequenceKvShape(length);
-  const int64_t kv_bytes = copies * denoiser_.backend().KvBytes(shape);
+  const int64_t prediction_bytes = denoiser_.SelfConditioningBytes();
+  const int64_t kv_bytes = copies * denoiser_.backend().KvBytes(shape) + 2 * prediction_bytes;
   if (kv_bytes > options_.kv_bytes_max) {
     return absl::InvalidArgumentError(absl::StrCat("the sequence needs ", kv_bytes,
                                                    " bytes of KV memory; this engine has ",
@@ -118,12 +134,19 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
     CINNABAR_ASSIGN_OR_RETURN(sequence->kv_unconditional, denoiser_.backend().AllocateKv(shape),
                               "KV memory");
   }
+  if (prediction_bytes > 0) {
+    for (auto* buffer : {&sequence->prediction, &sequence->next_prediction}) {
+      CINNABAR_ASSIGN_OR_RETURN(*buffer, denoiser_.backend().Allocate(prediction_bytes),
+                                "self-conditioning");
+    }
+  }
   sequence->id = next_id_++;
   sequence->state = std::move(state);
   sequence->deadline = deadline;
   sequence->kv_bytes = kv_bytes;
   sequence->plan.queries.reserve(length);
   sequence->outcome.transfers.reserve(length);
+  if (prediction_bytes > 0) RepeatOpenBlock(*sequence);
   kv_bytes_ += kv_bytes;
   active_.push_back(std::move(sequence));
   return active_.back()->id;
@@ -138,7 +161,7 @@ bool Engine::Cancel(SequenceId id) {
 
 const SequenceState* Engine::Find(SequenceId id) const {
   for (const auto& sequence : active_) {
-    if (sequence->id == id) return &sequence->state;
+    if (sequence->id == id) return &sequence->known_state();
   }
   return nullptr;
 }
@@ -146,6 +169,7 @@ const SequenceState* Engine::Find(SequenceId id) const {
 absl::StatusOr<SequenceState> Engine::Remove(SequenceId id) {
   for (auto it = active_.begin(); it != active_.end(); ++it) {
     if ((*it)->id != id) continue;
+    Restore(**it);
     SequenceState state = std::move((*it)->state);
     kv_bytes_ -= (*it)->kv_bytes;
     active_.erase(it);
@@ -158,7 +182,41 @@ std::vector<std::pair<SequenceId, SequenceState>> Engine::TakeFinished() {
   return std::exchange(finished_, {});
 }
 
+// The last prediction is big, and not part of a state: a sequence that comes in with steps in its
+// open block makes them again, from the noise that the block began as. Nobody hears of it.
+void Engine::RepeatOpenBlock(Sequence& sequence) {
+  SequenceState& state = sequence.state;
+  state.decoding.predictions.reserve(state.canvas.length());
+  sequence.outcome.predictions.reserve(state.canvas.length());
+  if (state.decoding.finished || state.decoding.block_step == 0) return;
+  sequence.resumed = state;
+  DecodingState& decoding = state.decoding;
+  const BlockRange block =
+      BlockAt(state.canvas, model_, state.params.block_length, decoding.block_index);
+  for (int32_t i = block.begin; i < block.end; ++i) {
+    if (!state.canvas.undecided(i)) continue;
+    state.canvas.tokens[i] =
+        UniformToken(state.params, NoiseStream::kInitial, i, /*step=*/0, model_.vocab_size);
+  }
+  decoding.step -= decoding.block_step;
+  decoding.block_step = 0;
+  decoding.predictions.clear();
+  decoding.stable_steps = 0;
+}
+
+// Back to the state that came in, whether or not its steps have been made again. What they were
+// worth is in the canvas that came: on another device they may differ in the last bits.
+void Engine::Restore(Sequence& sequence) {
+  if (!sequence.resumed.has_value()) return;
+  DecodingState& decoding = sequence.state.decoding;
+  std::swap(sequence.resumed->decoding.predictions, decoding.predictions);
+  sequence.resumed->decoding.stable_steps = decoding.stable_steps;
+  sequence.state = *std::move(sequence.resumed);
+  sequence.resumed.reset();
+}
+
 void Engine::EndSequence(Sequence& sequence, absl::Status status, StepReport& report) {
+  Restore(sequence);
   const int32_t end = static_cast<int32_t>(report.transfers.size());
   if (status.ok()) {
     // The event of its last step says that it was the last. A sequence that came in finished made
@@ -189,6 +247,13 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
   const StepContext context{state.canvas, state.decoding, state.params, model_, sequence.block};
   sequence.outcome.Clear();
   sequence.sampler->Decide(context, sequence.plan, answers, sequence.outcome);
+  if (sequence.resumed.has_value()) {
+    sequence.outcome.settled = false;  // it was not, when the step was first made
+    ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
+    KeepPrediction(sequence);
+    if (state.decoding.block_step == sequence.resumed->decoding.block_step) Restore(sequence);
+    return;
+  }
   const int32_t begin = static_cast<int32_t>(report.transfers.size());
   const std::vector<Transfer>& transfers = sequence.outcome.transfers;
   report.transfers.insert(report.transfers.end(), transfers.begin(), transfers.end());
@@ -200,9 +265,18 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
                            .settled = sequence.outcome.settled,
                            .block = sequence.block});
   ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
+  KeepPrediction(sequence);
   ++counters_.steps;
   counters_.tokens_committed += static_cast<int64_t>(transfers.size());
   if (state.decoding.finished) EndSequence(sequence, absl::OkStatus(), report);
+}
+
+// The step that was made is the last one now. Only here: a turn that fails may be repeated.
+void Engine::KeepPrediction(Sequence& sequence) {
+  if (sequence.prediction == nullptr) return;
+  std::swap(sequence.prediction, sequence.next_prediction);
+  sequence.prediction_temperature = sequence.plan.prediction_temperature;
+  sequence.has_prediction = sequence.state.decoding.block_step > 0;  // else a new block is open
 }
 
 // Plans the next step; steps that need no forward pass are made on the spot.
@@ -224,12 +298,40 @@ void Engine::PlanUntilForward(Sequence& sequence, StepReport& report) {
 int32_t Engine::RowsOf(const Sequence& sequence) const {
   if (model_.causal_block_length > 0) {
     const int32_t rows = sequence.block.end - sequence.kv_final;
-    if (rows <= options_.limits.rows_max) return rows;
+    const int32_t before = sequence.block.begin - sequence.kv_final;
+    const bool split = model_.causal_encoder && before > 0 && options_.limits.sequences_max < 2;
+    if (rows <= options_.limits.rows_max && !split) return rows;
+    if (model_.causal_encoder) return std::min(options_.limits.rows_max, before);
     const int32_t whole_blocks =
         options_.limits.rows_max / model_.causal_block_length * model_.causal_block_length;
-    return std::min(whole_blocks, sequence.block.begin - sequence.kv_final);
+    return std::min(whole_blocks, before);
   }
   return (sequence.plan.visible_end - sequence.plan.visible_begin) * (sequence.guided() ? 2 : 1);
+}
+
+// Of a model with a causal encoder: what is final and not encoded yet, then the open block.
+void Engine::AppendHalves(Sequence& sequence) {
+  Scratch& batch = *scratch_;
+  const std::vector<TokenId>& tokens = sequence.state.canvas.tokens;
+  const int32_t end = sequence.kv_final + RowsOf(sequence);
+  const int32_t middle = std::min(end, sequence.block.begin);
+  const auto add = [&](int32_t first, int32_t last, int32_t block_length,
+                       const SelfConditioning& conditioning) {
+    if (first == last) return;
+    batch.spans.push_back({.row_begin = static_cast<int32_t>(batch.ids.size()),
+                           .num_rows = last - first,
+                           .first_position = first,
+                           .block_length = block_length,
+                           .kv = sequence.kv.get()});
+    batch.ids.insert(batch.ids.end(), tokens.begin() + first, tokens.begin() + last);
+    batch.sigmas.push_back(sequence.plan.sigma);
+    batch.conditioning.push_back(conditioning);
+  };
+  add(sequence.kv_final, middle, /*block_length=*/1, {});
+  add(middle, end, /*block_length=*/0,
+      {.previous = sequence.has_prediction ? sequence.prediction.get() : nullptr,
+       .temperature = sequence.prediction_temperature,
+       .next = sequence.next_prediction.get()});
 }
 
 void Engine::AppendSpan(Sequence& sequence, bool unconditional) {
@@ -291,6 +393,7 @@ void Engine::AppendQuery(const Sequence& sequence, const PositionQuery& wanted) 
                  .step = static_cast<uint32_t>(sequence.state.decoding.step)};
   query.own_token = sequence.state.canvas.tokens[wanted.position];
   query.sigma_step = wanted.sigma_step;
+  query.want_top = wanted.want_top;
   query.rules = absl::MakeConstSpan(batch.rules).subspan(rules_begin);
   query.pickable_ids = params.pickable_ids;
   batch.queries.push_back(query);
@@ -299,9 +402,12 @@ void Engine::AppendQuery(const Sequence& sequence, const PositionQuery& wanted) 
 void Engine::AppendToBatch(Sequence& sequence) {
   Scratch& batch = *scratch_;
   const int32_t first_query = static_cast<int32_t>(batch.queries.size());
-  const int32_t first_span = static_cast<int32_t>(batch.spans.size());
-  AppendSpan(sequence, /*unconditional=*/false);
-  const SequenceSpan span = batch.spans[first_span];
+  if (model_.causal_encoder) {
+    AppendHalves(sequence);
+  } else {
+    AppendSpan(sequence, /*unconditional=*/false);
+  }
+  const SequenceSpan span = batch.spans.back();
   const bool causal = model_.causal_block_length > 0;
   const bool prefill_only = causal && span.first_position + span.num_rows < sequence.block.end;
   batch.members.push_back({&sequence, first_query, prefill_only});
@@ -320,8 +426,16 @@ void Engine::AppendToBatch(Sequence& sequence) {
     }
     return static_cast<int32_t>(batch.wanted_rows.size()) - 1;
   };
+  const auto first_wanted = static_cast<int32_t>(batch.wanted_rows.size());
+  if (sequence.prediction != nullptr) {  // all of it is read by the next step
+    for (int32_t row = 0; row < span.num_rows; ++row) hidden_row_of(span.row_begin + row);
+  }
   for (const PositionQuery& wanted : sequence.plan.queries) {
     AppendQuery(sequence, wanted);
+    if (sequence.prediction != nullptr) {
+      batch.queries.back().hidden_row = first_wanted + wanted.position - span_first;
+      continue;
+    }
     batch.queries.back().hidden_row = hidden_row_of(row_of(wanted.position, span));
   }
   if (!sequence.guided()) return;
@@ -338,7 +452,8 @@ absl::Status Engine::RunBatch(StepReport& report) {
   CINNABAR_RETURN_IF_ERROR(denoiser_.Forward({.ids = batch.ids,
                                               .sequences = batch.spans,
                                               .sigmas = batch.sigmas,
-                                              .wanted_rows = batch.wanted_rows}),
+                                              .wanted_rows = batch.wanted_rows,
+                                              .self_conditioning = batch.conditioning}),
                            "forward pass");
   batch.answers.resize(batch.queries.size());
   CINNABAR_RETURN_IF_ERROR(denoiser_.Answer(batch.queries, absl::MakeSpan(batch.answers)),
@@ -396,7 +511,7 @@ absl::Status Engine::Step(absl::Time now, StepReport& report) {
     }
     if (sequence->ended) continue;
     const int32_t rows = RowsOf(*sequence);
-    const int32_t spans = sequence->guided() ? 2 : 1;
+    const int32_t spans = sequence->guided() || model_.causal_encoder ? 2 : 1;
     const bool full =
         static_cast<int32_t>(scratch_->ids.size()) + rows > options_.limits.rows_max ||
         static_cast<int32_t>(scratch_->spans.size()) + spans > options_.limits.sequences_max;
