@@ -75,6 +75,12 @@ void GenerateFlags::Register(FlagSet& flags) {
   flags.Add("sub-block-length", &params.sub_block_length, "N", "blocks inside a block");
   flags.Add("kv-reuse", &kv_reuse, "WHAT",
             "exact, or approximate and faster: prefix, dual (Fast-dLLM)");
+  flags.Add("temperature-start", &params.temperature_start, "T", "of a block's first step");
+  flags.Add("temperature-end", &params.temperature_end, "T", "what it falls to");
+  flags.Add("stable-steps", &params.stable_steps, "N",
+            "a block ends when its best tokens stayed for so many steps");
+  flags.Add("confident-entropy", &params.confident_entropy, "NATS",
+            "and when their mean entropy is below this");
   flags.Add("cfg-scale", &params.cfg_scale, "S", "classifier-free guidance; doubles the work");
   flags.Add("logits-eos-inf", &params.logits_eos_inf, "never predict the end of text");
   flags.Add("confidence-eos-eot-inf", &params.confidence_eos_eot_inf,
@@ -254,6 +260,10 @@ absl::StatusOr<RemoteGeneration> MakeRemote(const GenerateFlags& flags, const Fl
   add(diffusion, "eps", "eps", params.eps);
   add(diffusion, "sub-block-length", "sub_block_length", params.sub_block_length);
   add(diffusion, "kv-reuse", "kv_reuse", flags.kv_reuse);
+  add(diffusion, "temperature-start", "temperature_start", params.temperature_start);
+  add(diffusion, "temperature-end", "temperature_end", params.temperature_end);
+  add(diffusion, "stable-steps", "stable_steps", params.stable_steps);
+  add(diffusion, "confident-entropy", "confident_entropy", params.confident_entropy);
   add(diffusion, "cfg-scale", "cfg_scale", params.cfg_scale);
   add(diffusion, "eos-penalty", "eos_penalty", params.eos_penalty);
   add(diffusion, "logits-eos-inf", "logits_eos_inf", params.logits_eos_inf);

@@ -45,18 +45,31 @@ absl::Status WriteLogits(const ModelFlags& flags, const std::string& input_path,
   CINNABAR_ASSIGN_OR_RETURN(
       const std::unique_ptr<KvMemory> kv,
       session.backend->AllocateKv(denoiser.SequenceKvShape(length, KvReuse::kExact)));
-  const SequenceSpan span{
-      .num_rows = length, .block_length = model.causal_block_length, .kv = kv.get()};
-  const float sigma = input.sigma.value_or(0.0F);
-  std::vector<int32_t> wanted(length);
-  for (int32_t i = 0; i < length; ++i) wanted[i] = i;
-  CINNABAR_RETURN_IF_ERROR(denoiser.Forward({.ids = ids,
-                                             .sequences = absl::MakeConstSpan(&span, 1),
-                                             .sigmas = absl::MakeConstSpan(&sigma, 1),
-                                             .wanted_rows = wanted}));
-  std::vector<float> logits(static_cast<size_t>(length) * model.vocab_size);
-  CINNABAR_RETURN_IF_ERROR(denoiser.Logits(0, length, absl::MakeSpan(logits)));
-  return WriteSafetensors(output_path, "logits", {length, model.vocab_size}, logits);
+  // A causal encoder takes what is given before the open block, and predicts nothing for it.
+  int32_t begin = 0;
+  while (model.causal_encoder && begin < length && input.given[begin]) ++begin;
+  const int32_t num_rows = length - begin;
+  if (model.causal_encoder && (num_rows == 0 || num_rows > model.causal_block_length)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("given: ", num_rows,
+                     " positions behind the last that is given before them; a block has 1 to ",
+                     model.causal_block_length));
+  }
+  std::vector<SequenceSpan> spans;
+  if (begin > 0) spans.push_back({.num_rows = begin, .block_length = 1, .kv = kv.get()});
+  spans.push_back({.row_begin = begin,
+                   .num_rows = num_rows,
+                   .first_position = begin,
+                   .block_length = model.causal_encoder ? 0 : model.causal_block_length,
+                   .kv = kv.get()});
+  const std::vector<float> sigmas(spans.size(), input.sigma.value_or(0.0F));
+  std::vector<int32_t> wanted(num_rows);
+  for (int32_t i = 0; i < num_rows; ++i) wanted[i] = begin + i;
+  CINNABAR_RETURN_IF_ERROR(
+      denoiser.Forward({.ids = ids, .sequences = spans, .sigmas = sigmas, .wanted_rows = wanted}));
+  std::vector<float> logits(static_cast<size_t>(num_rows) * model.vocab_size);
+  CINNABAR_RETURN_IF_ERROR(denoiser.Logits(0, num_rows, absl::MakeSpan(logits)));
+  return WriteSafetensors(output_path, "logits", {num_rows, model.vocab_size}, logits);
 }
 
 }  // namespace
@@ -65,10 +78,12 @@ int RunLogits(const std::vector<std::string>& args) {
   ModelFlags model;
   std::string input;
   std::string output;
-  FlagSet set("cinnabar logits --model DIR --input FILE.json --output FILE.safetensors",
-              "Writes the float32 logits of one forward pass: tensor \"logits\", [positions, "
-              "vocabulary], unshifted "
-              "rows as the\nnetwork gives them (SEDD: log-scores).");
+  FlagSet set(
+      "cinnabar logits --model DIR --input FILE.json --output FILE.safetensors",
+      "Writes the float32 logits of one forward pass: tensor \"logits\", [positions, "
+      "vocabulary], unshifted "
+      "rows as the\nnetwork gives them (SEDD: log-scores; DiffusionGemma: of the block that begins "
+      "where nothing is given).");
   model.Register(set);
   set.Section("Files");
   set.Add("input", &input, "FILE",

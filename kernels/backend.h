@@ -439,6 +439,7 @@ struct VocabularyAnswer {
   // want_top: the largest l among the pickable ids, ties to the lower id, whatever was drawn; -1
   // when nothing was pickable or it was not asked for.
   int32_t top_token = -1;
+  double top_probability = 0.0;  // of top_token, as `probability` is of `token`
   bool finite = true;  // false: a NaN or +inf among the logits, every other field is undefined
 };
 

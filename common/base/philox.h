@@ -49,6 +49,7 @@ enum class NoiseStream : uint32_t {
   kTransfer = 1,    // whether, or in which order, a position is transferred
   kConfidence = 2,  // random confidence (remasking `random`)
   kInitial = 3,     // the first canvas of a model without a mask token
+  kRenoise = 4,     // what a position of such a model becomes when its token is not kept
 };
 
 // Everything that names a draw but its index. `position` is absolute in the sequence; `step` is the

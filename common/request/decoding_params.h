@@ -42,7 +42,12 @@ struct DecodingParams {
   // default.
   int32_t sub_block_length = 0;
   KvReuse kv_reuse = KvReuse::kExact;
-  float eps = 1e-3F;           // end of the time schedule, in (0, 1)
+  float eps = 1e-3F;  // end of the time schedule, in (0, 1)
+  // Of a block's steps: falls evenly from the first to what the step after the last would have.
+  float temperature_start = 0.8F;  // > 0, at least temperature_end
+  float temperature_end = 0.4F;    // > 0
+  int32_t stable_steps = 1;  // >= 0; a block ends when its best tokens stayed for so many steps
+  float confident_entropy = 0.005F;  // nats; and their mean entropy is below this
   float eta = -1.0F;  // >= 0; how readily committed positions are masked again; -1: the sampler's
   // remdm_loop: masks again while t_off < time <= t_on, at a share alpha_on of committed positions.
   float t_on = 0.55F;

@@ -185,11 +185,17 @@ constexpr std::array kCatalog = {
         .summary = "block by block, ancestral sampling of the masked process inside each",
         .knobs = Bits(Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kEosEarlyStop),
         .draws_positions = true},
+    SamplerEntry{"gemma_renoise", "", "DiffusionGemma, huggingface/transformers",
+                 "draws under an entropy bound, noise elsewhere, until the best tokens stay",
+                 Bits(Knob::kNumSteps, Knob::kEntropyBound, Knob::kCooling, Knob::kAdaptiveStop),
+                 /*draws_positions=*/true},
 };
 
 // A step costs a forward pass, so an absurd count is a mistake, not a wish.
 constexpr int32_t kNumStepsMax = 1 << 16;
 constexpr int32_t kEditStepsMax = 1024;
+// gemma_renoise: steps of a block, unless a request says otherwise.
+constexpr int32_t kRenoiseSteps = 48;
 // Smaller ones overflow what they divide; 0 is the way to say "none".
 constexpr float kTemperatureMin = 1e-6F;
 constexpr int32_t kSubBlockLength = 8;  // of Fast-dLLM v2
@@ -247,6 +253,19 @@ absl::Status CheckRanges(const DecodingParams& p, const ModelTraits& model) {
     return Invalid("sub_block_length: ", p.sub_block_length, " is negative; 0 takes the default");
   }
   if (!(p.eps > 0 && p.eps < 1)) return Invalid("eps: ", p.eps, " is not in (0, 1)");
+  if (!(p.temperature_end >= kTemperatureMin && std::isfinite(p.temperature_end))) {
+    return Invalid("temperature_end: ", p.temperature_end, "; use at least ", kTemperatureMin);
+  }
+  if (!(p.temperature_start >= p.temperature_end && std::isfinite(p.temperature_start))) {
+    return Invalid("temperature_start: ", p.temperature_start, "; use at least temperature_end, ",
+                   p.temperature_end);
+  }
+  if (p.stable_steps < 0 || p.stable_steps > kNumStepsMax) {
+    return Invalid("stable_steps: ", p.stable_steps, " is not in 0 .. ", kNumStepsMax);
+  }
+  if (!(p.confident_entropy >= 0)) {
+    return Invalid("confident_entropy: ", p.confident_entropy, "; use 0 or more nats");
+  }
   if (!(p.cfg_scale >= 0 && std::isfinite(p.cfg_scale))) {
     return Invalid("cfg_scale: ", p.cfg_scale, "; use 0 (off) or more");
   }
@@ -284,6 +303,10 @@ absl::Status CheckUnread(const DecodingParams& p, const SamplerEntry& entry) {
       {Knob::kSubBlockLength, "sub_block_length", p.sub_block_length != 0},
       {Knob::kKvReuse, "kv_reuse", p.kv_reuse != KvReuse::kExact},
       {Knob::kEps, "eps", p.eps != unset.eps},
+      {Knob::kCooling, "temperature_start", p.temperature_start != unset.temperature_start},
+      {Knob::kCooling, "temperature_end", p.temperature_end != unset.temperature_end},
+      {Knob::kAdaptiveStop, "stable_steps", p.stable_steps != unset.stable_steps},
+      {Knob::kAdaptiveStop, "confident_entropy", p.confident_entropy != unset.confident_entropy},
       {Knob::kCfgScale, "cfg_scale", p.cfg_scale != unset.cfg_scale},
       {Knob::kEosSwitches, "logits_eos_inf", p.logits_eos_inf},
       {Knob::kEosSwitches, "confidence_eos_eot_inf", p.confidence_eos_eot_inf},
@@ -341,7 +364,25 @@ absl::Status CheckRevision(const DecodingParams& p, const SamplerEntry& entry) {
 absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
                             const ModelTraits& model) {
   const bool is_score_sampler = absl::string_view(entry.name).substr(0, 5) == "sedd_";
-  const bool is_score_model = model.parameterization != Parameterization::kMaskPrediction;
+  const bool is_renoising = Reads(entry, Knob::kCooling);
+  const bool is_renoised = model.parameterization == Parameterization::kUniformPrediction;
+  const bool is_score_model =
+      !is_renoised && model.parameterization != Parameterization::kMaskPrediction;
+  if (is_renoising && !is_renoised) {
+    return Invalid("sampler: ", entry.name,
+                   " needs a model that predicts clean tokens from noise (DiffusionGemma); use ",
+                   model.default_sampler.empty() ? "low_confidence" : model.default_sampler);
+  }
+  if (!is_renoising && is_renoised) {
+    return Invalid("sampler: ", entry.name,
+                   is_score_sampler ? " needs a model that predicts scores (SEDD)"
+                                    : " needs a model that predicts the token of a mask",
+                   "; this one predicts clean tokens from noise: use gemma_renoise");
+  }
+  if (is_renoising && p.temperature != 0 && p.temperature != 1) {
+    return Invalid("temperature: sampler ", entry.name,
+                   " cools from temperature_start to temperature_end; leave it out or use 1");
+  }
   if (is_score_sampler && !is_score_model) {
     return Invalid("sampler: ", entry.name, " needs a model that predicts scores (SEDD); use ",
                    model.default_sampler.empty() ? "low_confidence" : model.default_sampler);
@@ -415,7 +456,8 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
 int32_t CountBlocks(const ModelTraits& model, int32_t block_length, int32_t canvas_begin,
                     int32_t canvas_length) {
   if (canvas_length == 0 || block_length == 0) return 0;
-  const int32_t lead = model.causal_block_length > 0 ? canvas_begin % block_length : 0;
+  const bool aligned = model.causal_block_length > 0 && !model.causal_encoder;
+  const int32_t lead = aligned ? canvas_begin % block_length : 0;
   return static_cast<int32_t>((int64_t{lead} + canvas_length + block_length - 1) / block_length);
 }
 
@@ -524,8 +566,8 @@ absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const
       // are masked; a single block can be given just as many steps as it needs.
       const bool one_block = model.causal_block_length == 0 && num_blocks <= 1 &&
                              absl::string_view(entry.name).substr(0, 6) != "block_";
-      const int64_t steps =
-          one_block ? num_masked : int64_t{result.block_length} * std::max(num_blocks, 1);
+      const int32_t of_block = Reads(entry, Knob::kCooling) ? kRenoiseSteps : result.block_length;
+      const int64_t steps = one_block ? num_masked : int64_t{of_block} * std::max(num_blocks, 1);
       // Beyond the limit the same number of steps for each block, as many as fit.
       const int64_t most = kNumStepsMax / std::max(num_blocks, 1) * std::max(num_blocks, 1);
       result.num_steps = static_cast<int32_t>(std::clamp<int64_t>(steps, 1, most));

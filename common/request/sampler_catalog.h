@@ -36,6 +36,8 @@ enum class Knob : uint32_t {
   kEosEarlyStop = 1U << 15,
   kKvReuse = 1U << 16,
   kSubBlockLength = 1U << 17,
+  kCooling = 1U << 18,       // temperature_start, temperature_end
+  kAdaptiveStop = 1U << 19,  // stable_steps, confident_entropy
 };
 
 // What the network's output means; a sampler fits some kinds.

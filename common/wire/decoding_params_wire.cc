@@ -52,6 +52,10 @@ absl::StatusOr<DecodingParams> FromWire(const v1::DecodingParams& wire) {
   params.repeat_penalty = wire.repeat_penalty();
   if (wire.has_low_threshold()) params.low_threshold = wire.low_threshold();
   params.eos_early_stop = wire.eos_early_stop();
+  if (wire.has_temperature_start()) params.temperature_start = wire.temperature_start();
+  if (wire.has_temperature_end()) params.temperature_end = wire.temperature_end();
+  if (wire.has_stable_steps()) params.stable_steps = wire.stable_steps();
+  if (wire.has_confident_entropy()) params.confident_entropy = wire.confident_entropy();
   return params;
 }
 
@@ -86,6 +90,10 @@ v1::DecodingParams ToWire(const DecodingParams& params) {
   wire.set_repeat_penalty(params.repeat_penalty);
   wire.set_low_threshold(params.low_threshold);
   wire.set_eos_early_stop(params.eos_early_stop);
+  wire.set_temperature_start(params.temperature_start);
+  wire.set_temperature_end(params.temperature_end);
+  wire.set_stable_steps(params.stable_steps);
+  wire.set_confident_entropy(params.confident_entropy);
   return wire;
 }
 

@@ -100,7 +100,15 @@ ApiResult<Layout> LayOut(const GenerationRequest& request, const ServedModel& mo
   const bool padded = block > 0 && suffix_length == 0;
   int64_t limit = ContextTokensMax(model);
   // A canvas at the end of a block-causal model's sequence is filled up to whole blocks.
-  if (padded) limit = std::min<int64_t>(limit, model.traits.positions_max / block * block);
+  // Its blocks begin at 0, or behind the prompt of a model that encodes it.
+  const int64_t aligned_at =
+      model.traits.causal_encoder
+          ? std::min<int64_t>(static_cast<int64_t>(prompt_length), model.traits.positions_max)
+          : 0;
+  if (padded) {
+    const int64_t room = model.traits.positions_max - aligned_at;
+    limit = std::min<int64_t>(limit, aligned_at + room / block * block);
+  }
   const int64_t given = static_cast<int64_t>(prompt_length) + static_cast<int64_t>(suffix_length);
 
   const std::optional<int32_t> asked =
@@ -122,7 +130,10 @@ ApiResult<Layout> LayOut(const GenerationRequest& request, const ServedModel& mo
   layout.suffix_length = static_cast<int32_t>(suffix_length);
   layout.canvas_length = static_cast<int32_t>(canvas);
   layout.padded_masks = layout.canvas_length;
-  if (padded) layout.padded_masks += (block - layout.length() % block) % block;
+  if (padded) {
+    const auto beyond = static_cast<int32_t>((layout.length() - aligned_at) % block);
+    layout.padded_masks += (block - beyond) % block;
+  }
   return layout;
 }
 
@@ -133,7 +144,8 @@ bool Reads(const SamplerEntry& entry, Knob knob) {
 int32_t CountBlocks(const ModelTraits& traits, const Layout& layout, int32_t block_length) {
   if (traits.causal_block_length > 0) {
     const int32_t block = traits.causal_block_length;
-    return (layout.prompt_length % block + layout.canvas_length + block - 1) / block;
+    const int32_t lead = traits.causal_encoder ? 0 : layout.prompt_length % block;
+    return (lead + layout.canvas_length + block - 1) / block;
   }
   return block_length > 0 ? (layout.canvas_length + block_length - 1) / block_length : 1;
 }
@@ -166,6 +178,10 @@ DecodingParams MergeParams(const GenerationRequest& request, const ServedModel& 
   if (is_set("sub_block_length")) merged.sub_block_length = asked.sub_block_length;
   if (is_set("kv_reuse")) merged.kv_reuse = asked.kv_reuse;
   if (is_set("eps")) merged.eps = asked.eps;
+  if (is_set("temperature_start")) merged.temperature_start = asked.temperature_start;
+  if (is_set("temperature_end")) merged.temperature_end = asked.temperature_end;
+  if (is_set("stable_steps")) merged.stable_steps = asked.stable_steps;
+  if (is_set("confident_entropy")) merged.confident_entropy = asked.confident_entropy;
   if (is_set("cfg_scale")) merged.cfg_scale = asked.cfg_scale;
   if (is_set("eos_penalty")) merged.eos_penalty = asked.eos_penalty;
   if (is_set("logits_eos_inf")) merged.logits_eos_inf = asked.logits_eos_inf;

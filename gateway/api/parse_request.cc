@@ -204,7 +204,7 @@ class Reader {
 
 // ---- The diffusion contract ----
 
-constexpr std::array<absl::string_view, 29> kDiffusionFields = {
+constexpr std::array<absl::string_view, 33> kDiffusionFields = {
     "sampler",
     "steps",
     "block_length",
@@ -213,6 +213,10 @@ constexpr std::array<absl::string_view, 29> kDiffusionFields = {
     "entropy_bound",
     "alg_temp",
     "eps",
+    "temperature_start",
+    "temperature_end",
+    "stable_steps",
+    "confident_entropy",
     "cfg_scale",
     "eos_penalty",
     "logits_eos_inf",
@@ -649,6 +653,13 @@ void Parser::ReadDiffusion() {
   number("entropy_bound", 0, kNumberMax, false, &DecodingParams::entropy_bound);
   number("alg_temp", 0, kNumberMax, false, &DecodingParams::alg_temp);
   number("eps", 0, 1, true, &DecodingParams::eps);
+  number("temperature_start", 0, kNumberMax, true, &DecodingParams::temperature_start);
+  number("temperature_end", 0, kNumberMax, true, &DecodingParams::temperature_end);
+  if (const auto stable = integer("stable_steps", 0, limits_.num_steps_max)) {
+    params.stable_steps = *stable;
+    was_set("stable_steps");
+  }
+  number("confident_entropy", 0, kNumberMax, false, &DecodingParams::confident_entropy);
   number("cfg_scale", 0, kNumberMax, false, &DecodingParams::cfg_scale);
   number("eos_penalty", -kNumberMax, kNumberMax, false, &DecodingParams::eos_penalty);
   flag("logits_eos_inf", &DecodingParams::logits_eos_inf);

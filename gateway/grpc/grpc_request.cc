@@ -28,6 +28,10 @@ std::set<std::string> KnobsSet(const v1::DecodingParams& wire) {
   add(wire.has_eps(), "eps");
   add(wire.sub_block_length() != 0, "sub_block_length");
   add(wire.kv_reuse() != v1::KV_REUSE_EXACT, "kv_reuse");
+  add(wire.has_temperature_start(), "temperature_start");
+  add(wire.has_temperature_end(), "temperature_end");
+  add(wire.has_stable_steps(), "stable_steps");
+  add(wire.has_confident_entropy(), "confident_entropy");
   add(wire.cfg_scale() != 0, "cfg_scale");
   add(wire.logits_eos_inf(), "logits_eos_inf");
   add(wire.confidence_eos_eot_inf(), "confidence_eos_eot_inf");

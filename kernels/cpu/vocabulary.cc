@@ -403,6 +403,7 @@ class GroupAnswerer {
       top = summaries[chunk].top_logit;
       answer.top_token = summaries[chunk].top_id;
     }
+    answer.top_probability = ProbabilityOf(answer.top_token, top, totals, query);
     if (plan.pick == ChunkPick::kNone) return;
     float score = kNegativeInfinity;
     for (int32_t chunk = 0; chunk < num_chunks_; ++chunk) {
@@ -464,11 +465,16 @@ class GroupAnswerer {
     answer.entropy = std::max(0.0, std::log1p(totals.rest) - totals.slope / mass);
   }
 
+  static double ProbabilityOf(int32_t token, float logit, const RowTotals& totals,
+                              const VocabularyQuery& query) {
+    if (token < 0 || totals.largest == kNegativeInfinity) return 0.0;
+    const double d = Exponent(logit, totals.largest, query.statistics_temperature);
+    return std::min(1.0, std::exp(d) / (1.0 + totals.rest));
+  }
+
   static void SetProbability(const RowTotals& totals, const VocabularyQuery& query,
                              VocabularyAnswer& answer) {
-    if (answer.token < 0 || totals.largest == kNegativeInfinity) return;
-    const double d = Exponent(answer.token_logit, totals.largest, query.statistics_temperature);
-    answer.probability = std::min(1.0, std::exp(d) / (1.0 + totals.rest));
+    answer.probability = ProbabilityOf(answer.token, answer.token_logit, totals, query);
   }
 
   // Filters, statistics and pick from the candidates that the threads have collected; false when

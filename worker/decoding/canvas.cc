@@ -6,27 +6,9 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/base/check.h"
-#include "common/base/philox.h"
 
 namespace cinnabar {
 namespace {
-
-// Uniform over the ids that may be picked, by the upper half of a 64-bit product and rejection. A
-// forbidden id would be a state that the reverse process may have to leave without any id to go to.
-TokenId InitialNoise(const DecodingParams& params, int32_t position, int32_t vocab_size) {
-  const bool limited = params.pickable_ids > 0 && params.pickable_ids < vocab_size;
-  const uint64_t num_ids = static_cast<uint64_t>(limited ? params.pickable_ids : vocab_size);
-  const NoiseKey key{.seed = params.seed, .position = static_cast<uint32_t>(position), .step = 0};
-  constexpr uint32_t kDrawsMax =
-      256;  // ends when all ids are forbidden; such a request cannot end well
-  TokenId id = 0;
-  for (uint32_t draw = 0; draw < kDrawsMax; ++draw) {
-    const uint64_t word = NoiseWord(key, NoiseStream::kInitial, draw);
-    id = static_cast<TokenId>((word * num_ids) >> 32);
-    if (!absl::c_linear_search(params.forbidden_ids, id)) break;
-  }
-  return id;
-}
 
 int32_t BlockLengthOf(const Canvas& canvas, const ModelTraits& model, int32_t block_length) {
   if (model.causal_block_length > 0) return model.causal_block_length;
@@ -35,7 +17,7 @@ int32_t BlockLengthOf(const Canvas& canvas, const ModelTraits& model, int32_t bl
 
 int32_t FirstBlockBegin(const Canvas& canvas, const ModelTraits& model) {
   const int32_t block = model.causal_block_length;
-  return block > 0 ? canvas.begin / block * block : canvas.begin;
+  return block > 0 && !model.causal_encoder ? canvas.begin / block * block : canvas.begin;
 }
 
 }  // namespace
@@ -74,7 +56,8 @@ absl::StatusOr<Canvas> MakeCanvas(absl::Span<const TokenId> ids, const std::vect
       canvas.tokens[i] = model.mask_token;
       canvas.states[i] = PositionState::kMasked;
     } else {
-      canvas.tokens[i] = InitialNoise(params, i, model.vocab_size);
+      canvas.tokens[i] =
+          UniformToken(params, NoiseStream::kInitial, i, /*step=*/0, model.vocab_size);
       canvas.states[i] = PositionState::kNoise;
     }
     if (!any) canvas.begin = i;
@@ -82,6 +65,26 @@ absl::StatusOr<Canvas> MakeCanvas(absl::Span<const TokenId> ids, const std::vect
     canvas.end = i + 1;
   }
   return canvas;
+}
+
+// By the upper half of a 64-bit product, and rejection. A forbidden id would be a state that the
+// reverse process may have to leave without any id to go to.
+TokenId UniformToken(const DecodingParams& params, NoiseStream stream, int32_t position,
+                     int32_t step, int32_t vocab_size) {
+  const bool limited = params.pickable_ids > 0 && params.pickable_ids < vocab_size;
+  const uint64_t num_ids = static_cast<uint64_t>(limited ? params.pickable_ids : vocab_size);
+  const NoiseKey key{.seed = params.seed,
+                     .position = static_cast<uint32_t>(position),
+                     .step = static_cast<uint32_t>(step)};
+  constexpr uint32_t kDrawsMax =
+      256;  // ends when all ids are forbidden; such a request cannot end well
+  TokenId id = 0;
+  for (uint32_t draw = 0; draw < kDrawsMax; ++draw) {
+    const uint64_t word = NoiseWord(key, stream, draw);
+    id = static_cast<TokenId>((word * num_ids) >> 32);
+    if (!absl::c_linear_search(params.forbidden_ids, id)) break;
+  }
+  return id;
 }
 
 int32_t CountUndecided(const Canvas& canvas, int32_t begin, int32_t end) {

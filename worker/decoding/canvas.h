@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "common/base/philox.h"
 #include "common/request/decoding_params.h"
 #include "common/request/sampler_catalog.h"
 
@@ -41,13 +42,19 @@ struct Canvas {
 absl::StatusOr<Canvas> MakeCanvas(absl::Span<const TokenId> ids, const std::vector<bool>& given,
                                   const ModelTraits& model, const DecodingParams& params);
 
+// A uniform draw of (params.seed, position, step, stream) among the ids that may be picked; with
+// kInitial and step 0 what MakeCanvas() puts at an undecided position of a model without a mask
+// token.
+TokenId UniformToken(const DecodingParams& params, NoiseStream stream, int32_t position,
+                     int32_t step, int32_t vocab_size);
+
 int32_t CountUndecided(const Canvas& canvas, int32_t begin, int32_t end);
 
 // The blocks of a canvas, decoded left to right. Full attention: runs of `block_length` from
 // canvas.begin, the last may be short. Block-causal (model.causal_block_length > 0): absolute
-// multiples of that length, from the one that holds canvas.begin. Returns [begin, end) of block
-// `index`, clipped to the canvas span's end for full attention and to the sequence's end for
-// block-causal models; begin == end after the last.
+// multiples of that length, from the one that holds canvas.begin; with a causal encoder they begin
+// at canvas.begin. Returns [begin, end) of block `index`, clipped to the canvas span's end for full
+// attention and to the sequence's end for block-causal models; begin == end after the last.
 struct BlockRange {
   int32_t begin = 0;
   int32_t end = 0;

@@ -55,6 +55,7 @@ constexpr Registration kRegistry[] = {
     {"hierarchical_remask", HierarchicalRemaskSampler},
     {"bd3lm_first_hitting", Bd3lmFirstHittingSampler},
     {"bd3lm_scheduled", Bd3lmScheduledSampler},
+    {"gemma_renoise", GemmaRenoiseSampler},
 };
 
 // Opens block `index` or the first one after it that has something to fill.
@@ -64,6 +65,8 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
   state.block_step = 0;
   state.reused_block.clear();
   state.block_edits = 0;
+  state.predictions.clear();
+  state.stable_steps = 0;
   for (; index < num_blocks; ++index) {
     const BlockRange block = BlockAt(canvas, model, params.block_length, index);
     state.block_masks = CountUndecided(canvas, block.begin, block.end);
@@ -81,6 +84,7 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
 void StepPlan::Clear() {
   forward = true;
   sigma = 0.0F;
+  prediction_temperature = 1.0F;
   visible_begin = 0;
   visible_end = 0;
   rows_begin = 0;
@@ -92,6 +96,7 @@ void StepOutcome::Clear() {
   transfers.clear();
   settled = false;
   stays_open = false;
+  predictions.clear();
 }
 
 absl::StatusOr<const Sampler*> GetSampler(absl::string_view name) {
@@ -158,6 +163,10 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   ++state.block_step;
   if (edits) ++state.block_edits;
   if (forward) ++state.nfe;
+  if (!outcome.predictions.empty()) {
+    state.stable_steps = outcome.predictions == state.predictions ? state.stable_steps + 1 : 1;
+    state.predictions.assign(outcome.predictions.begin(), outcome.predictions.end());
+  }
   if (!outcome.stays_open && CountUndecided(canvas, block.begin, block.end) == 0) {
     OpenBlock(canvas, params, model, state.block_index + 1, state);
   }

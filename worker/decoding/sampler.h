@@ -40,6 +40,10 @@ struct DecodingState {
   // kv_reuse other than exact: the open block's tokens as they stood in the last pass that computed
   // every position, from which reused keys and values can be had again. Empty: no such pass yet.
   std::vector<TokenId> reused_block;
+  // Of the open block, for samplers that look whether their predictions still change: those of the
+  // last step, and in how many steps up to it they were the same.
+  std::vector<TokenId> predictions;
+  int32_t stable_steps = 0;
 };
 
 // Everything a sampler may look at.
@@ -64,12 +68,14 @@ struct PositionQuery {
   bool top_p_inside = false;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
   float sigma_step = 0.0F;
+  bool want_top = false;
   absl::InlinedVector<VocabularyRule, kForbiddenIdsMax> rules;  // usually empty
 };
 
 struct StepPlan {
   bool forward = true;  // false: nothing to compute, Decide() is called with no answers
   float sigma = 0.0F;   // noise level for networks that read it
+  float prediction_temperature = 1.0F;  // at which the next step reads this one's prediction
   // Positions [begin, end) that the network sees; positions restart from 0 at `begin`. Block-causal
   // models see everything up to the end of the open block, or up to `end` where that comes before.
   int32_t visible_begin = 0;
@@ -103,7 +109,8 @@ struct StepOutcome {
   // them again.
   std::vector<Transfer> transfers;
   bool settled = false;
-  bool stays_open = false;  // the block goes on though nothing of it is undecided
+  bool stays_open = false;           // the block goes on though nothing of it is undecided
+  std::vector<TokenId> predictions;  // see DecodingState; empty: the sampler keeps none
 
   void Clear();
 };

@@ -93,6 +93,7 @@ const Sampler* HierarchicalSampler();
 const Sampler* HierarchicalRemaskSampler();
 const Sampler* Bd3lmFirstHittingSampler();
 const Sampler* Bd3lmScheduledSampler();
+const Sampler* GemmaRenoiseSampler();
 
 }  // namespace cinnabar
 

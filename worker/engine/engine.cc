@@ -1,6 +1,7 @@
 #include "worker/engine/engine.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -24,6 +25,14 @@ struct Engine::Sequence {
   // kv_reuse: `kv` holds what the whole pass over state.decoding.reused_block left.
   bool kv_reusable = false;
   BlockRange block;  // the open block, set with the plan
+  // Networks that read their last prediction: it, once the open block has one, and room for the
+  // next.
+  std::unique_ptr<Buffer> prediction;
+  std::unique_ptr<Buffer> next_prediction;
+  float prediction_temperature = 1.0F;
+  bool has_prediction = false;
+  // While the open block's steps are made again, to have its last prediction: what they lead to.
+  std::optional<SequenceState> resumed;
   StepPlan plan;
   StepOutcome outcome;
 
@@ -33,6 +42,7 @@ struct Engine::Sequence {
   // neighbours must be computed again first.
   bool partial() const { return plan.rows_end > plan.rows_begin && kv_reusable; }
   bool restoring() const { return plan.rows_end > plan.rows_begin && !kv_reusable; }
+  const SequenceState& known_state() const { return resumed.has_value() ? *resumed : state; }
 };
 
 // Everything one forward pass needs, reused from turn to turn.
@@ -47,6 +57,7 @@ struct Engine::Scratch {
   std::vector<TokenId> ids;
   std::vector<SequenceSpan> spans;
   std::vector<float> sigmas;
+  std::vector<SelfConditioning> conditioning;
   std::vector<int32_t> wanted_rows;
   std::vector<VocabularyQuery> queries;
   std::vector<VocabularyAnswer> answers;
@@ -57,6 +68,7 @@ struct Engine::Scratch {
     ids.clear();
     spans.clear();
     sigmas.clear();
+    conditioning.clear();
     wanted_rows.clear();
     queries.clear();
     answers.clear();
@@ -74,6 +86,7 @@ Engine::Engine(Denoiser& denoiser, const EngineOptions& options)
   scratch_->ids.reserve(rows);
   scratch_->spans.reserve(options_.limits.sequences_max);
   scratch_->sigmas.reserve(options_.limits.sequences_max);
+  scratch_->conditioning.reserve(options_.limits.sequences_max);
   scratch_->wanted_rows.reserve(rows);
   scratch_->queries.reserve(rows);
   scratch_->answers.reserve(rows);
@@ -92,11 +105,13 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   }
   if (model_.causal_block_length > 0) {
     if (copies > 1) return absl::InvalidArgumentError("cfg_scale: not for block-causal models");
-    // A step computes the open block and, once, the block before it.
-    if (2 * model_.causal_block_length > options_.limits.rows_max) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("blocks of ", model_.causal_block_length,
-                       " positions need rows_max of at least twice that"));
+    // A step computes the open block and, once, the block before it; an encoder may take that in
+    // pieces.
+    const int32_t blocks = model_.causal_encoder ? 1 : 2;
+    if (blocks * model_.causal_block_length > options_.limits.rows_max) {
+      return absl::InvalidArgumentError(absl::StrCat("blocks of ", model_.causal_block_length,
+                                                     " positions need rows_max of at least ",
+                                                     blocks == 1 ? "that" : "twice that"));
     }
   } else if (copies * length > options_.limits.rows_max) {
     return absl::InvalidArgumentError(absl::StrCat("a step computes ", copies * length,
@@ -109,7 +124,8 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
         absl::StrCat(num_sequences(), " sequences are running already"));
   }
   const KvShape shape = denoiser_.SequenceKvShape(length, state.params.kv_reuse);
-  const int64_t kv_bytes = copies * denoiser_.backend().KvBytes(shape);
+  const int64_t prediction_bytes = denoiser_.SelfConditioningBytes();
+  const int64_t kv_bytes = copies * denoiser_.backend().KvBytes(shape) + 2 * prediction_bytes;
   if (kv_bytes > options_.kv_bytes_max) {
     return absl::InvalidArgumentError(absl::StrCat("the sequence needs ", kv_bytes,
                                                    " bytes of KV memory; this engine has ",
@@ -124,6 +140,12 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
     CINNABAR_ASSIGN_OR_RETURN(sequence->kv_unconditional, denoiser_.backend().AllocateKv(shape),
                               "KV memory");
   }
+  if (prediction_bytes > 0) {
+    for (auto* buffer : {&sequence->prediction, &sequence->next_prediction}) {
+      CINNABAR_ASSIGN_OR_RETURN(*buffer, denoiser_.backend().Allocate(prediction_bytes),
+                                "self-conditioning");
+    }
+  }
   sequence->id = next_id_++;
   sequence->state = std::move(state);
   sequence->deadline = deadline;
@@ -131,6 +153,7 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   sequence->plan.queries.reserve(length);
   sequence->outcome.transfers.reserve(length);
   if (sequence->reuses()) sequence->state.decoding.reused_block.reserve(length);
+  if (prediction_bytes > 0) RepeatOpenBlock(*sequence);
   kv_bytes_ += kv_bytes;
   active_.push_back(std::move(sequence));
   return active_.back()->id;
@@ -145,7 +168,7 @@ bool Engine::Cancel(SequenceId id) {
 
 const SequenceState* Engine::Find(SequenceId id) const {
   for (const auto& sequence : active_) {
-    if (sequence->id == id) return &sequence->state;
+    if (sequence->id == id) return &sequence->known_state();
   }
   return nullptr;
 }
@@ -153,6 +176,7 @@ const SequenceState* Engine::Find(SequenceId id) const {
 absl::StatusOr<SequenceState> Engine::Remove(SequenceId id) {
   for (auto it = active_.begin(); it != active_.end(); ++it) {
     if ((*it)->id != id) continue;
+    Restore(**it);
     SequenceState state = std::move((*it)->state);
     kv_bytes_ -= (*it)->kv_bytes;
     active_.erase(it);
@@ -165,7 +189,41 @@ std::vector<std::pair<SequenceId, SequenceState>> Engine::TakeFinished() {
   return std::exchange(finished_, {});
 }
 
+// The last prediction is big, and not part of a state: a sequence that comes in with steps in its
+// open block makes them again, from the noise that the block began as. Nobody hears of it.
+void Engine::RepeatOpenBlock(Sequence& sequence) {
+  SequenceState& state = sequence.state;
+  state.decoding.predictions.reserve(state.canvas.length());
+  sequence.outcome.predictions.reserve(state.canvas.length());
+  if (state.decoding.finished || state.decoding.block_step == 0) return;
+  sequence.resumed = state;
+  DecodingState& decoding = state.decoding;
+  const BlockRange block =
+      BlockAt(state.canvas, model_, state.params.block_length, decoding.block_index);
+  for (int32_t i = block.begin; i < block.end; ++i) {
+    if (!state.canvas.undecided(i)) continue;
+    state.canvas.tokens[i] =
+        UniformToken(state.params, NoiseStream::kInitial, i, /*step=*/0, model_.vocab_size);
+  }
+  decoding.step -= decoding.block_step;
+  decoding.block_step = 0;
+  decoding.predictions.clear();
+  decoding.stable_steps = 0;
+}
+
+// Back to the state that came in, whether or not its steps have been made again. What they were
+// worth is in the canvas that came: on another device they may differ in the last bits.
+void Engine::Restore(Sequence& sequence) {
+  if (!sequence.resumed.has_value()) return;
+  DecodingState& decoding = sequence.state.decoding;
+  std::swap(sequence.resumed->decoding.predictions, decoding.predictions);
+  sequence.resumed->decoding.stable_steps = decoding.stable_steps;
+  sequence.state = *std::move(sequence.resumed);
+  sequence.resumed.reset();
+}
+
 void Engine::EndSequence(Sequence& sequence, absl::Status status, StepReport& report) {
+  Restore(sequence);
   const int32_t end = static_cast<int32_t>(report.transfers.size());
   if (status.ok()) {
     // The event of its last step says that it was the last. A sequence that came in finished made
@@ -196,6 +254,13 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
   const StepContext context{state.canvas, state.decoding, state.params, model_, sequence.block};
   sequence.outcome.Clear();
   sequence.sampler->Decide(context, sequence.plan, answers, sequence.outcome);
+  if (sequence.resumed.has_value()) {
+    sequence.outcome.settled = false;  // it was not, when the step was first made
+    ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
+    KeepPrediction(sequence);
+    if (state.decoding.block_step == sequence.resumed->decoding.block_step) Restore(sequence);
+    return;
+  }
   const int32_t begin = static_cast<int32_t>(report.transfers.size());
   std::vector<Transfer>& transfers = sequence.outcome.transfers;
   int32_t num_committed = 0;
@@ -214,9 +279,18 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
                            .block = sequence.block});
   ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
   if (state.decoding.reused_block.empty()) sequence.kv_reusable = false;  // another block is open
+  KeepPrediction(sequence);
   ++counters_.steps;
   counters_.tokens_committed += num_committed;
   if (state.decoding.finished) EndSequence(sequence, absl::OkStatus(), report);
+}
+
+// The step that was made is the last one now. Only here: a turn that fails may be repeated.
+void Engine::KeepPrediction(Sequence& sequence) {
+  if (sequence.prediction == nullptr) return;
+  std::swap(sequence.prediction, sequence.next_prediction);
+  sequence.prediction_temperature = sequence.plan.prediction_temperature;
+  sequence.has_prediction = sequence.state.decoding.block_step > 0;  // else a new block is open
 }
 
 // Plans the next step; steps that need no forward pass are made on the spot.
@@ -246,10 +320,40 @@ Engine::RowRange Engine::RowsOf(const Sequence& sequence) const {
       plan.queries[0].position == begin) {
     --begin;
   }
-  if (end - begin <= options_.limits.rows_max) return {begin, end};
-  const int32_t whole_blocks =
-      options_.limits.rows_max / model_.causal_block_length * model_.causal_block_length;
+  const int32_t rows_max = options_.limits.rows_max;
+  if (model_.causal_encoder) {  // which takes rows in any pieces, but has a span of its own
+    const bool room = begin == sequence.block.begin || options_.limits.sequences_max > 1;
+    if (end - begin <= rows_max && room) return {begin, end};
+    return {begin, std::min(begin + rows_max, sequence.block.begin)};
+  }
+  if (end - begin <= rows_max) return {begin, end};
+  const int32_t whole_blocks = rows_max / model_.causal_block_length * model_.causal_block_length;
   return {begin, std::min(begin + whole_blocks, sequence.block.begin)};
+}
+
+// Of a model with a causal encoder: what is final and not encoded yet, then the open block.
+void Engine::AppendHalves(Sequence& sequence) {
+  Scratch& batch = *scratch_;
+  const std::vector<TokenId>& tokens = sequence.state.canvas.tokens;
+  const int32_t end = RowsOf(sequence).end;
+  const int32_t middle = std::min(end, sequence.block.begin);
+  const auto add = [&](int32_t first, int32_t last, int32_t block_length,
+                       const SelfConditioning& conditioning) {
+    if (first == last) return;
+    batch.spans.push_back({.row_begin = static_cast<int32_t>(batch.ids.size()),
+                           .num_rows = last - first,
+                           .first_position = first,
+                           .block_length = block_length,
+                           .kv = sequence.kv.get()});
+    batch.ids.insert(batch.ids.end(), tokens.begin() + first, tokens.begin() + last);
+    batch.sigmas.push_back(sequence.plan.sigma);
+    batch.conditioning.push_back(conditioning);
+  };
+  add(sequence.kv_final, middle, /*block_length=*/1, {});
+  add(middle, end, /*block_length=*/0,
+      {.previous = sequence.has_prediction ? sequence.prediction.get() : nullptr,
+       .temperature = sequence.prediction_temperature,
+       .next = sequence.next_prediction.get()});
 }
 
 void Engine::AppendSpan(Sequence& sequence, bool unconditional) {
@@ -317,6 +421,7 @@ void Engine::AppendQuery(const Sequence& sequence, const PositionQuery& wanted) 
                  .step = static_cast<uint32_t>(sequence.state.decoding.step)};
   query.own_token = sequence.state.canvas.tokens[wanted.position];
   query.sigma_step = wanted.sigma_step;
+  query.want_top = wanted.want_top;
   query.rules = absl::MakeConstSpan(batch.rules).subspan(rules_begin);
   query.pickable_ids = params.pickable_ids;
   batch.queries.push_back(query);
@@ -325,9 +430,12 @@ void Engine::AppendQuery(const Sequence& sequence, const PositionQuery& wanted) 
 void Engine::AppendToBatch(Sequence& sequence) {
   Scratch& batch = *scratch_;
   const int32_t first_query = static_cast<int32_t>(batch.queries.size());
-  const int32_t first_span = static_cast<int32_t>(batch.spans.size());
-  AppendSpan(sequence, /*unconditional=*/false);
-  const SequenceSpan span = batch.spans[first_span];
+  if (model_.causal_encoder) {
+    AppendHalves(sequence);
+  } else {
+    AppendSpan(sequence, /*unconditional=*/false);
+  }
+  const SequenceSpan span = batch.spans.back();
   const RowRange rows = RowsOf(sequence);
   const bool prefill_only = model_.causal_block_length > 0 && !sequence.partial() &&
                             rows.end < std::min(sequence.block.end, sequence.plan.visible_end);
@@ -339,8 +447,9 @@ void Engine::AppendToBatch(Sequence& sequence) {
 
   // Packed row that holds the prediction for a position: its own, or with shifted logits the one
   // before.
+  const int32_t first = model_.causal_encoder ? span.first_position : rows.begin;
   const auto row_of = [&](int32_t position, const SequenceSpan& in) {
-    const int32_t row = position - rows.begin;
+    const int32_t row = position - first;
     return in.row_begin + (model_.shift_logits && row > 0 ? row - 1 : row);
   };
   const auto hidden_row_of = [&](int32_t packed_row) {
@@ -349,8 +458,16 @@ void Engine::AppendToBatch(Sequence& sequence) {
     }
     return static_cast<int32_t>(batch.wanted_rows.size()) - 1;
   };
+  const auto first_wanted = static_cast<int32_t>(batch.wanted_rows.size());
+  if (sequence.prediction != nullptr) {  // all of it is read by the next step
+    for (int32_t row = 0; row < span.num_rows; ++row) hidden_row_of(span.row_begin + row);
+  }
   for (const PositionQuery& wanted : sequence.plan.queries) {
     AppendQuery(sequence, wanted);
+    if (sequence.prediction != nullptr) {
+      batch.queries.back().hidden_row = first_wanted + wanted.position - span_first;
+      continue;
+    }
     batch.queries.back().hidden_row = hidden_row_of(row_of(wanted.position, span));
   }
   if (!sequence.guided()) return;
@@ -377,7 +494,8 @@ absl::Status Engine::RunBatch(StepReport& report) {
   CINNABAR_RETURN_IF_ERROR(denoiser_.Forward({.ids = batch.ids,
                                               .sequences = batch.spans,
                                               .sigmas = batch.sigmas,
-                                              .wanted_rows = batch.wanted_rows}),
+                                              .wanted_rows = batch.wanted_rows,
+                                              .self_conditioning = batch.conditioning}),
                            "forward pass");
   batch.answers.resize(batch.queries.size());
   CINNABAR_RETURN_IF_ERROR(denoiser_.Answer(batch.queries, absl::MakeSpan(batch.answers)),
@@ -438,8 +556,8 @@ absl::Status Engine::Step(absl::Time now, StepReport& report) {
     }
     if (sequence->ended) continue;
     const RowRange range = RowsOf(*sequence);
-    const int32_t spans = sequence->guided() ? 2 : 1;
-    const int32_t rows = (range.end - range.begin) * spans;
+    const int32_t spans = sequence->guided() || model_.causal_encoder ? 2 : 1;
+    const int32_t rows = (range.end - range.begin) * (sequence->guided() ? 2 : 1);
     const bool full =
         static_cast<int32_t>(scratch_->ids.size()) + rows > options_.limits.rows_max ||
         static_cast<int32_t>(scratch_->spans.size()) + spans > options_.limits.sequences_max;

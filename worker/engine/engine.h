@@ -89,10 +89,11 @@ class Engine {
   absl::StatusOr<SequenceState> Remove(SequenceId sequence);
 
   // One turn: every sequence makes one denoising step (a long prompt may first take turns of its
-  // own to be encoded). `report` is overwritten. An error is the device's: sequences without an
-  // event in the report have not changed, so the turn may be repeated, or the sequences removed and
-  // resumed elsewhere. A failure of one sequence is in its event and disturbs no other. Sequences
-  // that ended are forgotten afterwards; their last state is in TakeFinished().
+  // own to be encoded, and one that came in with steps in its open block makes those again where
+  // the network reads its last prediction). `report` is overwritten. An error is the device's:
+  // sequences without an event in the report have not changed, so the turn may be repeated, or the
+  // sequences removed and resumed elsewhere. A failure of one sequence is in its event and disturbs
+  // no other. Sequences that ended are forgotten afterwards; their last state is in TakeFinished().
   absl::Status Step(absl::Time now, StepReport& report);
 
   // States of sequences that ended in the last Step(), in the order of their events.
@@ -111,10 +112,14 @@ class Engine {
     int32_t end = 0;
   };
 
+  void RepeatOpenBlock(Sequence& sequence);
+  static void Restore(Sequence& sequence);
+  static void KeepPrediction(Sequence& sequence);
   void EndSequence(Sequence& sequence, absl::Status status, StepReport& report);
   void PlanUntilForward(Sequence& sequence, StepReport& report);
   RowRange RowsOf(const Sequence& sequence) const;
   void AppendToBatch(Sequence& sequence);
+  void AppendHalves(Sequence& sequence);
   void AppendSpan(Sequence& sequence, bool unconditional);
   void AppendQuery(const Sequence& sequence, const PositionQuery& position_query);
   void RememberBlock(Sequence& sequence);

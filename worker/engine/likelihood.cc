@@ -110,6 +110,10 @@ class Estimator {
             absl::StrCat("ids[", i, "] is the mask token, which has no likelihood"));
       }
     }
+    if (model_.parameterization == Parameterization::kUniformPrediction) {
+      return absl::UnimplementedError(
+          "no bound is known for a model that predicts clean tokens under noise");
+    }
     if (options_.rule == LikelihoodRule::kLlada &&
         (causal() || model_.parameterization != Parameterization::kMaskPrediction)) {
       return absl::UnimplementedError(

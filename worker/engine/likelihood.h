@@ -50,7 +50,8 @@ struct Likelihood {
 // loaded with; a pass takes as many samples as fit. `progress` hears the share that is done, in
 // (0, 1]. The same arguments give the same bits. InvalidArgument: lengths differ, nothing to score,
 // too long, an id outside the vocabulary, a scored mask token, num_samples < 1. Unimplemented:
-// kLlada for a block-causal model or one that predicts scores. DataLoss: the network gave NaN.
+// kLlada for a block-causal model or one that predicts scores; kUniformPrediction. DataLoss: the
+// network gave NaN.
 absl::StatusOr<Likelihood> EstimateLikelihood(Denoiser& denoiser, const ForwardLimits& limits,
                                               absl::Span<const TokenId> ids,
                                               const std::vector<bool>& scored,

@@ -78,6 +78,11 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
     return absl::InvalidArgumentError(
         absl::StrCat("block_index ", decoding.block_index, " of ", num_blocks, " blocks"));
   }
+  const int32_t steps = StepsPerBlock(canvas, state.params, model);
+  if (model.causal_encoder && decoding.block_step >= steps) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("block_step ", decoding.block_step, " of ", steps));
+  }
   const BlockRange block = BlockAt(canvas, model, state.params.block_length, decoding.block_index);
   if (CountUndecided(canvas, 0, block.begin) > 0) {
     return absl::InvalidArgumentError("undecided positions before the open block");
@@ -114,7 +119,10 @@ absl::StatusOr<SequenceState> MakeSequence(absl::Span<const TokenId> ids,
   std::vector<bool> all_given = given;
   const int32_t block = model.causal_block_length;
   if (block > 0 && all_given.size() == all_ids.size() && !all_given.empty() && !all_given.back()) {
-    const size_t whole_blocks = (all_ids.size() + block - 1) / block * block;
+    // With a causal encoder blocks begin where the canvas does.
+    const size_t first =
+        model.causal_encoder ? std::find(given.begin(), given.end(), false) - given.begin() : 0;
+    const size_t whole_blocks = first + (all_ids.size() - first + block - 1) / block * block;
     all_ids.resize(whole_blocks, 0);
     all_given.resize(whole_blocks, false);
   }

@@ -66,7 +66,7 @@ class NullDenoiser : public Denoiser {
       VocabularyAnswer& answer = answers[i];
       answer = {};
       answer.finite = !bad_[query.hidden_row];
-      answer.token = Pick(query, key);
+      answer.token = answer.top_token = Pick(query, key);
       answer.probability = 0.25 + 0.5 * static_cast<double>(key >> 8) / (1 << 24);
       answer.margin = answer.probability / 2;
       answer.entropy = 1.0 - answer.probability;

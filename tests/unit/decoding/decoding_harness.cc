@@ -151,8 +151,20 @@ ModelTraits UniformModel() {
           .default_sampler = "sedd_euler"};
 }
 
+ModelTraits NoiseModel() {
+  return {.family = "noise",
+          .vocab_size = 13,
+          .tokenizer_size = 11,
+          .eos_tokens = {4},
+          .causal_block_length = 4,
+          .causal_encoder = true,
+          .parameterization = Parameterization::kUniformPrediction,
+          .positions_max = 96,
+          .default_sampler = "gemma_renoise"};
+}
+
 std::vector<ModelTraits> AllModels() {
-  return {MaskModel(), BlockModel(), AbsorbModel(), UniformModel()};
+  return {MaskModel(), BlockModel(), AbsorbModel(), UniformModel(), NoiseModel()};
 }
 
 bool Fits(const SamplerEntry& entry, const ModelTraits& model) {
@@ -170,7 +182,8 @@ const SamplerEntry& EntryOf(absl::string_view name) {
 }
 
 Network HashNetwork(const ModelTraits& model, double spread, uint64_t seed, bool text_is_best) {
-  const bool scores = model.parameterization != Parameterization::kMaskPrediction;
+  const bool scores = model.parameterization == Parameterization::kAbsorbScore ||
+                      model.parameterization == Parameterization::kUniformScore;
   const int32_t vocab_size = model.vocab_size;
   const int32_t text_end = model.tokenizer_size > 0 ? model.tokenizer_size : vocab_size;
   const TokenId mask_token = model.mask_token;
@@ -272,6 +285,7 @@ StepQueries QueriesOf(const Sequence& sequence, const StepPlan& plan, bool rows_
                    .step = static_cast<uint32_t>(sequence.state.step)};
     query.own_token = canvas.tokens[wanted.position];
     query.sigma_step = wanted.sigma_step;
+    query.want_top = wanted.want_top;
     query.rules = step.rules[i];
     query.pickable_ids = sequence.params.pickable_ids;
     step.queries.push_back(query);
@@ -361,6 +375,14 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
   }
   if (Reads(entry, Knob::kFactor)) params.factor = one_of({0.2F, 1.0F, 2.0F, 8.0F});
   if (Reads(entry, Knob::kEntropyBound)) params.entropy_bound = one_of({0.0F, 0.1F, 2.0F, 50.0F});
+  if (Reads(entry, Knob::kCooling)) {
+    params.temperature_end = one_of({0.2F, 0.4F, 1.0F});
+    params.temperature_start = params.temperature_end + one_of({0.0F, 0.5F});
+  }
+  if (Reads(entry, Knob::kAdaptiveStop)) {
+    params.stable_steps = below(3);
+    params.confident_entropy = one_of({0.0F, 0.005F, 0.6F, 50.0F});
+  }
   if (Reads(entry, Knob::kAlgTemp) && maybe()) params.alg_temp = one_of({0.1F, 1.0F});
   if (Reads(entry, Knob::kEps) && maybe()) params.eps = one_of({0.2F, 1e-5F});
   if (Reads(entry, Knob::kCfgScale) && maybe() && model.causal_block_length == 0) {
@@ -389,7 +411,7 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
       model.causal_block_length == 0 && maybe()) {
     params.block_length = 1 + below(9);
   }
-  if (Reads(entry, Knob::kNumSteps) && below(4) != 0) {
+  if (Reads(entry, Knob::kNumSteps) && (below(4) != 0 || model.causal_encoder)) {
     const Canvas canvas = *MakeCanvas(request.ids, request.given, model, {});
     const int32_t num_blocks = std::max(NumBlocks(canvas, model, params.block_length), 1);
     params.num_steps = num_blocks * (1 + below(2 * length / num_blocks + 2));

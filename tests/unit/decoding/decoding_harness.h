@@ -26,6 +26,7 @@ ModelTraits MaskModel();     // full attention
 ModelTraits BlockModel();    // block-causal, blocks of 4
 ModelTraits AbsorbModel();   // SEDD, log-linear noise
 ModelTraits UniformModel();  // SEDD without a mask token, geometric noise
+ModelTraits NoiseModel();    // predicts clean tokens from noise, causal encoder, blocks of 4
 std::vector<ModelTraits> AllModels();
 bool Fits(const SamplerEntry& entry, const ModelTraits& model);
 bool Reads(const SamplerEntry& entry, Knob knob);

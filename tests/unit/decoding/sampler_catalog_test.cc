@@ -44,7 +44,11 @@ constexpr Knob kAllKnobs[] = {Knob::kNumSteps,
                               Knob::kRemaskingWindow,
                               Knob::kEditing,
                               Knob::kLowThreshold,
-                              Knob::kEosEarlyStop};
+                              Knob::kEosEarlyStop,
+                              Knob::kKvReuse,
+                              Knob::kSubBlockLength,
+                              Knob::kCooling,
+                              Knob::kAdaptiveStop};
 
 std::vector<std::string> CatalogNames() {
   std::vector<std::string> names;
@@ -140,6 +144,8 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
       {"hierarchical_remask", with(fast_dllm, {Knob::kThreshold, Knob::kLowThreshold})},
       {"bd3lm_first_hitting", {Knob::kBlockLength, Knob::kTopP, Knob::kEosEarlyStop}},
       {"bd3lm_scheduled", {Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kEosEarlyStop}},
+      {"gemma_renoise",
+       {Knob::kNumSteps, Knob::kEntropyBound, Knob::kCooling, Knob::kAdaptiveStop}},
   };
   ASSERT_EQ(want.size(), SamplerCatalog().size());
   for (const SamplerEntry& entry : SamplerCatalog()) {
@@ -232,6 +238,13 @@ TEST(ResolveParamsErrorTest, RangesNameTheField) {
            {{.sampler = "entropy", .eps = 0.0F}, "eps: 0 ", "(0, 1)"},
            {{.sampler = "entropy", .eps = 1.0F}, "eps: 1 "},
            {{.sampler = "entropy", .eps = kNan}, "eps: nan"},
+           {{.temperature_end = 0.0F}, "temperature_end: 0; ", "at least"},
+           {{.temperature_end = kNan}, "temperature_end: nan"},
+           {{.temperature_start = 0.3F}, "temperature_start: 0.3", "at least temperature_end, 0.4"},
+           {{.temperature_start = kInfinity}, "temperature_start: inf"},
+           {{.stable_steps = -1}, "stable_steps: -1 ", "0 .. "},
+           {{.confident_entropy = -0.1F}, "confident_entropy: -0.1", "0 or more"},
+           {{.confident_entropy = kNan}, "confident_entropy: nan"},
            {{.cfg_scale = -1.0F}, "cfg_scale: -1", "0 (off)"},
            {{.cfg_scale = kInfinity}, "cfg_scale: inf"},
            {{.cfg_scale = kNan}, "cfg_scale: nan"},
@@ -289,6 +302,16 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
             "sedd_analytic or sedd_euler",
             AbsorbModel()},
            {{.sampler = "mdlm_cached"}, "sampler: mdlm_cached ", "sedd_analytic", UniformModel()},
+           {{.sampler = "gemma_renoise"}, "sampler: gemma_renoise ", "use low_confidence"},
+           {{.sampler = "gemma_renoise"}, "clean tokens from noise", "use sedd", UniformModel()},
+           {{.sampler = "block_dynamic"},
+            "predicts the token of a mask",
+            "gemma_renoise",
+            NoiseModel()},
+           {{.sampler = "sedd_euler"}, "predicts scores", "gemma_renoise", NoiseModel()},
+           {{.temperature = 0.5F}, "temperature: ", "temperature_start", NoiseModel()},
+           {{.cfg_scale = 1.0F}, "cfg_scale: ", "leave it out", NoiseModel()},
+           {{.block_length = 8}, "block_length: 8", "blocks of 4", NoiseModel()},
            {{.temperature = 0.5F}, "temperature: ", "leave it out or use 1", AbsorbModel()},
            {{.temperature = 2.0F}, "temperature: ", "leave it out or use 1", UniformModel()},
            {{.sampler = "random", .cfg_scale = 0.5F}, "cfg_scale: ", "leave it out", BlockModel()},
@@ -341,6 +364,10 @@ TEST(ResolveParamsErrorTest, AKnobThatIsNotReadIsAnErrorThatNamesTheReaders) {
       {Knob::kEps, "eps", {.eps = 0.5F}},
       {Knob::kSubBlockLength, "sub_block_length", {.sub_block_length = 4}},
       {Knob::kKvReuse, "kv_reuse", {.kv_reuse = KvReuse::kDual}},
+      {Knob::kCooling, "temperature_start", {.temperature_start = 0.9F}},
+      {Knob::kCooling, "temperature_end", {.temperature_end = 0.3F}},
+      {Knob::kAdaptiveStop, "stable_steps", {.stable_steps = 2}},
+      {Knob::kAdaptiveStop, "confident_entropy", {.confident_entropy = 0.1F}},
       {Knob::kCfgScale, "cfg_scale", {.cfg_scale = 0.5F}},
       {Knob::kEosSwitches, "logits_eos_inf", {.logits_eos_inf = true}},
       {Knob::kEosSwitches, "confidence_eos_eot_inf", {.confidence_eos_eot_inf = true}},
@@ -356,8 +383,11 @@ TEST(ResolveParamsErrorTest, AKnobThatIsNotReadIsAnErrorThatNamesTheReaders) {
       {Knob::kEosEarlyStop, "eos_early_stop", {.eos_early_stop = true}},
   };
   for (const SamplerEntry& entry : SamplerCatalog()) {
-    const ModelTraits model = Fits(entry, MaskModel()) ? MaskModel() : AbsorbModel();
+    const ModelTraits model = Fits(entry, MaskModel())     ? MaskModel()
+                              : Fits(entry, AbsorbModel()) ? AbsorbModel()
+                                                           : NoiseModel();
     for (const Setting& setting : settings) {
+      if (model.causal_block_length > 0 && setting.knob == Knob::kBlockLength) continue;
       SCOPED_TRACE(absl::StrCat(entry.name, " ", setting.field));
       DecodingParams params = setting.params;
       params.sampler = std::string(entry.name);
@@ -466,6 +496,10 @@ TEST(ResolveParamsTest, FillsInWhatWasLeftOut) {
            // Score models.
            {{}, AbsorbModel(), 6, 9, 2, "sedd_analytic", 9, 6},
            {{.num_steps = 128}, UniformModel(), 6, 9, 2, "sedd_euler", 9, 128},
+           // Noise: 48 steps for each block, counted from where the canvas begins.
+           {{}, NoiseModel(), 6, 9, 2, "gemma_renoise", 4, 144},
+           {{}, NoiseModel(), 8, 8, 3, "gemma_renoise", 4, 96},
+           {{.num_steps = 10}, NoiseModel(), 8, 8, 3, "gemma_renoise", 4, 10},
            // No more steps than are taken, and as many for each block.
            {{}, MaskModel(), 70000, 70000, 0, "low_confidence", 70000, 65536},
            {{.block_length = 30000}, MaskModel(), 70000, 70000, 0, "low_confidence", 30000, 65535},
@@ -539,7 +573,8 @@ TEST(ResolveParamsTest, CountsBlocksAsTheCanvasDoes) {
 
 auto Fields(const DecodingParams& p) {
   return std::tie(p.sampler, p.num_steps, p.block_length, p.temperature, p.top_p, p.top_k,
-                  p.threshold, p.factor, p.entropy_bound, p.alg_temp, p.eps, p.cfg_scale,
+                  p.threshold, p.factor, p.entropy_bound, p.alg_temp, p.eps, p.temperature_start,
+                  p.temperature_end, p.stable_steps, p.confident_entropy, p.cfg_scale,
                   p.logits_eos_inf, p.confidence_eos_eot_inf, p.eos_penalty, p.forbidden_ids,
                   p.pickable_ids, p.seed);
 }
@@ -564,6 +599,10 @@ DecodingParams RandomParams(std::mt19937& random) {
   if (rarely()) p.entropy_bound = static_cast<float>(one_of(0, 0.5, kInfinity, -1));
   if (rarely()) p.alg_temp = static_cast<float>(one_of(0, 0.5, -1));
   if (rarely()) p.eps = static_cast<float>(one_of(0.5, 1e-5, 1));
+  if (rarely()) p.temperature_start = static_cast<float>(one_of(0.9, 0.1, kNan));
+  if (rarely()) p.temperature_end = static_cast<float>(one_of(0.9, 0.1, 0));
+  if (rarely()) p.stable_steps = static_cast<int32_t>(one_of(0, 4, -1));
+  if (rarely()) p.confident_entropy = static_cast<float>(one_of(0, 0.4, -1));
   if (rarely()) p.cfg_scale = static_cast<float>(one_of(0, 1.5, -1));
   if (rarely()) p.logits_eos_inf = true;
   if (rarely()) p.confidence_eos_eot_inf = true;

@@ -258,7 +258,7 @@ TEST_P(SamplerPropertyTest, KeepsToItsStepsAndCountsItsForwardPasses) {
         EXPECT_EQ(block.num_forwards, block.num_productive)
             << "a pass in every step that transfers";
       }
-      if (c.model.mask_token < 0) {
+      if (c.model.mask_token < 0 && IsSedd(params)) {
         EXPECT_EQ(block.num_steps, steps_per_block + 1) << "noise is settled by the closing step";
       }
     }
@@ -339,11 +339,12 @@ TEST_P(SamplerPropertyTest, SameSeedSameBytesAndAnotherSeedOthers) {
       Sequence reseeded = c.Start();
       RunToEnd(reseeded, *cpu_);
       const DecodingParams& params = reseeded.params;
+      const bool always_draws = IsSedd(params) || Reads(entry(), Knob::kCooling);
       const bool uses_noise =
-          params.temperature > 0 || params.alg_temp > 0 || random_order || IsSedd(params);
+          params.temperature > 0 || params.alg_temp > 0 || random_order || always_draws;
       if (!uses_noise) {
         EXPECT_EQ(reseeded.canvas.tokens, sequence.canvas.tokens) << "nothing is random here";
-      } else if (num_masked >= 8 && (params.temperature >= 1 || IsSedd(params))) {
+      } else if (num_masked >= 8 && (params.temperature >= 1 || always_draws)) {
         ++num_random;
         num_differ += reseeded.canvas.tokens != sequence.canvas.tokens ? 1 : 0;
       }
@@ -381,6 +382,7 @@ TEST_P(SamplerPropertyTest, PlanForgetsWhatThePlanHeldBefore) {
       StepPlan used = fresh;
       used.forward = !fresh.forward;
       used.sigma = 7.0F;
+      used.prediction_temperature = 3.0F;
       used.visible_begin = 3;
       used.visible_end = 1;
       used.queries.push_back(
@@ -388,6 +390,7 @@ TEST_P(SamplerPropertyTest, PlanForgetsWhatThePlanHeldBefore) {
       PlanStep(sequence, used);
       EXPECT_EQ(used.forward, fresh.forward);
       EXPECT_EQ(used.sigma, fresh.sigma);
+      EXPECT_EQ(used.prediction_temperature, fresh.prediction_temperature);
       EXPECT_EQ(used.visible_begin, fresh.visible_begin);
       EXPECT_EQ(used.visible_end, fresh.visible_end);
       ASSERT_EQ(used.queries.size(), fresh.queries.size());
@@ -443,6 +446,12 @@ TEST_P(SamplerPropertyTest, ReadsTheKnobsItNamesAndNoOther) {
       {Knob::kEntropyBound, "entropy_bound", [](DecodingParams& p) { p.entropy_bound = 4.0F; }},
       {Knob::kAlgTemp, "alg_temp", [](DecodingParams& p) { p.alg_temp = 3.0F; }},
       {Knob::kEps, "eps", [](DecodingParams& p) { p.eps = 0.7F; }},
+      {Knob::kCooling, "temperature_start", [](DecodingParams& p) { p.temperature_start += 2.0F; }},
+      {Knob::kCooling, "temperature_end", [](DecodingParams& p) { p.temperature_end *= 0.1F; }},
+      {Knob::kAdaptiveStop, "stable_steps",
+       [](DecodingParams& p) { p.stable_steps = p.stable_steps == 0 ? 2 : 0; }},
+      {Knob::kAdaptiveStop, "confident_entropy",
+       [](DecodingParams& p) { p.confident_entropy = p.confident_entropy > 1 ? 0.0F : 50.0F; }},
       {Knob::kCfgScale, "cfg_scale", [](DecodingParams& p) { p.cfg_scale = 2.5F; }},
       {Knob::kEosSwitches, "logits_eos_inf",
        [](DecodingParams& p) { p.logits_eos_inf = !p.logits_eos_inf; }},

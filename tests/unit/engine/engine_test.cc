@@ -107,6 +107,8 @@ std::vector<Family> Families() {
           {"llada2", {"block_dynamic", "block_static", "low_confidence", "joint_threshold"}},
           {"fast_dllm_v2", {"fast_dllm_v2", "block_dynamic", "threshold", "joint_threshold"}},
           {"bd3lm", {"bd3lm_first_hitting", "bd3lm_scheduled", "block_dynamic", "mdlm_ancestral"}},
+          {"diffusion_gemma", {"gemma_renoise"}},
+          {"diffusion_gemma_bf16", {"gemma_renoise"}},
           {"sedd_absorb", {"sedd_euler", "sedd_analytic"}},
           {"sedd_uniform", {"sedd_euler", "sedd_analytic"}}};
 }
@@ -159,6 +161,15 @@ SequenceState RandomSequence(const ModelTraits& model, const std::string& sample
   if (reads(Knob::kLowThreshold)) params.low_threshold = 0.2F;
   if (reads(Knob::kAlgTemp) && random() % 2 == 0) params.alg_temp = 0.3F;
   if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 5;
+  if (model.causal_encoder) {
+    const auto first = std::find(given.begin(), given.end(), false);
+    const auto last = std::find(given.rbegin(), given.rend(), false).base();
+    const auto span = static_cast<int32_t>(last - first);
+    const int32_t block = model.causal_block_length;
+    params.num_steps = 6 * std::max((span + block - 1) / block, 1);
+    params.entropy_bound = 1.0F;
+    params.confident_entropy = 0.7F;
+  }
   auto state = MakeSequence(ids, given, params, model);
   EXPECT_TRUE(state.ok()) << state.status();
   return *std::move(state);
@@ -267,11 +278,13 @@ INSTANTIATE_TEST_SUITE_P(Families, EngineTest, testing::ValuesIn(Families()),
                          [](const auto& info) { return std::string(info.param.model); });
 
 TEST(EngineCacheTest, TheBlockCacheChangesNoByte) {
-  for (const char* name : {"sdar_b4", "sdar_b8", "sdar_b4_f16", "sdar_moe", "llada2"}) {
+  for (const char* name :
+       {"sdar_b4", "sdar_b8", "sdar_b4_f16", "sdar_moe", "llada2", "diffusion_gemma"}) {
     const Loaded loaded = Load(name);
     for (int seed = 0; seed < 6; ++seed) {
-      const SequenceState request =
-          RandomSequence(loaded.denoiser->traits(), "block_dynamic", seed);
+      const SequenceState request = RandomSequence(
+          loaded.denoiser->traits(),
+          loaded.denoiser->traits().causal_encoder ? "gemma_renoise" : "block_dynamic", seed);
       ExpectSameResult(RunAlone(*loaded.denoiser, request, /*block_cache=*/true),
                        RunAlone(*loaded.denoiser, request, /*block_cache=*/false));
     }
@@ -294,7 +307,8 @@ TEST(EngineCacheTest, ALongPromptIsEncodedInPieces) {
 }
 
 TEST(EngineStepTest, AllocatesNothingOnceWarm) {
-  for (const char* name : {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb", "llada2"}) {
+  for (const char* name :
+       {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb", "llada2", "diffusion_gemma"}) {
     SCOPED_TRACE(name);
     const Loaded loaded = Load(name, 2);
     const ModelTraits& model = loaded.denoiser->traits();
@@ -303,10 +317,11 @@ TEST(EngineStepTest, AllocatesNothingOnceWarm) {
     given[0] = true;
     for (int i = 0; i < 4; ++i) {
       DecodingParams params{.sampler = model.default_sampler, .seed = static_cast<uint64_t>(i)};
-      if (model.causal_block_length > 0) params.sampler = "block_static";
+      if (model.causal_block_length > 0 && !model.causal_encoder) params.sampler = "block_static";
       // mdlm_cached makes a random number of steps a turn, and so of events in the report.
       if (model.family == "mdlm") params.sampler = "mdlm_ancestral";
-      if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 5000;
+      if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 6000;
+      if (model.causal_encoder) params.confident_entropy = 0.0F;
       ASSERT_TRUE(
           engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
     }
@@ -366,6 +381,7 @@ class PoisonedDenoiser : public Denoiser {
   }
   absl::Status Answer(absl::Span<const VocabularyQuery> queries,
                       absl::Span<VocabularyAnswer> answers) override {
+    if (fail_answer) return fail_answer = false, absl::UnavailableError("device lost");
     const absl::Status status = real_.Answer(queries, answers);
     for (size_t i = 0; i < queries.size(); ++i) {
       if (queries[i].noise.seed == bad_seed) answers[i].finite = false;
@@ -376,10 +392,12 @@ class PoisonedDenoiser : public Denoiser {
     return real_.Logits(begin, count, out);
   }
   double OutputOffset(float sigma) const override { return real_.OutputOffset(sigma); }
+  int64_t SelfConditioningBytes() const override { return real_.SelfConditioningBytes(); }
   Memory memory() const override { return real_.memory(); }
 
   uint64_t bad_seed = ~uint64_t{0};
   bool fail_next = false;
+  bool fail_answer = false;
 
  private:
   Denoiser& real_;
@@ -423,6 +441,124 @@ TEST(EngineStepTest, AfterADeviceErrorTheTurnIsRepeated) {
   EXPECT_EQ(engine.Step(absl::InfinitePast(), report).code(), absl::StatusCode::kUnavailable);
   EXPECT_TRUE(report.events.empty());
   ExpectSameResult(Finish(engine).at(id), RunAlone(*loaded.denoiser, request));
+}
+
+// A sequence that reads its last prediction, which is in no state.
+SequenceState GemmaRequest(const ModelTraits& model) {
+  std::vector<TokenId> ids(31, 5);
+  std::vector<bool> given(31, true);
+  for (int32_t i = 11; i < 31; ++i) given[i] = false;  // three blocks, the last one padded
+  for (int32_t i = 0; i < 11; ++i) ids[i] = 7 * i + 3;
+  given[14] = false;
+  given[15] = true;  // held inside a block
+  return *MakeSequence(
+      ids, given, {.num_steps = 15, .entropy_bound = 1.0F, .confident_entropy = 0.6F, .seed = 9},
+      model);
+}
+
+TEST(EngineSelfConditioningTest, ResumesFromAnyStepToTheSameBytes) {
+  const Loaded one = Load("diffusion_gemma", 1);
+  const Loaded two = Load("diffusion_gemma", 2);
+  const ModelTraits& model = one.denoiser->traits();
+  const SequenceState request = GemmaRequest(model);
+  ASSERT_EQ(request.canvas.length(), 35);
+
+  // The steps as they are made without a break.
+  Engine whole(*one.denoiser, {.limits = kLimits});
+  const SequenceId whole_id = *whole.Add(request);
+  std::vector<v1::SequenceState> states = {ToWire(request, "model")};
+  std::vector<std::vector<Transfer>> transfers;
+  StepReport report;
+  SequenceState want;
+  while (whole.num_sequences() > 0) {
+    ASSERT_TRUE(whole.Step(absl::InfinitePast(), report).ok());
+    ASSERT_EQ(report.events.size(), 1U);
+    const auto made = report.TransfersOf(report.events[0]);
+    transfers.emplace_back(made.begin(), made.end());
+    if (whole.Find(whole_id) != nullptr) states.push_back(ToWire(*whole.Find(whole_id), "model"));
+    for (auto& [id, state] : whole.TakeFinished()) want = std::move(state);
+  }
+  ASSERT_GE(states.size(), 6U);
+  EXPECT_LE(states.size(), 15U);
+
+  for (size_t at = 0; at < states.size(); ++at) {
+    SCOPED_TRACE(at);
+    const absl::StatusOr<SequenceState> resumed = FromWire(states[at], model, "model");
+    ASSERT_TRUE(resumed.ok()) << resumed.status();
+    const int32_t in_block = resumed->decoding.block_step;
+    Engine engine(*two.denoiser, {.limits = kLimits});
+    ASSERT_TRUE(engine.Add(RandomSequence(model, "gemma_renoise", static_cast<int>(at))).ok());
+    const SequenceId id = *engine.Add(*resumed);
+    size_t step = at;
+    int turns = 0;
+    for (; engine.Find(id) != nullptr; ++turns) {
+      // Steps that are made again are nobody's business.
+      if (turns <= in_block) {
+        EXPECT_EQ(ToWire(*engine.Find(id), "model").SerializeAsString(),
+                  states[at].SerializeAsString());
+      }
+      ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+      for (const StepEvent& event : report.events) {
+        if (event.sequence != id) continue;
+        ASSERT_LT(step, transfers.size());
+        EXPECT_EQ(event.step, static_cast<int32_t>(step));
+        const auto made = report.TransfersOf(event);
+        ASSERT_EQ(made.size(), transfers[step].size());
+        for (size_t i = 0; i < made.size(); ++i) {
+          EXPECT_EQ(made[i].position, transfers[step][i].position);
+          EXPECT_EQ(made[i].token, transfers[step][i].token);
+          EXPECT_EQ(made[i].confidence, transfers[step][i].confidence);
+        }
+        ++step;
+      }
+    }
+    EXPECT_EQ(step, transfers.size());
+    EXPECT_EQ(turns, static_cast<int>(transfers.size() - at) + in_block);
+    for (auto& [finished, state] : engine.TakeFinished()) {
+      if (finished == id) ExpectSameResult(state, want);
+    }
+    // Taken out while its steps are being made again, it is as it came in.
+    if (in_block < 2) continue;
+    Engine left(*one.denoiser, {.limits = kLimits});
+    const SequenceId leaving = *left.Add(*resumed);
+    ASSERT_TRUE(left.Step(absl::InfinitePast(), report).ok());
+    EXPECT_TRUE(report.events.empty());
+    EXPECT_EQ(ToWire(*left.Remove(leaving), "model").SerializeAsString(),
+              states[at].SerializeAsString());
+  }
+}
+
+TEST(EngineSelfConditioningTest, AFailedTurnIsRepeatedFromTheSamePrediction) {
+  const Loaded loaded = Load("diffusion_gemma");
+  const SequenceState request = GemmaRequest(loaded.denoiser->traits());
+  PoisonedDenoiser failing(*loaded.denoiser);
+  Engine engine(failing, {.limits = kLimits});
+  const SequenceId id = *engine.Add(request);
+  StepReport report;
+  for (int turn = 0; turn < 4; ++turn) {
+    ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    (turn % 2 == 0 ? failing.fail_answer : failing.fail_next) = true;
+    EXPECT_EQ(engine.Step(absl::InfinitePast(), report).code(), absl::StatusCode::kUnavailable);
+  }
+  ExpectSameResult(Finish(engine).at(id), RunAlone(*loaded.denoiser, request));
+}
+
+TEST(EngineSelfConditioningTest, ThePromptIsEncodedInPieces) {
+  const Loaded loaded = Load("diffusion_gemma");
+  const SequenceState request = GemmaRequest(loaded.denoiser->traits());
+  const SequenceState want = RunAlone(*loaded.denoiser, request);
+  for (const auto& [rows, sequences] : {std::pair{8, 2}, {9, 1}, {19, 1}, {19, 2}}) {
+    ForwardLimits narrow = kLimits;
+    narrow.rows_max = rows;
+    narrow.sequences_max = sequences;
+    Engine engine(*loaded.denoiser, {.limits = narrow});
+    const SequenceId id = *engine.Add(request);
+    ExpectSameResult(Finish(engine).at(id), want);
+  }
+  ForwardLimits narrow = kLimits;
+  narrow.rows_max = 7;
+  Engine engine(*loaded.denoiser, {.limits = narrow});
+  EXPECT_EQ(engine.Add(request).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST(EngineAddTest, RefusesWhatCannotFitAndSaysWhether) {

@@ -101,6 +101,8 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
         "diffusing": true, "priority": "batch",
         "diffusion": {"sampler": "block-dynamic", "steps": 32, "block_length": 8, "threshold": 0.8,
                       "factor": 2, "entropy_bound": 0.2, "alg_temp": 0.3, "eps": 0.01,
+                      "temperature_start": 0.9, "temperature_end": 0.3, "stable_steps": 2,
+                      "confident_entropy": 0.1,
                       "cfg_scale": 1.5, "eos_penalty": -1, "logits_eos_inf": true,
                       "confidence_eos_eot_inf": true, "steps_min": 16, "deadline_seconds": 2.5,
                       "eta": 0.25, "t_on": 0.75, "t_off": 0.125, "alpha_on": 0.5,
@@ -132,6 +134,10 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
     EXPECT_FLOAT_EQ(params.entropy_bound, 0.2F);
     EXPECT_FLOAT_EQ(params.alg_temp, 0.3F);
     EXPECT_FLOAT_EQ(params.eps, 0.01F);
+    EXPECT_FLOAT_EQ(params.temperature_start, 0.9F);
+    EXPECT_FLOAT_EQ(params.temperature_end, 0.3F);
+    EXPECT_EQ(params.stable_steps, 2);
+    EXPECT_FLOAT_EQ(params.confident_entropy, 0.1F);
     EXPECT_FLOAT_EQ(params.cfg_scale, 1.5F);
     EXPECT_FLOAT_EQ(params.eos_penalty, -1);
     EXPECT_TRUE(params.logits_eos_inf && params.confidence_eos_eot_inf);
@@ -147,7 +153,8 @@ TEST(ParseRequestTest, FieldsOfEveryEndpoint) {
     EXPECT_THAT(request.params_set,
                 UnorderedElementsAre(
                     "sampler", "num_steps", "block_length", "temperature", "top_p", "top_k",
-                    "threshold", "factor", "entropy_bound", "alg_temp", "eps", "cfg_scale",
+                    "threshold", "factor", "entropy_bound", "alg_temp", "eps", "temperature_start",
+                    "temperature_end", "stable_steps", "confident_entropy", "cfg_scale",
                     "eos_penalty", "logits_eos_inf", "confidence_eos_eot_inf", "eta", "t_on",
                     "t_off", "alpha_on", "edit_threshold", "edit_steps", "repeat_penalty",
                     "low_threshold", "eos_early_stop", "sub_block_length", "kv_reuse"));

@@ -380,6 +380,8 @@ TEST_P(GemmaOpsTest, CappedLogitsAgreeWithDoubleAndKeepNan) {
     EXPECT_NEAR(answers[0].log_sum_exp, std::log(sum), 1e-5);
     EXPECT_EQ(answers[0].token_logit, got[answers[0].token]);
     EXPECT_EQ(answers[0].top_token, std::max_element(got.begin(), got.end()) - got.begin());
+    EXPECT_NEAR(answers[0].top_probability,
+                std::exp(static_cast<double>(got[answers[0].top_token]) / 0.7) / sum, 1e-5);
     const Device bad(*backend_, {std::numeric_limits<float>::quiet_NaN()});
     queries[0].hidden_row = 0;
     VocabularyArgs nan = args;

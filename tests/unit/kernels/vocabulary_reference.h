@@ -174,6 +174,14 @@ inline VocabularyReference AnswerInDouble(const VocabularyQuery& query,
     if (answer.token < 0 || reference.scores[id] > reference.scores[answer.token])
       answer.token = id;
   }
+  for (int32_t id = 0; query.want_top && id < vocabulary; ++id) {
+    if (!pickable[id] || l[id] == -std::numeric_limits<float>::infinity()) continue;
+    if (answer.top_token < 0 || l[id] > l[answer.top_token]) answer.top_token = id;
+  }
+  if (answer.top_token >= 0 && !order.empty()) {
+    answer.top_probability =
+        std::min(1.0, std::exp((l[answer.top_token] - largest) / temperature) / kept_mass);
+  }
   if (answer.token >= 0) {
     answer.token_logit = l[answer.token];
     answer.probability =

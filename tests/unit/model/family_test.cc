@@ -450,6 +450,122 @@ TEST(FamilyTest, LladaMoeTakesTheScoresAsTheyAre) {
   EXPECT_FALSE(HasExperts(*Spec(mixed), 2));
 }
 
+json DiffusionGemmaConfig() {
+  json types = json::array();
+  for (int i = 0; i < 30; ++i) types.push_back(i % 6 == 5 ? "full_attention" : "sliding_attention");
+  const json rope = {
+      {"full_attention",
+       {{"partial_rotary_factor", 0.25}, {"rope_theta", 1e6}, {"rope_type", "proportional"}}},
+      {"sliding_attention", {{"rope_theta", 1e4}, {"rope_type", "default"}}}};
+  return {{"architectures", {"DiffusionGemmaForBlockDiffusion"}},
+          {"canvas_length", 256},
+          {"eos_token_id", {1, 106}},
+          {"tie_word_embeddings", true},
+          {"text_config",
+           {{"vocab_size", 262144},
+            {"hidden_size", 2816},
+            {"intermediate_size", 2112},
+            {"num_hidden_layers", 30},
+            {"layer_types", types},
+            {"num_attention_heads", 16},
+            {"num_key_value_heads", 8},
+            {"num_global_key_value_heads", 2},
+            {"head_dim", 256},
+            {"global_head_dim", 512},
+            {"hidden_activation", "gelu_pytorch_tanh"},
+            {"use_bidirectional_attention", "vision"},
+            {"num_experts", 128},
+            {"moe_intermediate_size", 704},
+            {"top_k_experts", 8},
+            {"sliding_window", 1024},
+            {"final_logit_softcapping", 30.0},
+            {"rms_norm_eps", 1e-6},
+            {"rope_parameters", rope},
+            {"max_position_embeddings", 262144}}}};
+}
+
+TEST(FamilyTest, DiffusionGemmaHasTwoKindsOfLayersAndNoMask) {
+  const ModelSpec spec = *Spec(DiffusionGemmaConfig());
+  const ModelTraits& traits = spec.traits;
+  EXPECT_EQ(traits.family, "diffusion_gemma");
+  EXPECT_EQ(traits.mask_token, -1);
+  EXPECT_EQ(traits.parameterization, Parameterization::kUniformPrediction);
+  EXPECT_TRUE(traits.causal_encoder);
+  EXPECT_EQ(traits.causal_block_length, 256);
+  EXPECT_EQ(traits.positions_max, 262144);
+  EXPECT_THAT(traits.eos_tokens, ElementsAre(1, 106));
+  EXPECT_EQ(traits.default_sampler, "gemma_renoise");
+  EXPECT_EQ(spec.windows.window, 1024);
+  EXPECT_EQ(spec.windows.full_rotary_angles, 64);
+  EXPECT_EQ(spec.experts.experts_per_token, 8);
+  const KvShape kv = KvShapeOf(spec, 10);
+  EXPECT_EQ(kv.num_layers, 25);
+  EXPECT_EQ(kv.num_other_layers, 5);
+  EXPECT_EQ(kv.other_kv_heads, 2);
+  EXPECT_EQ(kv.other_head_dim, 512);
+  const std::vector<ExpectedTensor> tensors = ExpectedTensors(spec);
+  const auto shape_of = [&](const std::string& name) {
+    for (const ExpectedTensor& tensor : tensors) {
+      if (tensor.name == name) return tensor.shape;
+    }
+    return std::vector<int64_t>{};
+  };
+  using Shape = std::vector<int64_t>;
+  EXPECT_EQ(shape_of("model.decoder.layers.4.self_attn.v_proj.weight"), (Shape{2048, 2816}));
+  EXPECT_EQ(shape_of("model.decoder.layers.5.self_attn.v_proj.weight"), (Shape{}));
+  EXPECT_EQ(shape_of("model.decoder.layers.5.self_attn.k_proj.weight"), (Shape{1024, 2816}));
+  EXPECT_EQ(shape_of("model.decoder.layers.5.self_attn.o_proj.weight"), (Shape{2816, 8192}));
+  EXPECT_EQ(shape_of("model.decoder.layers.0.experts.gate_up_proj"), (Shape{128, 1408, 2816}));
+  EXPECT_EQ(shape_of("model.decoder.layers.0.experts.down_proj"), (Shape{128, 2816, 704}));
+  EXPECT_EQ(shape_of("model.encoder.language_model.layers.29.layer_scalar"), (Shape{1}));
+  EXPECT_EQ(shape_of("model.decoder.self_conditioning.down_proj.weight"), (Shape{2816, 2112}));
+
+  // As newer versions of the library write the heads.
+  json newer = DiffusionGemmaConfig();
+  json& text = newer["text_config"];
+  text.erase("global_head_dim");
+  text.erase("num_global_key_value_heads");
+  for (int i = 5; i < 30; i += 6) {
+    text["per_layer_config"][std::to_string(i)] = {{"head_dim", 512}, {"num_key_value_heads", 2}};
+  }
+  EXPECT_EQ(Spec(newer)->windows.full_head_dim, 512);
+  EXPECT_EQ(Spec(newer)->windows.full_kv_heads, 2);
+  text["per_layer_config"]["11"]["head_dim"] = 256;
+  EXPECT_THAT(Error(newer), HasSubstr("per_layer_config"));
+  // What is left out has the library's defaults; the last layer always sees everything.
+  json bare = DiffusionGemmaConfig();
+  bare["text_config"].erase("layer_types");
+  bare["text_config"].erase("rope_parameters");
+  bare["text_config"]["num_hidden_layers"] = 8;
+  bare.erase("canvas_length");
+  const ModelSpec defaults = *Spec(bare);
+  EXPECT_THAT(defaults.windows.full_layers,
+              ElementsAre(false, false, false, false, false, true, false, true));
+  EXPECT_EQ(defaults.windows.full_rotary_angles, 64);
+}
+
+TEST(FamilyTest, WhatDiffusionGemmaDoesNotComputeIsRefusedByField) {
+  const auto error = [](const std::string& key, json value) {
+    json config = DiffusionGemmaConfig();
+    config["text_config"][key] = std::move(value);
+    return Error(config);
+  };
+  EXPECT_THAT(error("hidden_activation", "silu"), HasSubstr("hidden_activation"));
+  EXPECT_THAT(error("attention_bias", true), HasSubstr("attention_bias"));
+  EXPECT_THAT(error("use_bidirectional_attention", "all"), HasSubstr("use_bidirectional_attention"));
+  EXPECT_THAT(error("layer_types", {"full_attention"}), HasSubstr("layer_types"));
+  EXPECT_THAT(error("global_head_dim", 511), HasSubstr("global_head_dim"));
+  EXPECT_THAT(error("num_global_key_value_heads", 3), HasSubstr("global_head_dim"));
+  EXPECT_THAT(error("num_experts", 4), HasSubstr("num_experts_per_tok"));
+  EXPECT_THAT(error("sliding_window", 0), HasSubstr("sliding_window"));
+  EXPECT_THAT(error("rope_parameters", {{"sliding_attention", json::object()},
+                                        {"full_attention", {{"rope_type", "yarn"}}}}),
+              HasSubstr("rope_parameters"));
+  EXPECT_THAT(Error(With(DiffusionGemmaConfig(), "tie_word_embeddings", false)),
+              HasSubstr("tie_word_embeddings"));
+  EXPECT_THAT(Error(Without(DiffusionGemmaConfig(), "text_config")), HasSubstr("text_config"));
+}
+
 TEST(FamilyTest, ExpertsThatDoNotFitAreRefusedByField) {
   EXPECT_THAT(Error(With(Llada2Config(), "n_group", 7)), HasSubstr("n_group"));
   EXPECT_THAT(Error(With(Llada2Config(), "topk_group", 9)), HasSubstr("topk_group"));
