@@ -14,13 +14,13 @@ namespace {
 
 constexpr size_t kInputBytesMax = size_t{64} << 20;
 
-absl::StatusOr<std::optional<DType>> ParseDType(const std::string& flag, const std::string& name) {
+absl::StatusOr<std::optional<DType>> ParseDType(const std::string& name) {
   if (name == "auto") return std::optional<DType>();
   if (name == "float32" || name == "f32") return std::optional<DType>(DType::kF32);
   if (name == "bfloat16" || name == "bf16") return std::optional<DType>(DType::kBf16);
   if (name == "float16" || name == "f16") return std::optional<DType>(DType::kF16);
   return absl::InvalidArgumentError(
-      absl::StrCat(flag, " ", name, ": take auto (as stored), float32, bfloat16 or float16"));
+      absl::StrCat("--dtype ", name, ": take auto (as stored), float32, bfloat16 or float16"));
 }
 
 }  // namespace
@@ -34,6 +34,7 @@ void ModelFlags::Register(FlagSet& flags) {
             "weights in memory: auto (as stored), float32, bfloat16, float16");
   flags.Add("activations", &activations, "TYPE",
             "what flows between them: auto, float32, bfloat16 (cuda)");
+  flags.Add("fp8", &fp8, "keep large matrices in FP8 and compute in it (cuda, Ada and newer)");
   flags.Add("threads", &num_threads, "N", "threads; 0 takes every core");
   flags.Add("isa", &isa, "NAME", "auto, avx512, avx2 or generic; all give the same bits");
 }
@@ -44,15 +45,16 @@ absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, const ForwardLim
         "--model is missing: name a folder with config.json and *.safetensors");
   }
   CINNABAR_ASSIGN_OR_RETURN(const DeviceName device, ParseDeviceName(flags.device), "--device");
-  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseDType("--dtype", flags.dtype));
-  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> activations,
-                            ParseDType("--activations", flags.activations));
+  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseDType(flags.dtype));
+  CINNABAR_ASSIGN_OR_RETURN(const DType activation, ParseActivation(flags.activations, device.kind),
+                            "--activations");
   ModelSession session;
   CINNABAR_ASSIGN_OR_RETURN(session.backend,
                             MakeBackend(device.kind, {.num_threads = flags.num_threads,
                                                       .isa = flags.isa,
-                                                      .device_index = device.index,
-                                                      .activation_dtype = activations}));
+                                                      .device = device.index,
+                                                      .activation = activation,
+                                                      .fp8 = flags.fp8}));
   CINNABAR_ASSIGN_OR_RETURN(session.denoiser, LoadDenoiser(flags.directory, *session.backend,
                                                            {.weight_dtype = dtype}, limits));
   return session;

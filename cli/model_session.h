@@ -25,6 +25,7 @@ struct ModelFlags {
   std::string device = "cpu";
   std::string dtype = "auto";
   std::string activations = "auto";
+  bool fp8 = false;
   std::string isa = "auto";
   int32_t num_threads = 0;
 

@@ -27,20 +27,20 @@ tree=${tree:-build/$preset}
 programs=(cinnabar cinnabar-gateway cinnabar-scheduler cinnabar-worker)
 benches=(engine_bench device_ceilings)
 
-# Tests that are labelled gpu, and the op tests that run on every backend.
+# The commands of tests that are labelled gpu: program and arguments, one a line.
 op_tests() {
-  echo backend_test
-  echo vocabulary_test
   ctest --test-dir "$tree" -L gpu --show-only=json-v1 2>/dev/null | python3 -c '
 import json, os, sys
 for test in json.load(sys.stdin)["tests"]:
     if "/tests/" in test.get("command", [""])[0]:
-        print(os.path.basename(test["command"][0]))'
+        print(os.path.basename(test["command"][0]), *test["command"][1:])'
 }
+# Those programs, and the two that a dry run takes.
+op_programs() { { op_tests | cut -d' ' -f1; printf '%s\n' backend_test vocabulary_test; } | sort -u; }
 if [ -n "$build" ]; then
   cmake --preset "$preset" >/dev/null
   targets=("${programs[@]}")
-  if [ -n "$tests" ]; then mapfile -t -O "${#targets[@]}" targets < <(printf '%s\n' "${benches[@]}"; op_tests | sort -u); fi
+  if [ -n "$tests" ]; then mapfile -t -O "${#targets[@]}" targets < <(printf '%s\n' "${benches[@]}"; op_programs); fi
   cmake --build "$tree" --target "${targets[@]}"
 fi
 for program in "${programs[@]}"; do
@@ -71,8 +71,8 @@ if [ -n "$tests" ]; then
   for program in "${benches[@]}"; do
     cp "$tree/bin/$program" "$stage/test-bin/"
   done
-  op_tests | sort -u >"$stage/test-bin/op_tests.txt"
-  while read -r program; do cp "$tree/tests/$program" "$stage/test-bin/"; done <"$stage/test-bin/op_tests.txt"
+  op_tests >"$stage/test-bin/op_tests.txt"
+  while read -r program; do cp "$tree/tests/$program" "$stage/test-bin/"; done < <(op_programs)
   while read -r program; do elf+=("$stage/test-bin/$program"); done < <(ls "$stage/test-bin" | grep -v '\.txt$')
   cp -r tests/golden tests/gpu "$stage/tests/"
   cp -r models/cinnabar-tiny "$stage/models/"

@@ -32,9 +32,6 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
                                                      const BackendOptions& options) {
   switch (kind) {
     case BackendKind::kCpu:
-      if (options.activation_dtype.value_or(DType::kF32) != DType::kF32) {
-        return absl::InvalidArgumentError("the CPU keeps activations in float32");
-      }
       return cpu::MakeCpuBackend(options);
     case BackendKind::kCuda:
       return absl::UnimplementedError("this build has no CUDA backend; use the CPU");

@@ -18,7 +18,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -570,15 +569,18 @@ struct BackendOptions {
   int32_t num_threads = 0;  // CPU: 0 takes every core
   // CPU: "auto", "avx512", "avx2" or "generic". Every choice gives the same bits.
   std::string isa = "auto";
-  int32_t device_index = 0;  // CUDA
-  // Of what flows between the ops, the residual stream excepted. Empty: the backend's own choice.
-  // The CPU takes kF32 alone.
-  std::optional<DType> activation_dtype;
+  // CUDA: which of the devices that the driver shows.
+  int32_t device = 0;
+  // CUDA: activation_dtype(), and that of keys and values. kBf16, or kF32 for comparison with the
+  // CPU: float32 arithmetic throughout, whatever the weights are kept in, and slow.
+  DType activation = DType::kBf16;
+  // CUDA: LoadWeight() keeps large matrices as FP8 (e4m3, a scale an output), and their products
+  // round each row of x to FP8 with a scale of its own. Not the vocabulary head, routers, experts.
+  bool fp8 = false;
 };
 
 // Unimplemented when that backend was not built, Unavailable when there is no device (or the CPU
-// lacks the asked instruction set), InvalidArgument for an unknown isa or an activation dtype that
-// is not computed.
+// lacks the asked instruction set), InvalidArgument for an unknown isa.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
                                                      const BackendOptions& options);
 

@@ -29,6 +29,16 @@ absl::StatusOr<DeviceName> ParseDeviceName(absl::string_view text) {
       absl::StrCat("\"", text, "\" is no device; take cpu, cuda or cuda:N"));
 }
 
+absl::StatusOr<DType> ParseActivation(absl::string_view text, BackendKind kind) {
+  const bool cpu = kind == BackendKind::kCpu;
+  if (text == "auto") return cpu ? DType::kF32 : DType::kBf16;
+  if (text == "float32" || text == "f32") return DType::kF32;
+  if (!cpu && (text == "bfloat16" || text == "bf16")) return DType::kBf16;
+  return absl::InvalidArgumentError(
+      absl::StrCat("activations in \"", text, "\": ", NameOf(kind),
+                   cpu ? " takes auto or float32" : " takes auto, bfloat16 or float32"));
+}
+
 const char* NameOf(BackendKind kind) {
   switch (kind) {
     case BackendKind::kCpu:

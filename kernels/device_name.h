@@ -19,6 +19,10 @@ struct DeviceName {
 // "cpu", "cuda" (the first one) or "cuda:N". InvalidArgument.
 absl::StatusOr<DeviceName> ParseDeviceName(absl::string_view text);
 
+// BackendOptions::activation by a flag: "auto" is float32 on the CPU and bfloat16 on CUDA, which
+// takes "float32" as well. InvalidArgument.
+absl::StatusOr<DType> ParseActivation(absl::string_view text, BackendKind kind);
+
 // "cpu", "cuda:1".
 std::string NameOf(const DeviceName& device);
 const char* NameOf(BackendKind kind);  // "cpu", "cuda"

@@ -41,6 +41,7 @@ struct Flags {
   std::string device = "cpu";
   std::string dtype = "auto";
   std::string activations = "auto";
+  bool fp8 = false;
   std::string nvml = kNvmlLibrary;
   std::string isa = "auto";
   int32_t threads = 0;
@@ -74,6 +75,7 @@ struct Flags {
     flags.Add("dtype", &dtype, "TYPE", "of the weights in memory: auto, float32, bfloat16");
     flags.Add("activations", &activations, "TYPE",
               "of what flows between the weights: auto, float32, bfloat16 (cuda)");
+    flags.Add("fp8", &fp8, "keep large matrices in FP8 and compute in it (cuda, Ada and newer)");
     flags.Add("isa", &isa, "ISA", "auto, avx512, avx2 or generic: the same bits");
     flags.Add("threads", &threads, "N", "0 takes every core");
     flags.Section("Room");
@@ -110,12 +112,12 @@ std::string NewBoot(const std::string& name) {
   return absl::StrCat(name.substr(0, 40), "-", tail);
 }
 
-absl::StatusOr<std::optional<DType>> ParseType(const std::string& flag, const std::string& name) {
+absl::StatusOr<std::optional<DType>> ParseWeightType(const std::string& name) {
   if (name == "auto") return std::optional<DType>();
   if (name == "float32" || name == "f32") return std::optional<DType>(DType::kF32);
   if (name == "bfloat16" || name == "bf16") return std::optional<DType>(DType::kBf16);
   return absl::InvalidArgumentError(
-      absl::StrCat(flag, " ", name, ": take auto, float32 or bfloat16"));
+      absl::StrCat("--dtype ", name, ": take auto, float32 or bfloat16"));
 }
 
 NullFaults NullFaultsFrom(int32_t first, int32_t passes) {
@@ -166,9 +168,12 @@ absl::Status Serve(Flags flags) {
   CINNABAR_RETURN_IF_ERROR(flags.program.Start("worker"));
   WorkerOptions options;
   CINNABAR_ASSIGN_OR_RETURN(options.redis, flags.program.Redis("worker"));
-  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseType("--dtype", flags.dtype));
-  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> activations,
-                            ParseType("--activations", flags.activations));
+  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeightType(flags.dtype));
+  CINNABAR_ASSIGN_OR_RETURN(const DType activation, ParseActivation(flags.activations, device.kind),
+                            "--activations");
+  if (flags.fp8 && device.kind == BackendKind::kCpu) {
+    return absl::InvalidArgumentError("--fp8 goes with --device cuda");
+  }
   CINNABAR_ASSIGN_OR_RETURN(const ModelReport report, InspectModel(flags.model));
   if (!report.problems.empty() || !report.spec.has_value()) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -177,8 +182,9 @@ absl::Status Serve(Flags flags) {
   CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
                             MakeBackend(device.kind, {.num_threads = flags.threads,
                                                       .isa = flags.isa,
-                                                      .device_index = device.index,
-                                                      .activation_dtype = activations}));
+                                                      .device = device.index,
+                                                      .activation = activation,
+                                                      .fp8 = flags.fp8}));
   options.engine.limits = {
       .rows_max = flags.tokens_max,
       .sequences_max = flags.rows_max,
@@ -190,9 +196,11 @@ absl::Status Serve(Flags flags) {
   if (null_device) {
     if (options.engine.kv_bytes_max == 0) options.engine.kv_bytes_max = int64_t{2} << 30;
   } else {
-    CINNABAR_ASSIGN_OR_RETURN(const Denoiser::Memory needs,
-                              EstimateLoad(flags.model, *backend, device.kind == BackendKind::kCpu,
-                                           load, options.engine.limits));
+    CINNABAR_ASSIGN_OR_RETURN(
+        const Denoiser::Memory needs,
+        EstimateLoad(flags.model, *backend,
+                     {.in_place = device.kind == BackendKind::kCpu, .fp8 = flags.fp8}, load,
+                     options.engine.limits));
     CINNABAR_ASSIGN_OR_RETURN(const RoomPlan plan,
                               PlanRoom(flags.model, NameOf(device), needs,
                                        {.sequences_max = options.engine.limits.sequences_max,
@@ -220,7 +228,8 @@ absl::Status Serve(Flags flags) {
           flags.model,
           // Bytes depend on the kind of device and on both types, not on which device of its kind.
           absl::StrCat(null_device ? "null" : NameOf(device.kind), "/", flags.dtype,
-                       activations.has_value() ? absl::StrCat("/", flags.activations) : "")));
+                       flags.activations == "auto" ? "" : absl::StrCat("/", NameOf(activation)),
+                       flags.fp8 ? "/fp8" : "")));
   options.queue = flags.program.Queue();
   options.name = flags.program.name;
   options.boot = NewBoot(options.name);

@@ -8,7 +8,8 @@
 // Or steps of published models' shapes, on any device, with weights made up in memory:
 //
 //   engine_bench --shape llada-8b,dream-7b,llada2-mini [--device cuda] [--dtype bfloat16]
-//                [--activations auto] [--cells block:1x32@512,block:64x32@1024,canvas:8x1024]
+//                [--activations auto] [--fp8] [--cells
+//                block:1x32@512,block:64x32@1024,canvas:8x1024]
 //                [--steps 30] [--seconds 3] [--ceilings FILE] [--json FILE] [--invariance]
 //                [--threads N]
 #include <algorithm>
@@ -230,6 +231,7 @@ int ShapesMain(int argc, char** argv) {
   set.Add("device", &options.device, "DEVICE", "cpu, cuda or cuda:N");
   set.Add("dtype", &options.dtype, "TYPE", "of the weights: float32 or bfloat16");
   set.Add("activations", &options.activations, "TYPE", "auto, float32 or bfloat16");
+  set.Add("fp8", &options.fp8, "large matrices in FP8 (cuda)");
   set.Add("cells", &cells, "CELLS", "block:64x32@1024 or canvas:8x1024, with commas");
   set.Add("steps", &options.steps_max, "N", "timed at most");
   set.Add("seconds", &seconds, "S", "that a cell may take");

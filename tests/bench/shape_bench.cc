@@ -100,7 +100,9 @@ absl::StatusOr<Ceilings> ReadCeilings(const ShapeBenchOptions& options, BackendK
         absl::StrCat(options.ceilings_path, " is not what device_ceilings writes"));
   }
   // The CPU computes in float32 whatever the weights are kept in.
-  const std::string type = kind == BackendKind::kCpu ? "float32" : options.dtype;
+  const std::string type = kind == BackendKind::kCpu ? "float32"
+                           : options.fp8             ? "float8"
+                                                     : options.dtype;
   return Ceilings{.bytes_per_second = std::max(number("bytes_per_second", "copy"),
                                                number("bytes_per_second", "read")),
                   .flops = number("matrix_flops", type)};
@@ -261,15 +263,16 @@ ordered_json Report(const std::string& shape, const std::string& device, const C
   std::printf(
       "%-11s %s %-17s step %9.3f ms (%.3f .. %.3f, %d steps)  %8.3f GB %7.1f GB/s%s  %8.4f TFLOP "
       "%7.2f TFLOP/s%s  %.0f tokens x steps/s\n",
-      shape.c_str(), options.dtype.c_str(), cell.name.c_str(), 1e3 * timing.median,
-      1e3 * timing.low, 1e3 * timing.high, timing.steps, cost.bytes() / 1e9, rate / 1e9,
-      Percent(rate, ceilings.bytes_per_second).c_str(), cost.flops / 1e12, flops / 1e12,
+      shape.c_str(), options.fp8 ? "float8" : options.dtype.c_str(), cell.name.c_str(),
+      1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high, timing.steps, cost.bytes() / 1e9,
+      rate / 1e9, Percent(rate, ceilings.bytes_per_second).c_str(), cost.flops / 1e12, flops / 1e12,
       Percent(flops, ceilings.flops).c_str(), positions / timing.median);
   ordered_json out = {
       {"shape", shape},
       {"device", device},
       {"dtype", options.dtype},
       {"activations", options.activations},
+      {"fp8", options.fp8},
       {"cell", cell.name},
       {"step_seconds", timing.median},
       {"step_seconds_low", timing.low},
@@ -325,7 +328,9 @@ absl::Status RunCells(const std::string& shape, const std::string& folder, const
                               {"weights_bytes", memory.weights_bytes},
                               {"workspace_bytes", memory.workspace_bytes},
                               {"seconds", seconds}});
-  const StepTypes types{.weight_bytes = BytesOf(dtype.value_or(DType::kBf16)),
+  const int64_t weight_bytes = BytesOf(dtype.value_or(DType::kBf16));
+  const StepTypes types{.dense_bytes = options.fp8 ? 1 : weight_bytes,
+                        .weight_bytes = weight_bytes,
                         .kv_bytes = BytesOf(backend.activation_dtype())};
   for (const Cell& cell : cells) {
     CINNABAR_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Make(*denoiser, cell), cell.name);
@@ -361,12 +366,13 @@ absl::Status RunShapeBench(const ShapeBenchOptions& options) {
   }
   CINNABAR_ASSIGN_OR_RETURN(const DeviceName device, ParseDeviceName(options.device), "--device");
   CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseType(options.dtype), "--dtype");
-  CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> activations, ParseType(options.activations),
-                            "--activations");
+  CINNABAR_ASSIGN_OR_RETURN(const DType activation,
+                            ParseActivation(options.activations, device.kind), "--activations");
   CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
                             MakeBackend(device.kind, {.num_threads = options.num_threads,
-                                                      .device_index = device.index,
-                                                      .activation_dtype = activations}));
+                                                      .device = device.index,
+                                                      .activation = activation,
+                                                      .fp8 = options.fp8}));
   CINNABAR_ASSIGN_OR_RETURN(const Ceilings ceilings, ReadCeilings(options, device.kind));
   std::printf("%s; made-up weights, seed 1", backend->Describe().c_str());
   if (ceilings.bytes_per_second > 0) {

@@ -15,6 +15,7 @@ struct ShapeBenchOptions {
   std::string device = "cpu";
   std::string dtype = "bfloat16";    // of the weights: float32 or bfloat16
   std::string activations = "auto";  // auto, float32, bfloat16
+  bool fp8 = false;                  // BackendOptions::fp8
   // "block:SxB@C" is S sequences, each a block of B against C cached positions (a block-causal
   // model); "canvas:SxL" is S whole sequences of L.
   std::vector<std::string> cells = {"block:1x32@512", "block:64x32@1024", "canvas:8x1024"};

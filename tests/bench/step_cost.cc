@@ -46,14 +46,18 @@ StepCost CountStep(const ModelSpec& spec, const StepShape& shape, const StepType
     cost.flops += 2 * rows * elements;
     cost.weight_elements += elements;
   };
+  const auto dense_product = [&](double rows, double elements) {
+    product(rows, elements);
+    cost.dense_elements += elements;
+  };
   for (int32_t layer = 0; layer < spec.num_layers; ++layer) {
     // Behind its attention, the last layer goes on with the answered rows alone.
     const double rows = layer + 1 == spec.num_layers ? answered : all_rows;
-    product(all_rows, dim * (q_dim + 2 * kv_dim));
+    dense_product(all_rows, dim * (q_dim + 2 * kv_dim));
     cost.flops += 4 * pairs * q_dim;
-    product(rows, dim * q_dim);
+    dense_product(rows, dim * q_dim);
     if (!HasExperts(spec, layer)) {
-      product(rows, 3 * dim * spec.mlp_dim);
+      dense_product(rows, 3 * dim * spec.mlp_dim);
       continue;
     }
     product(rows, dim * experts.num_experts);
@@ -61,11 +65,12 @@ StepCost CountStep(const ModelSpec& spec, const StepShape& shape, const StepType
     cost.flops += 2 * rows * experts.experts_per_token * expert;
     cost.weight_elements +=
         ExpectedExperts(experts.num_experts, experts.experts_per_token, rows) * expert;
-    product(rows, 3 * dim * experts.shared_mlp_dim);
+    dense_product(rows, 3 * dim * experts.shared_mlp_dim);
   }
   product(answered, dim * spec.traits.vocab_size);
-  cost.weight_bytes =
-      (cost.weight_elements + all_rows * dim) * static_cast<double>(types.weight_bytes);
+  cost.weight_bytes = cost.dense_elements * static_cast<double>(types.dense_bytes) +
+                      (cost.weight_elements - cost.dense_elements + all_rows * dim) *
+                          static_cast<double>(types.weight_bytes);
   const double position_bytes = 2 * kv_dim * spec.num_layers * static_cast<double>(types.kv_bytes);
   cost.kv_read_bytes = static_cast<double>(shape.sequences * shape.cached) * position_bytes;
   cost.kv_written_bytes = all_rows * position_bytes;

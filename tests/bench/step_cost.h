@@ -19,7 +19,8 @@ struct StepShape {
 
 // Bytes of one element in the device's memory.
 struct StepTypes {
-  int64_t weight_bytes = 2;
+  int64_t dense_bytes = 2;   // q, k, v, o and MLPs, the shared expert's among them
+  int64_t weight_bytes = 2;  // embedding, routers, experts, vocabulary head
   int64_t kv_bytes = 2;
 };
 
@@ -30,6 +31,7 @@ struct StepCost {
   // Elements of all weights that the step reads, once each: those of experts by expectation, if a
   // row's experts were drawn evenly.
   double weight_elements = 0;
+  double dense_elements = 0;    // those of them that StepTypes::dense_bytes is of
   double weight_bytes = 0;      // those, and rows of the embedding
   double kv_read_bytes = 0;     // of cached positions, once for each sequence and layer
   double kv_written_bytes = 0;  // of the rows

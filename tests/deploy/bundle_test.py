@@ -132,7 +132,7 @@ class BundleTest(unittest.TestCase):
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         try:
-            self.assertTrue(is_up.wait(60), "".join(lines))
+            self.assertTrue(is_up.wait(120), "".join(lines))
             maps = pathlib.Path(f"/proc/{up.pid}/maps").read_text()
             libraries = set(re.findall(r"(/\S*\.so[.\d]*)$", maps, re.M)) if " " not in str(self.bundle) else set(
                 line.split(None, 5)[5] for line in maps.splitlines() if ".so" in line)
@@ -165,7 +165,7 @@ class BundleTest(unittest.TestCase):
 
     def test_what_goes_to_a_gpu_machine_runs_from_the_bundle(self):
         done = subprocess.run([self.bundle / "tests/gpu/run.sh", "--dry-run", "--only", "facts,op_tests,parity,invariance", "--out",
-                               self.folder / "report"], capture_output=True, text=True, timeout=200, check=False, cwd="/")
+                               self.folder / "report"], capture_output=True, text=True, timeout=600, check=False, cwd="/")
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         report = json.loads((self.folder / "report/report.json").read_text())
         self.assertEqual([(part["part"], part["status"]) for part in report["parts"]],

@@ -14,7 +14,8 @@
 namespace cinnabar {
 
 absl::StatusOr<Denoiser::Memory> EstimateLoad(const std::string& directory, const Backend& backend,
-                                              bool in_place, const LoadOptions& options,
+                                              const BackendHabits& habits,
+                                              const LoadOptions& options,
                                               const ForwardLimits& limits) {
   CINNABAR_ASSIGN_OR_RETURN(const CheckpointFacts facts, ReadCheckpointFacts(directory));
   CINNABAR_ASSIGN_OR_RETURN(ModelSpec spec, ReadModelSpec(facts));
@@ -29,6 +30,7 @@ absl::StatusOr<Denoiser::Memory> EstimateLoad(const std::string& directory, cons
   const bool dit = spec.body == BodyKind::kDiT;
   const std::string embedding =
       dit ? spec.tensor_prefix + "vocab_embed.embedding" : spec.names.embedding + ".weight";
+  const std::string layers = dit ? spec.tensor_prefix + "blocks." : spec.names.layer_prefix;
   Denoiser::Memory memory;
   for (const ExpectedTensor& tensor : ExpectedTensors(spec)) {
     const TensorEntry& entry = *checkpoint.Find(tensor.name);
@@ -40,10 +42,14 @@ absl::StatusOr<Denoiser::Memory> EstimateLoad(const std::string& directory, cons
         spec.experts.num_experts > 0 && absl::StrContains(tensor.name, spec.names.experts);
     if (tensor.name == embedding) {
       // Looked up as stored; a tied head is a second copy, in the layout of products.
-      memory.weights_bytes += (in_place ? 0 : stored_bytes) + (spec.tied_head ? kept_bytes : 0);
+      memory.weights_bytes +=
+          (habits.in_place ? 0 : stored_bytes) + (spec.tied_head ? kept_bytes : 0);
     } else if (tensor.shape.size() == 1) {
       memory.weights_bytes += entry.num_elements * BytesOf(DType::kF32);
-    } else if (!expert || !in_place || kept_bytes != stored_bytes) {
+    } else if (habits.fp8 && !expert && absl::StartsWith(tensor.name, layers) &&
+               !absl::StrContains(tensor.name, "." + spec.names.router + ".weight")) {
+      memory.weights_bytes += entry.num_elements + tensor.shape[0] * BytesOf(DType::kF32);
+    } else if (!expert || !habits.in_place || kept_bytes != stored_bytes) {
       memory.weights_bytes += kept_bytes;
     }
   }

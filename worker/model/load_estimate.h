@@ -10,12 +10,17 @@
 
 namespace cinnabar {
 
+// How a backend keeps what it loads.
+struct BackendHabits {
+  bool in_place = false;  // reads embedding and experts where they lie in the file (the CPU's)
+  bool fp8 = false;       // BackendOptions::fp8
+};
+
 // Denoiser::memory() of LoadDenoiser(directory, backend, options, limits), from headers and config
-// alone; the backend's padding of weights is left out. `in_place`: this backend reads embedding
-// and experts where they lie in the file (the CPU's), so that they take none of its memory. Errors
-// are those of LoadDenoiser.
+// alone; the backend's padding of weights is left out. Errors are those of LoadDenoiser.
 absl::StatusOr<Denoiser::Memory> EstimateLoad(const std::string& directory, const Backend& backend,
-                                              bool in_place, const LoadOptions& options,
+                                              const BackendHabits& habits,
+                                              const LoadOptions& options,
                                               const ForwardLimits& limits);
 
 }  // namespace cinnabar

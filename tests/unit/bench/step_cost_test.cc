@@ -211,7 +211,8 @@ TEST_P(StepCostCaseTest, CountsWhatAForwardPassAsksOfItsBackend) {
   ASSERT_TRUE((*denoiser)->Answer(queries, absl::MakeSpan(answers)).ok());
 
   const ModelSpec& spec = (*checkpoint)->spec();
-  const StepCost cost = CountStep(spec, c.step, {.weight_bytes = 4, .kv_bytes = 4});
+  const StepCost cost =
+      CountStep(spec, c.step, {.dense_bytes = 1, .weight_bytes = 4, .kv_bytes = 4});
   EXPECT_DOUBLE_EQ(cost.flops, backend.flops());
   if (spec.experts.num_experts == 0) {
     EXPECT_DOUBLE_EQ(cost.weight_elements, backend.weight_elements());
@@ -231,7 +232,11 @@ TEST_P(StepCostCaseTest, CountsWhatAForwardPassAsksOfItsBackend) {
               static_cast<double>(c.step.sequences) * static_cast<double>(backend.KvBytes(shape)));
   }
   const double embedded = static_cast<double>(c.step.sequences * c.step.rows) * spec.dim;
-  EXPECT_DOUBLE_EQ(cost.weight_bytes, 4 * (cost.weight_elements + embedded));
+  const double others = cost.weight_elements - cost.dense_elements;
+  EXPECT_DOUBLE_EQ(cost.weight_bytes, cost.dense_elements + 4 * (others + embedded));
+  if (spec.experts.num_experts == 0) {
+    EXPECT_DOUBLE_EQ(others, static_cast<double>(spec.dim) * spec.traits.vocab_size);
+  }
   EXPECT_DOUBLE_EQ(cost.bytes(), cost.weight_bytes + cost.kv_read_bytes + cost.kv_written_bytes);
 }
 

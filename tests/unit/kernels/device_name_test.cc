@@ -31,9 +31,15 @@ TEST(DeviceNameTest, WhatIsNoDeviceIsRefusedByName) {
 }
 
 TEST(DeviceNameTest, TheCpuKeepsActivationsInFloat32) {
-  EXPECT_TRUE(MakeBackend(BackendKind::kCpu, {.activation_dtype = DType::kF32}).ok());
-  EXPECT_TRUE(absl::IsInvalidArgument(
-      MakeBackend(BackendKind::kCpu, {.activation_dtype = DType::kBf16}).status()));
+  EXPECT_EQ(*ParseActivation("auto", BackendKind::kCpu), DType::kF32);
+  EXPECT_EQ(*ParseActivation("float32", BackendKind::kCpu), DType::kF32);
+  const absl::Status status = ParseActivation("bfloat16", BackendKind::kCpu).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(status));
+  EXPECT_THAT(status.message(), testing::HasSubstr("cpu takes auto or float32"));
+  EXPECT_EQ(*ParseActivation("auto", BackendKind::kCuda), DType::kBf16);
+  EXPECT_EQ(*ParseActivation("bf16", BackendKind::kCuda), DType::kBf16);
+  EXPECT_EQ(*ParseActivation("f32", BackendKind::kCuda), DType::kF32);
+  EXPECT_TRUE(absl::IsInvalidArgument(ParseActivation("float16", BackendKind::kCuda).status()));
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ TEST(EstimateLoadTest, IsWhatLoadingTakes) {
       SCOPED_TRACE(absl::StrCat(model, " as ", dtype.has_value() ? NameOf(*dtype) : "stored"));
       const std::string folder = absl::StrCat(source == nullptr ? "." : source, "/", model);
       const LoadOptions load{.weight_dtype = dtype};
-      const auto estimate = EstimateLoad(folder, *backend, /*in_place=*/true, load, kLimits);
+      const auto estimate = EstimateLoad(folder, *backend, {.in_place = true}, load, kLimits);
       ASSERT_TRUE(estimate.ok()) << estimate.status();
       const auto denoiser = LoadDenoiser(folder, *backend, load, kLimits);
       ASSERT_TRUE(denoiser.ok()) << denoiser.status();
@@ -119,16 +119,22 @@ TEST(EstimateLoadTest, IsWhatLoadingTakes) {
         EXPECT_GE(estimate->workspace_bytes, memory.workspace_bytes * 98 / 100);
       }
       // On a device of its own, everything is copied.
-      const auto copied = EstimateLoad(folder, *backend, /*in_place=*/false, load, kLimits);
+      const auto copied = EstimateLoad(folder, *backend, {}, load, kLimits);
       ASSERT_TRUE(copied.ok());
       EXPECT_GT(copied->weights_bytes, estimate->weights_bytes);
+      // FP8 is for the matrices of layers, which are most of a model.
+      const auto fp8 = EstimateLoad(folder, *backend, {.fp8 = true}, load, kLimits);
+      ASSERT_TRUE(fp8.ok());
+      if (dtype == DType::kF32) {
+        EXPECT_LT(fp8->weights_bytes, copied->weights_bytes);
+      }
     }
   }
 }
 
 TEST(EstimateLoadTest, ErrorsAreThoseOfLoading) {
   const auto backend = *MakeBackend(BackendKind::kCpu, {.num_threads = 1});
-  EXPECT_TRUE(absl::IsNotFound(EstimateLoad("/nowhere", *backend, true, {}, {}).status()));
+  EXPECT_TRUE(absl::IsNotFound(EstimateLoad("/nowhere", *backend, {}, {}, {}).status()));
 }
 
 }  // namespace
