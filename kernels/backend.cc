@@ -2,6 +2,9 @@
 
 #include "common/base/check.h"
 #include "kernels/cpu/cpu_backend.h"
+#if defined(CINNABAR_HAS_CUDA)
+#include "kernels/cuda/cuda_backend.h"
+#endif
 
 namespace cinnabar {
 
@@ -34,7 +37,12 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
     case BackendKind::kCpu:
       return cpu::MakeCpuBackend(options);
     case BackendKind::kCuda:
-      return absl::UnimplementedError("this build has no CUDA backend; use the CPU");
+#if defined(CINNABAR_HAS_CUDA)
+      return cuda::MakeCudaBackend(options);
+#else
+      return absl::UnimplementedError(
+          "this build has no CUDA backend: build it where nvcc is, or use the CPU");
+#endif
   }
   CINNABAR_CHECK(false) << "not a backend: " << static_cast<int>(kind);
   return absl::InternalError("");

@@ -559,7 +559,14 @@ class Backend {
   virtual absl::Status Logits(const LogitsArgs& args) = 0;
   virtual absl::Status SoftEmbed(const SoftEmbedArgs& args) = 0;
 
-  // Waits for everything enqueued. A device error surfaces here (Unavailable).
+  // Brackets the ops of one denoising step, as a hint: a backend may keep what it is given in between
+  // and run it as one (a CUDA graph) at EndStep() or Synchronize(). Results are the same without.
+  // Neither nests; a failed step needs no EndStep().
+  virtual absl::Status BeginStep() { return absl::OkStatus(); }
+  virtual absl::Status EndStep() { return absl::OkStatus(); }
+
+  // Waits for everything enqueued. A device error surfaces here or at a later call (Unavailable), and
+  // then at every call: make a new Backend.
   virtual absl::Status Synchronize() = 0;
 };
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "tests/unit/kernels/named_backend.h"
 
 namespace cinnabar {
 namespace {
@@ -32,9 +33,12 @@ Floats RandomFloats(int64_t count, int seed, float scale = 1.0F) {
   return values;
 }
 
-std::unique_ptr<Backend> Make(const std::string& isa, int32_t num_threads = 1) {
-  auto backend = MakeBackend(BackendKind::kCpu, {.num_threads = num_threads, .isa = isa});
-  if (!backend.ok()) return nullptr;  // this machine has no such instructions
+// Null where this machine has no such instructions or device.
+std::unique_ptr<Backend> Make(const std::string& name, int32_t num_threads = 1,
+                              absl::Status* why = nullptr) {
+  auto backend = MakeNamedBackend(name, num_threads);
+  if (why != nullptr) *why = backend.status();
+  if (!backend.ok()) return nullptr;
   const absl::Status reserved = (*backend)->Reserve({.rows_max = 600,
                                                      .cols_max = 700,
                                                      .vocabulary = 97,
@@ -84,8 +88,9 @@ float RoundTo(DType dtype, float value) {
 class BackendTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
-    backend_ = Make(GetParam());
-    if (backend_ == nullptr) GTEST_SKIP() << "no " << GetParam() << " here";
+    absl::Status why;
+    backend_ = Make(GetParam(), 1, &why);
+    if (backend_ == nullptr) SkipWithout(GetParam(), why);
   }
   std::unique_ptr<Backend> backend_;
 };
@@ -623,6 +628,8 @@ TEST_P(BackendTest, EmbeddingReadsUnalignedRowsOfEveryDtype) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, BackendTest, testing::Values("avx512", "avx2", "generic"));
+INSTANTIATE_TEST_SUITE_P(Emulated, BackendTest, testing::Values("emulated"));
+INSTANTIATE_TEST_SUITE_P(Cuda, BackendTest, testing::Values("cuda"));
 
 // A long chain of ops; its bits are compared between machines' instruction sets, thread counts and
 // batches.

@@ -1,0 +1,129 @@
+// The CUDA backend's choices, as pure functions: tile shapes, segments of a weight, the layout of
+// the workspace and of KV pages. None of them may make a row's bits depend on the batch: what
+// enters a sum (segments) is a function of the weight alone; what depends on the number of rows
+// (tiles, whether segments run side by side) leaves the additions as they are (product.cuh).
+#ifndef CINNABAR_KERNELS_CUDA_PLAN_H_
+#define CINNABAR_KERNELS_CUDA_PLAN_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/launch.h"
+
+namespace cinnabar::cuda {
+
+constexpr int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// --- Products
+
+// Rows of a tile for a batch of `num_rows`: 16, 32, 64 or 128 (FP8: 64 at most), the smallest that
+// holds them all.
+int32_t TileRows(int64_t num_rows, bool fp8);
+// Outputs of a tile that has `tile_rows` rows.
+int32_t TileOutputs(int32_t tile_rows);
+// The same for the vocabulary head: 32 or 128 (FP8: 32).
+int32_t VocabularyTileRows(int64_t num_slots, bool fp8);
+
+// How many bytes of a weight row are summed on their own. A weight of few outputs has too few tiles
+// to keep a device reading; its rows are cut into up to 8 segments, each a multiple of 128 bytes
+// and at least 1 KiB, until there are kTilesWanted blocks of 64 outputs.
+inline constexpr int64_t kTilesWanted = 192;
+int64_t SegmentBytes(int64_t rows, int64_t row_bytes);
+
+// Whether the segments of a product run as blocks of their own. Worth it where the tiles alone
+// leave multiprocessors idle; the partial sums must fit in `partial_floats`.
+bool RunsSplit(int64_t num_tiles, int32_t tile_rows, int32_t num_segments,
+               int32_t num_multiprocessors, int64_t partial_floats);
+// Room for partial sums and tickets that RunsSplit() ever wants.
+int64_t PartialFloatsWanted(int32_t num_multiprocessors);
+int64_t TicketsWanted(int32_t num_multiprocessors);
+
+// FP8 is for the matrices that make up a model: neither routers and other small ones, nor the
+// vocabulary head and stacked modulations (many more outputs than inputs), where its error counts
+// most and saves least.
+bool WantsFp8(RowOrder row_order, int64_t rows, int64_t cols);
+
+// Which gate or up lies in memory row `row` of a gated pair: 8 gates, their 8 ups, ..
+struct GatedSource {
+  bool up = false;
+  int64_t output = 0;
+};
+GatedSource GatedSourceOf(int64_t row);
+
+// --- Attention
+
+// The blocks of Attend() for the sequences of a batch, by span, row and chunk. `group`: query heads
+// of a kv head. Tiles of kAttendItems items; a tile has as many chunks as its last row.
+std::vector<AttendTile> AttendTiles(absl::Span<const SequenceSpan> sequences, int32_t group);
+// Number of positions that row `row_in_span` sees, from 0 on.
+int32_t VisibleKeys(const SequenceSpan& span, int32_t row_in_span);
+int32_t NumAttendChunks(int32_t num_keys);
+
+// Consecutive rows that Attend() takes in one launch, so that the partial results of more than one
+// chunk fit.
+struct AttendGroup {
+  int32_t row_begin = 0;
+  int32_t num_rows = 0;
+  int32_t tile_begin = 0;
+  int32_t num_tiles = 0;
+  int32_t num_chunks = 1;
+};
+// room_parts: (row, chunk) pairs that fit, counted as rows x the chunks of the longest. A tile is
+// never torn; one alone always goes.
+std::vector<AttendGroup> AttendGroups(absl::Span<const SequenceSpan> sequences,
+                                      absl::Span<const AttendTile> tiles, int32_t group,
+                                      int64_t room_parts);
+
+// --- Memory
+
+struct KvLayout {
+  int32_t head_stride = 0;  // elements of a row: head_dim rounded up to 16
+  int64_t page_bytes = 0;   // one layer, kPagePositions positions
+  int32_t pages_per_layer = 0;
+  int64_t num_pages = 0;    // all layers
+  int64_t table_bytes = 0;  // pointers to them, on the device
+  int64_t total_bytes = 0;
+};
+KvLayout LayOutKv(const KvShape& shape, DType dtype);
+
+// Byte offsets into the workspace; 256-byte aligned.
+struct WorkspaceLayout {
+  int64_t staged_bytes = 0;  // what one step may upload; there on host and device
+  int64_t staged = 0;
+  int64_t partials = 0;
+  int64_t partial_floats = 0;
+  int64_t tickets = 0;
+  int64_t num_tickets = 0;
+  int64_t quantized = 0;  // bytes and a scale a row; FP8 only
+  int64_t quantized_scales = 0;
+  int64_t chunk_sums = 0;  // room_parts x cols_max floats
+  int64_t chunk_totals = 0;
+  int64_t chunk_parts = 0;
+  int64_t expert_begins = 0;
+  int64_t expert_tile_begins = 0;
+  int64_t expert_places = 0;
+  int64_t expert_where = 0;
+  int64_t expert_inner = 0;    // [places][mlp_dim]
+  int64_t expert_outputs = 0;  // [places][dim] float32
+  int64_t summaries = 0;
+  int64_t answers = 0;
+  int64_t whole_logits = 0;  // [whole_rows][vocabulary] float32
+  int32_t whole_rows = 0;
+  int32_t group_queries = 0;  // queries of one fused pass
+  int64_t total_bytes = 0;    // of the device
+};
+struct WorkspaceFacts {
+  int32_t num_multiprocessors = 1;
+  bool fp8 = false;
+};
+WorkspaceLayout LayOutWorkspace(const WorkspaceShape& shape, const WorkspaceFacts& facts);
+
+// What a batch's geometry takes of the staged bytes at most; with the rows' ids, indices and
+// queries this is what staged_bytes sums up.
+int64_t GeometryBytes(int64_t num_rows, int64_t num_spans, int64_t num_tiles);
+
+}  // namespace cinnabar::cuda
+
+#endif  // CINNABAR_KERNELS_CUDA_PLAN_H_

@@ -1,0 +1,223 @@
+// Whole forward passes on the CUDA backend, for every family of the golden checkpoints: in float32
+// the CPU's logits within rounding and its tokens exactly; in bf16 close to float32; and the same
+// bits alone, packed and cached.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "tests/unit/kernels/named_backend.h"
+#include "worker/model/denoiser.h"
+
+namespace cinnabar {
+namespace {
+
+const std::vector<std::string>& Models() {
+  static const auto* const models = new std::vector<std::string>{
+      "a2d_llama", "a2d_qwen2",   "a2d_qwen3",   "dream",        "dream_bf16",
+      "llada",     "llada_gqa",   "mdlm",        "open_dcoder",  "sdar_b4",
+      "sdar_b8",   "sdar_b4_f16", "sedd_absorb", "sedd_uniform", "sdar_moe",
+      "rnd1",      "rnd1_bf16",   "llada_moe",   "llada2"};
+  return *models;
+}
+
+struct Part {
+  std::vector<TokenId> ids;
+  int32_t first_position = 0;
+  float sigma = 0.5F;
+  KvMemory* kv = nullptr;
+};
+
+struct Results {
+  std::vector<float> logits;
+  std::vector<VocabularyAnswer> answers;
+};
+
+class Model {
+ public:
+  Model(const std::string& backend_name, const std::string& model,
+        const LoadOptions& options = {}) {
+    const char* source = std::getenv("CINNABAR_SOURCE_DIR");
+    backend_ = *MakeNamedBackend(backend_name);
+    auto denoiser = LoadDenoiser(
+        absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", model), *backend_,
+        options, {.rows_max = 128, .sequences_max = 5, .positions_max = 64});
+    EXPECT_TRUE(denoiser.ok()) << denoiser.status();
+    denoiser_ = *std::move(denoiser);
+  }
+  const ModelTraits& traits() const { return denoiser_->traits(); }
+  KvMemory* NewKv(int32_t positions) {
+    memories_.push_back(*backend_->AllocateKv(denoiser_->SequenceKvShape(positions)));
+    return memories_.back().get();
+  }
+
+  // Logits and answers (half of them drawn) of every row.
+  Results Run(const std::vector<Part>& parts) {
+    std::vector<TokenId> ids;
+    std::vector<SequenceSpan> sequences;
+    std::vector<float> sigmas;
+    std::vector<int32_t> wanted;
+    std::vector<VocabularyQuery> queries;
+    for (const Part& part : parts) {
+      sequences.push_back({.row_begin = static_cast<int32_t>(ids.size()),
+                           .num_rows = static_cast<int32_t>(part.ids.size()),
+                           .first_position = part.first_position,
+                           .block_length = traits().causal_block_length,
+                           .kv = part.kv});
+      for (const TokenId id : part.ids) {
+        VocabularyQuery query;
+        query.hidden_row = static_cast<int32_t>(wanted.size());
+        query.pick_temperature = wanted.size() % 2 == 0 ? 0.0F : 0.7F;
+        query.noise = {.seed = 3, .position = static_cast<uint32_t>(ids.size())};
+        queries.push_back(query);
+        wanted.push_back(static_cast<int32_t>(ids.size()));
+        ids.push_back(id);
+      }
+      sigmas.push_back(part.sigma);
+    }
+    absl::Status status = denoiser_->Forward(
+        {.ids = ids, .sequences = sequences, .sigmas = sigmas, .wanted_rows = wanted});
+    EXPECT_TRUE(status.ok()) << status;
+    Results results;
+    results.answers.resize(queries.size());
+    status = denoiser_->Answer(queries, absl::MakeSpan(results.answers));
+    EXPECT_TRUE(status.ok()) << status;
+    results.logits.resize(wanted.size() * traits().vocab_size);
+    status =
+        denoiser_->Logits(0, static_cast<int32_t>(wanted.size()), absl::MakeSpan(results.logits));
+    EXPECT_TRUE(status.ok()) << status;
+    return results;
+  }
+
+  std::vector<TokenId> SomeIds(size_t count, uint32_t seed) const {
+    std::vector<TokenId> ids(count);
+    uint32_t state = seed;
+    for (TokenId& id : ids) {
+      state = state * 1664525U + 1013904223U;
+      id = static_cast<TokenId>((state >> 8) % traits().vocab_size);
+      if ((state >> 4) % 3 == 0 && traits().mask_token >= 0) id = traits().mask_token;
+    }
+    return ids;
+  }
+  std::vector<Part> SomeParts() {
+    std::vector<Part> parts;
+    for (const auto& [length, seed] : {std::pair{17, 1U}, {1, 2U}, {31, 3U}}) {
+      parts.push_back({.ids = SomeIds(length, seed),
+                       .sigma = 0.3F * static_cast<float>(seed),
+                       .kv = NewKv(length)});
+    }
+    return parts;
+  }
+
+ private:
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Denoiser> denoiser_;
+  std::vector<std::unique_ptr<KvMemory>> memories_;
+};
+
+bool SameBits(absl::Span<const float> a, absl::Span<const float> b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+class CudaModelTest : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    const auto backend = MakeNamedBackend(GetParam());
+    if (!backend.ok()) SkipWithout(GetParam(), backend.status());
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Emulated, CudaModelTest, testing::Values("emulated"));
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaModelTest, testing::Values("cuda"));
+
+TEST_P(CudaModelTest, Float32GivesTheCpusTokens) {
+  for (const std::string& name : Models()) {
+    SCOPED_TRACE(name);
+    Model cpu("auto", name), device(GetParam(), name);
+    const Results want = cpu.Run(cpu.SomeParts());
+    const Results got = device.Run(device.SomeParts());
+    for (size_t i = 0; i < want.logits.size(); ++i) {
+      // As tests/golden/README.md has it: float32 sums of a few dozen terms, through all layers.
+      ASSERT_NEAR(got.logits[i], want.logits[i], 2e-4 * std::max(1.0F, std::abs(want.logits[i])));
+    }
+    for (size_t i = 0; i < want.answers.size(); ++i) {
+      EXPECT_EQ(got.answers[i].token, want.answers[i].token) << "row " << i;
+      EXPECT_NEAR(got.answers[i].probability, want.answers[i].probability, 1e-3);
+      EXPECT_NEAR(got.answers[i].entropy, want.answers[i].entropy, 2e-3);
+    }
+  }
+}
+
+double RelativeError(absl::Span<const float> got, absl::Span<const float> want) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    error += std::pow(got[i] - want[i], 2);
+    size += std::pow(want[i], 2);
+  }
+  return std::sqrt(error / size);
+}
+
+// Against the yardstick that each model brings along: what rounding its weights to bf16, which is
+// done to them anyway, moves its logits. Rounding the activations as well, some five times a layer,
+// moves them by a few times as much.
+TEST_P(CudaModelTest, Bf16StaysCloseToFloat32) {
+  for (const std::string& name : Models()) {
+    SCOPED_TRACE(name);
+    const LoadOptions rounded{.weight_dtype = DType::kBf16};
+    Model exact("auto", name, {.weight_dtype = DType::kF32}), cpu("auto", name, rounded);
+    Model device(GetParam() + "-bf16", name, rounded);
+    const std::vector<float> want = cpu.Run(cpu.SomeParts()).logits;
+    const double yardstick = RelativeError(want, exact.Run(exact.SomeParts()).logits);
+    const double error = RelativeError(device.Run(device.SomeParts()).logits, want);
+    std::printf("%-14s bf16 weights move the logits by %.4f, activations by %.4f\n", name.c_str(),
+                yardstick, error);
+    EXPECT_LT(error, 3 * std::max(yardstick, 0.01));
+  }
+}
+
+TEST_P(CudaModelTest, AloneAndPackedGiveTheSameBits) {
+  for (const std::string& name : Models()) {
+    SCOPED_TRACE(name);
+    Model model(GetParam() + "-bf16", name, {.weight_dtype = DType::kBf16});
+    const std::vector<Part> parts = model.SomeParts();
+    const Results packed = model.Run(parts);
+    int64_t row = 0;
+    for (const Part& part : parts) {
+      const Results alone = model.Run({part});
+      EXPECT_TRUE(SameBits(alone.logits,
+                           absl::MakeConstSpan(packed.logits)
+                               .subspan(row * model.traits().vocab_size, alone.logits.size())));
+      row += static_cast<int64_t>(part.ids.size());
+    }
+  }
+}
+
+TEST_P(CudaModelTest, ABlockReadsFinishedBlocksFromTheCache) {
+  for (const std::string name : {"sdar_b4", "sdar_b8", "sdar_moe"}) {
+    SCOPED_TRACE(name);
+    Model model(GetParam() + "-bf16", name, {.weight_dtype = DType::kBf16});
+    const int32_t block = model.traits().causal_block_length;
+    const int32_t length = 5 * block - 1;
+    const std::vector<TokenId> ids = model.SomeIds(length, 7);
+    const Results whole = model.Run({{.ids = ids, .kv = model.NewKv(length)}});
+    KvMemory* cache = model.NewKv(length);
+    for (int32_t begin = 0; begin < length; begin += block) {
+      const int32_t end = std::min(begin + block, length);
+      const Results part = model.Run({{.ids = {ids.begin() + begin, ids.begin() + end},
+                                       .first_position = begin,
+                                       .kv = cache}});
+      EXPECT_TRUE(SameBits(part.logits, absl::MakeConstSpan(whole.logits)
+                                            .subspan(int64_t{begin} * model.traits().vocab_size,
+                                                     part.logits.size())))
+          << "from " << begin;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cinnabar
