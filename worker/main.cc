@@ -50,7 +50,8 @@ struct Flags {
   void Register(FlagSet& flags) {
     program.Register(flags);
     flags.Section("Model");
-    flags.Add("model", &model, "DIR", "a Hugging Face folder: config.json, *.safetensors");
+    flags.Add("model", &model, "DIR|FILE.gguf",
+              "a Hugging Face folder (config.json, *.safetensors) or a GGUF file");
     flags.Add("model-name", &model_name, "NAME", "what requests call it [the folder's name]");
     flags.Add("device", &device, "cpu|null",
               "null computes nothing and makes tokens up: for load tests only");
@@ -58,7 +59,8 @@ struct Flags {
     flags.Add("null-faults", &null_faults, "ID",
               "with --device null: prompts that begin with token ID abort the worker, ID+1 hang a "
               "step for 10 s, ID+2 fail it, ID+3 give no finite numbers");
-    flags.Add("dtype", &dtype, "TYPE", "of the weights in memory: auto, float32, bfloat16");
+    flags.Add("dtype", &dtype, "TYPE",
+              "of the weights in memory: auto, float32, bfloat16, q8_0, q4_k");
     flags.Add("isa", &isa, "ISA", "auto, avx512, avx2 or generic: the same bits");
     flags.Add("threads", &threads, "N", "0 takes every core");
     flags.Section("Room");
@@ -96,8 +98,10 @@ absl::StatusOr<std::optional<DType>> ParseWeightType(const std::string& name) {
   if (name == "auto") return std::optional<DType>();
   if (name == "float32" || name == "f32") return std::optional<DType>(DType::kF32);
   if (name == "bfloat16" || name == "bf16") return std::optional<DType>(DType::kBf16);
+  if (name == "q8_0") return std::optional<DType>(DType::kQ8_0);
+  if (name == "q4_k") return std::optional<DType>(DType::kQ4_K);
   return absl::InvalidArgumentError(
-      absl::StrCat("--dtype ", name, ": take auto, float32 or bfloat16"));
+      absl::StrCat("--dtype ", name, ": take auto, float32, bfloat16, q8_0 or q4_k"));
 }
 
 NullFaults NullFaultsFrom(int32_t first) {
@@ -112,7 +116,7 @@ NullFaults NullFaultsFrom(int32_t first) {
 absl::Status Serve(Flags flags) {
   if (flags.model.empty()) {
     return absl::InvalidArgumentError(
-        "--model is missing: name a folder with config.json and *.safetensors");
+        "--model is missing: name a folder with config.json and *.safetensors, or a GGUF file");
   }
   if (flags.device != "cpu" && flags.device != "null") {
     return absl::InvalidArgumentError(

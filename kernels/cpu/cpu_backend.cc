@@ -385,7 +385,8 @@ class CpuBackend : public Backend {
                    args.experts_per_row <= args.num_experts / args.num_groups * args.groups_kept);
     ForRows(args.num_rows, [&](int64_t row) {
       RouteRow(args, args.logits.f32() + row * args.logits.stride,
-               args.experts + row * args.experts_per_row, args.weights + row * args.experts_per_row);
+               args.experts + row * args.experts_per_row,
+               args.weights + row * args.experts_per_row);
     });
     return absl::OkStatus();
   }
@@ -418,8 +419,7 @@ class CpuBackend : public Backend {
       const int32_t* mine = places + std::exchange(begin, begins[e]);
       if (count == 0) continue;
       ForRows(count, [&](int64_t i) {
-        std::memcpy(inputs + i * dim,
-                    args.x.f32() + mine[i] / args.experts_per_row * args.x.stride,
+        std::memcpy(inputs + i * dim, args.x.f32() + mine[i] / args.experts_per_row * args.x.stride,
                     dim * sizeof(float));
       });
       LinearArgs linear;
@@ -766,7 +766,8 @@ class CpuBackend : public Backend {
 
     void Prepare(float* x, int64_t num_rows, int64_t dim) const override {
       if (!weight_.any_quantized()) return;
-      backend_.ForRows(num_rows, [&](int64_t row) { backend_.isa_.quantize_row(x + row * dim, dim); });
+      backend_.ForRows(num_rows,
+                       [&](int64_t row) { backend_.isa_.quantize_row(x + row * dim, dim); });
     }
 
     void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id,

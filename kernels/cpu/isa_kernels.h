@@ -64,9 +64,9 @@ struct RunPanel {
   float* offsets;  // null: none
 };
 
-// A row of the left side is rounded to 15 bits for each run, x[k] = scale * q[k]; a run is kRunWords
-// words: 16 pairs (q[2p] in the low half, q[2p + 1] in the high one), the scale and scale * sum of
-// q. A run with NaN or infinity has NaN for both, and q 0.
+// A row of the left side is rounded to 15 bits for each run, x[k] = scale * q[k]; a run is
+// kRunWords words: 16 pairs (q[2p] in the low half, q[2p + 1] in the high one), the scale and scale
+// * sum of q. A run with NaN or infinity has NaN for both, and q 0.
 inline constexpr int32_t kRunWords = 18;
 
 struct IsaKernels {

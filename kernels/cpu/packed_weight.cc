@@ -220,9 +220,9 @@ void PackFloats(const Lane& source, DType dtype, int64_t lane, absl::Span<float>
       std::memcpy(out, &row[k], sizeof(float));
       continue;
     }
-    const uint16_t word = copy                     ? ReadWord<uint16_t>(source.data(), k)
+    const uint16_t word = copy                    ? ReadWord<uint16_t>(source.data(), k)
                           : dtype == DType::kBf16 ? NarrowToBf16(row[k])
-                                                   : NarrowToHalf(row[k]);
+                                                  : NarrowToHalf(row[k]);
     std::memcpy(out, &word, sizeof(word));
   }
 }
@@ -322,10 +322,10 @@ std::unique_ptr<PackedWeight> PackedWeight::Map(absl::Span<const HostMatrix> par
                                                 RowOrder row_order) {
   const PanelShape shape = ShapeOf(parts, row_order);
   for (const HostMatrix& part : parts) CINNABAR_CHECK(part.dtype == parts[0].dtype);
-  return std::unique_ptr<PackedWeight>(new PackedWeight(
-      shape.rows, shape.cols, row_order, parts[0].dtype,
-      std::vector<Panel>(shape.num_panels, Panel{.dtype = parts[0].dtype}), nullptr, 0,
-      std::vector<HostMatrix>(parts.begin(), parts.end())));
+  return std::unique_ptr<PackedWeight>(
+      new PackedWeight(shape.rows, shape.cols, row_order, parts[0].dtype,
+                       std::vector<Panel>(shape.num_panels, Panel{.dtype = parts[0].dtype}),
+                       nullptr, 0, std::vector<HostMatrix>(parts.begin(), parts.end())));
 }
 
 void PackedWeight::WidenMapped(int64_t panel, int64_t k, int64_t count, float* out) const {
@@ -344,7 +344,8 @@ void PackedWeight::WidenMapped(int64_t panel, int64_t k, int64_t count, float* o
       const void* data = lanes[i].data();
       const int64_t begin = k + done;
       if (dtype() == DType::kF32) {
-        SpreadRow<float>(data, begin, piece, [](float x) { return x; }, to);
+        SpreadRow<float>(
+            data, begin, piece, [](float x) { return x; }, to);
       } else if (dtype() == DType::kF16) {
         SpreadRow<uint16_t>(data, begin, piece, WidenHalf, to);
       } else {

@@ -25,9 +25,10 @@ class VocabularyMachine {
 
   // Rewrites rows of `dim` floats, one after another, in place as Multiply() will read them.
   virtual void Prepare(float* x, int64_t num_rows, int64_t dim) const = 0;
-  // x as Prepare() left it: out[row * out_stride + i] = x[row * x_stride ..] . weight[first_id + i] for i < num_ids and
-  // row < num_rows <= strip_rows. first_id is a multiple of kVocabularyChunk, num_ids at most that;
-  // `out` has room for num_ids rounded up to 32. A logit's bits depend on its row and id alone.
+  // x as Prepare() left it: out[row * out_stride + i] = x[row * x_stride ..] . weight[first_id + i]
+  // for i < num_ids and row < num_rows <= strip_rows. first_id is a multiple of kVocabularyChunk,
+  // num_ids at most that; `out` has room for num_ids rounded up to 32. A logit's bits depend on its
+  // row and id alone.
   virtual void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id,
                         int32_t num_ids, float* out, int64_t out_stride) const = 0;
   // Calls body(item, thread) once for each item, thread in [0, num_threads); returns when all are

@@ -16,6 +16,18 @@ namespace {
 // Logits come out in pieces of about this many floats.
 constexpr int64_t kLogitsFloats = 1 << 20;
 
+// The dtype of all parts; F32 where they differ, but for block formats, which a backend keeps as
+// they are.
+DType StoredAs(absl::Span<const HostMatrix> parts) {
+  const DType dtype = parts[0].dtype;
+  for (const HostMatrix& part : parts) {
+    if (part.dtype != dtype && !(IsQuantized(part.dtype) && IsQuantized(dtype))) {
+      return DType::kF32;
+    }
+  }
+  return dtype;
+}
+
 }  // namespace
 
 // --- Loading
@@ -23,18 +35,28 @@ constexpr int64_t kLogitsFloats = 1 << 20;
 
 absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Matrix(const std::vector<std::string>& names,
                                                              RowOrder row_order) {
+  return Load(names, row_order, dtype_);
+}
+
+absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::SmallMatrix(
+    const std::vector<std::string>& names) {
+  const bool quantized = dtype_.has_value() && IsQuantized(*dtype_);
+  return Load(names, RowOrder::kStacked, quantized ? std::nullopt : dtype_);
+}
+
+absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Load(const std::vector<std::string>& names,
+                                                           RowOrder row_order,
+                                                           std::optional<DType> wanted) {
   std::vector<HostMatrix> parts;
   for (const std::string& name : names) {
     CINNABAR_ASSIGN_OR_RETURN(const HostMatrix part, checkpoint_.Matrix(name));
     parts.push_back(part);
   }
-  DType dtype = parts[0].dtype;
-  for (const HostMatrix& part : parts) {
-    if (part.dtype != dtype) dtype = DType::kF32;
-  }
+  const auto fits = [&](DType dtype) { return parts[0].cols % BlockOf(dtype).elements == 0; };
+  DType dtype = wanted.value_or(StoredAs(parts));
+  if (!fits(dtype)) dtype = fits(DType::kQ8_0) ? DType::kQ8_0 : StoredAs(parts);
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Weight> weight,
-                            backend_.LoadWeight(parts, row_order, dtype_.value_or(dtype)), "load ",
-                            names[0]);
+                            backend_.LoadWeight(parts, row_order, dtype), "load ", names[0]);
   for (const std::string& name : names) checkpoint_.Release(name);
   loaded_bytes_ += weight->memory_bytes();
   return weight;
@@ -142,19 +164,19 @@ absl::StatusOr<Rows> Body::TakeRows(int64_t rows, int64_t cols, DType dtype) {
 
 WorkspaceShape Body::Workspace() const {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
-  return {.rows_max = limits_.rows_max,
-          .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
-                                int64_t{spec_.experts.mlp_dim},
-                                int64_t{spec_.experts.shared_mlp_dim}, int64_t{spec_.cond_dim},
-                                int64_t{kSigmaFrequencies}}),
-          .vocabulary = spec_.traits.vocab_size,
-          .queries_max = limits_.rows_max,
-          .positions_max = limits_.positions_max,
-          .head_dim_max = spec_.head_dim,
-          .num_experts = spec_.experts.num_experts,
-          .experts_per_row = spec_.experts.experts_per_token,
-          .expert_dim = spec_.dim,
-          .expert_mlp_dim = spec_.experts.mlp_dim};
+  return {
+      .rows_max = limits_.rows_max,
+      .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
+                            int64_t{spec_.experts.mlp_dim}, int64_t{spec_.experts.shared_mlp_dim},
+                            int64_t{spec_.cond_dim}, int64_t{kSigmaFrequencies}}),
+      .vocabulary = spec_.traits.vocab_size,
+      .queries_max = limits_.rows_max,
+      .positions_max = limits_.positions_max,
+      .head_dim_max = spec_.head_dim,
+      .num_experts = spec_.experts.num_experts,
+      .experts_per_row = spec_.experts.experts_per_token,
+      .expert_dim = spec_.dim,
+      .expert_mlp_dim = spec_.experts.mlp_dim};
 }
 
 absl::Status Body::TakeWorkspace() {
@@ -163,11 +185,14 @@ absl::Status Body::TakeWorkspace() {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
   const int64_t kv_dim = int64_t{spec_.num_kv_heads} * spec_.head_dim;
   const std::tuple<Rows*, int64_t, DType> wanted[] = {
-      {&residual_, spec_.dim, DType::kF32},    {&normed_, spec_.dim, activation},
-      {&qkv_, q_dim + 2 * kv_dim, activation}, {&attention_, q_dim, activation},
+      {&residual_, spec_.dim, DType::kF32},
+      {&normed_, spec_.dim, activation},
+      {&qkv_, q_dim + 2 * kv_dim, activation},
+      {&attention_, q_dim, activation},
       {&mlp_, std::max(spec_.mlp_dim, spec_.experts.shared_mlp_dim), activation},
       {&wanted_residual_, spec_.dim, DType::kF32},
-      {&wanted_attention_, q_dim, activation}, {&hidden_, spec_.dim, activation}};
+      {&wanted_attention_, q_dim, activation},
+      {&hidden_, spec_.dim, activation}};
   for (const auto& [member, cols, dtype] : wanted) {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
   }

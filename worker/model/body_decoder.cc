@@ -118,7 +118,8 @@ class DecoderBody : public Body {
     const auto in_layer = [&](const std::string& leaf) {
       return LayerTensor(names.layer_prefix, index, leaf);
     };
-    CINNABAR_ASSIGN_OR_RETURN(layer.router, loader.Matrix({in_layer(names.router) + ".weight"}));
+    CINNABAR_ASSIGN_OR_RETURN(layer.router,
+                              loader.SmallMatrix({in_layer(names.router) + ".weight"}));
     if (experts.bias) {
       CINNABAR_ASSIGN_OR_RETURN(layer.router_bias, loader.Vector({in_layer(names.router_bias)}));
     }
@@ -140,8 +141,8 @@ class DecoderBody : public Body {
       return in_layer(names.shared_expert + leaf) + ".weight";
     };
     CINNABAR_ASSIGN_OR_RETURN(
-        layer.gate_up, loader.Matrix({shared(names.expert_gate), shared(names.expert_up)},
-                                     RowOrder::kGatedPairs));
+        layer.gate_up,
+        loader.Matrix({shared(names.expert_gate), shared(names.expert_up)}, RowOrder::kGatedPairs));
     CINNABAR_ASSIGN_OR_RETURN(layer.down, loader.Matrix({shared(names.expert_down)}));
     return absl::OkStatus();
   }
@@ -162,10 +163,8 @@ class DecoderBody : public Body {
   absl::Status RunExperts(const DecoderLayer& layer, int64_t num_rows, const Rows& residual) {
     const ExpertSpec& experts = spec().experts;
     auto* chosen = static_cast<int32_t*>(chosen_experts_.data);
-    CINNABAR_RETURN_IF_ERROR(backend().Linear({.x = normed_,
-                                               .num_rows = num_rows,
-                                               .weight = layer.router.get(),
-                                               .out = router_logits_}));
+    CINNABAR_RETURN_IF_ERROR(backend().Linear(
+        {.x = normed_, .num_rows = num_rows, .weight = layer.router.get(), .out = router_logits_}));
     CINNABAR_RETURN_IF_ERROR(backend().Route({.logits = router_logits_,
                                               .num_rows = num_rows,
                                               .num_experts = experts.num_experts,

@@ -31,7 +31,8 @@ struct DecoderKeys {
 // norms of heads, experts and traits other than vocabulary and positions.
 void ReadTransformersDecoder(JsonFields& config, ModelSpec& spec, const DecoderKeys& keys = {});
 
-// Experts as Qwen3's mixtures have them: softmax, weights of the chosen renormalised, no shared one.
+// Experts as Qwen3's mixtures have them: softmax, weights of the chosen renormalised, no shared
+// one.
 void ReadQwen3Experts(JsonFields& config, ModelSpec& spec);
 
 // Numbers of experts, per token and groups against each other; InvalidArgument by field.

@@ -50,7 +50,7 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   ModelSpec spec;
   // Without dense layers their width may be missing.
   const absl::string_view width = config.Has("dense_intermediate_size") ? "dense_intermediate_size"
-                                  : config.Has("intermediate_size") ? "intermediate_size"
+                                  : config.Has("intermediate_size")     ? "intermediate_size"
                                                                     : "expert_intermediate_size";
   ReadTransformersDecoder(config, spec, {.mlp_dim = width});
   spec.qkv_bias = spec.o_bias = config.Bool("attention_bias", false);
@@ -69,9 +69,7 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
 }  // namespace
 
 Family MakeLladaMoeFamily() {
-  return {.name = "llada_moe",
-          .architectures = {"LLaDAMoEModelLM", "LLaDAMoEModel"},
-          .read = Read};
+  return {.name = "llada_moe", .architectures = {"LLaDAMoEModelLM", "LLaDAMoEModel"}, .read = Read};
 }
 
 }  // namespace cinnabar

@@ -67,9 +67,9 @@ std::string Experts(const ModelSpec& spec) {
   for (int32_t layer = 0; layer < spec.num_layers; ++layer) layers += HasExperts(spec, layer);
   return absl::StrCat(
       experts.experts_per_token, " of ", experts.num_experts, " a token, MLP ", experts.mlp_dim,
-      experts.num_groups > 1 ? absl::StrCat(", from ", experts.groups_per_token, " of ",
-                                            experts.num_groups, " groups")
-                             : "",
+      experts.num_groups > 1
+          ? absl::StrCat(", from ", experts.groups_per_token, " of ", experts.num_groups, " groups")
+          : "",
       experts.shared_mlp_dim > 0 ? absl::StrCat(", and a shared one of ", experts.shared_mlp_dim)
                                  : "",
       layers < spec.num_layers ? absl::StrCat(", in ", layers, " layers") : "",
@@ -242,13 +242,13 @@ std::string FormatReport(const ModelReport& report) {
 
     const ForwardLimits limits;
     lines.Title("\nmemory (estimate)");
-    lines.Add("weights", absl::StrCat(FormatBytes(report.weights_f32_bytes), " as F32, ",
-                                      FormatBytes(report.weights_half_bytes), " as F16 or BF16",
-                                      report.mapped_bytes > 0
-                                          ? absl::StrCat("; experts of ",
-                                                         FormatBytes(report.mapped_bytes),
-                                                         " stay in the file")
-                                          : ""));
+    lines.Add("weights",
+              absl::StrCat(FormatBytes(report.weights_f32_bytes), " as F32, ",
+                           FormatBytes(report.weights_half_bytes), " as F16 or BF16",
+                           report.mapped_bytes > 0
+                               ? absl::StrCat("; experts of ", FormatBytes(report.mapped_bytes),
+                                              " stay in the file")
+                               : ""));
     lines.Add("activations",
               absl::StrCat(FormatBytes(report.workspace_bytes), " for ", limits.rows_max, " rows"));
     lines.Add("keys and values",

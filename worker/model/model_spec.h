@@ -12,7 +12,7 @@
 #include "absl/strings/string_view.h"
 #include "common/request/sampler_catalog.h"
 #include "kernels/backend.h"
-#include "worker/model/safetensors.h"
+#include "worker/model/checkpoint.h"
 
 namespace cinnabar {
 
@@ -53,8 +53,8 @@ struct DecoderNames {
 struct ExpertSpec {
   int32_t num_experts = 0;  // 0: every layer has one MLP
   int32_t experts_per_token = 0;
-  int32_t mlp_dim = 0;         // of one expert
-  int32_t shared_mlp_dim = 0;  // of the one that every token goes to; 0: there is none
+  int32_t mlp_dim = 0;             // of one expert
+  int32_t shared_mlp_dim = 0;      // of the one that every token goes to; 0: there is none
   std::vector<bool> dense_layers;  // [num_layers]: those that have one MLP all the same
   RouterScore score = RouterScore::kSoftmax;
   bool bias = false;

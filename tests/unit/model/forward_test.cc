@@ -14,8 +14,8 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/json.h"
 #include "tests/unit/model/reference_backend.h"
+#include "worker/model/checkpoint.h"
 #include "worker/model/denoiser.h"
-#include "worker/model/safetensors.h"
 
 namespace cinnabar {
 namespace {
@@ -111,11 +111,19 @@ Loaded Load(const std::string& backend, const std::string& model, const LoadOpti
 }
 
 const std::vector<std::string>& Models() {
-  static const auto* const models = new std::vector<std::string>{
-      "a2d_llama", "a2d_qwen2",   "a2d_qwen3",   "dream",       "dream_bf16",
-      "llada",     "llada_gqa",   "mdlm",        "open_dcoder", "sdar_b4",
-      "sdar_b8",   "sdar_b4_f16", "sedd_absorb", "sedd_uniform", "sdar_moe", "rnd1",
-      "rnd1_bf16", "llada_moe", "llada2"};
+  static const auto* const models =
+      new std::vector<std::string>{"a2d_llama",       "a2d_qwen2",
+                                   "a2d_qwen3",       "dream",
+                                   "dream_bf16",      "llada",
+                                   "llada_gqa",       "mdlm",
+                                   "open_dcoder",     "sdar_b4",
+                                   "sdar_b8",         "sdar_b4_f16",
+                                   "sedd_absorb",     "sedd_uniform",
+                                   "sdar_moe",        "rnd1",
+                                   "rnd1_bf16",       "llada_moe",
+                                   "llada2",          "dream_mixed.gguf",
+                                   "rnd1_mixed.gguf", "llada_moe_mixed.gguf",
+                                   "llada_k.gguf"};
   return *models;
 }
 
@@ -169,15 +177,18 @@ TEST_P(ForwardTest, AgreesWithTheGoldenLogits) {
                   sizeof(float));
       const double bound = std::max(1.0, std::abs(double{reference}));
       const double error = std::abs(double{got[i]} - reference) / bound;
-      worst = std::max(worst, error);
-      // Stated in tests/golden/README.md: float32 sums of a few dozen terms, through all layers.
-      ASSERT_LE(error, 2e-4) << "element " << i << ": " << got[i] << " against " << reference;
+      worst = std::max(worst, error / double{entry["bound"]});
+      // Stated in tests/golden/README.md: float32 sums of a few dozen terms, through all layers;
+      // more where block-quantised weights let the inputs be rounded to 15 bits.
+      ASSERT_LE(error, double{entry["bound"]})
+          << "element " << i << ": " << got[i] << " against " << reference;
     }
     ++num_cases;
   }
   EXPECT_GE(num_cases, 20);
-  RecordProperty("worst_relative_error", absl::StrCat(worst));
-  std::printf("%d cases, worst |difference| / max(1, |reference|) %.2e\n", num_cases, worst);
+  RecordProperty("worst_share_of_bound", absl::StrCat(worst));
+  std::printf("%d cases, worst |difference| / max(1, |reference|) is %.2f of its bound\n",
+              num_cases, worst);
 }
 
 TEST_P(ForwardTest, ASequenceGivesTheSameBitsAloneAndPacked) {

@@ -83,8 +83,7 @@ TEST(InspectTest, AnUnsupportedArchitectureStillReports) {
   EXPECT_FALSE(report.spec.has_value());
   EXPECT_THAT(report.problems, Contains(AllOf(HasSubstr("unsupported: "), HasSubstr("window"))));
   EXPECT_GT(report.num_parameters, 10000);
-  EXPECT_THAT(FormatReport(report),
-              AllOf(HasSubstr("cannot be served"), HasSubstr("BD3LM")));
+  EXPECT_THAT(FormatReport(report), AllOf(HasSubstr("cannot be served"), HasSubstr("BD3LM")));
   EXPECT_EQ(ReportToJson(report)["family"], nullptr);
 }
 

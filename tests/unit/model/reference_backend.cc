@@ -351,8 +351,8 @@ class ReferenceBackend : public Backend {
                      dot(gate_up.row(down.cols() + c), RowOf(args.x, r), gate_up.cols());
         }
         for (int64_t c = 0; c < down.rows(); ++c) {
-          RowOf(args.out, r)[c] += static_cast<float>(
-              args.weights[place] * dot(down.row(c), inner.data(), down.cols()));
+          RowOf(args.out, r)[c] +=
+              static_cast<float>(args.weights[place] * dot(down.row(c), inner.data(), down.cols()));
         }
       }
     }
