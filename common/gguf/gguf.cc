@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <cstring>
 #include <limits>
 #include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "common/base/check.h"
 #include "common/base/status.h"
 
 namespace cinnabar {
@@ -409,6 +411,90 @@ absl::StatusOr<std::vector<int64_t>> GgufHeader::Naturals(absl::string_view key)
     numbers.push_back(*number);
   }
   return numbers;
+}
+
+namespace {
+
+template <typename Word>
+void Put(Word word, std::string& out) {
+  out.append(reinterpret_cast<const char*>(&word), sizeof(word));
+}
+
+void PutString(absl::string_view text, std::string& out) {
+  Put<uint64_t>(text.size(), out);
+  out.append(text.data(), text.size());
+}
+
+std::string Padding(uint64_t bytes) {
+  return std::string((kAlignmentDefault - bytes % kAlignmentDefault) % kAlignmentDefault, '\0');
+}
+
+}  // namespace
+
+void GgufWriter::CloseFile::operator()(FILE* file) const { std::fclose(file); }
+
+absl::StatusOr<GgufWriter> GgufWriter::Create(const std::string& path,
+                                              absl::string_view architecture,
+                                              std::vector<GgufOutput> tensors) {
+  std::string head = "GGUF";
+  Put<uint32_t>(3, head);
+  Put<uint64_t>(tensors.size(), head);
+  Put<uint64_t>(1, head);
+  PutString("general.architecture", head);
+  Put(static_cast<uint32_t>(GgufType::kString), head);
+  PutString(architecture, head);
+  uint64_t offset = 0;
+  for (const GgufOutput& tensor : tensors) {
+    const auto* dtype =
+        std::find_if(std::begin(kDTypes), std::end(kDTypes),
+                     [&](const DTypeSize& known) { return known.name == tensor.dtype; });
+    CINNABAR_CHECK(dtype != std::end(kDTypes) && tensor.bytes > 0 && !tensor.shape.empty() &&
+                   tensor.shape.size() <= kDimensionsMax && tensor.name.size() <= kNameBytesMax)
+        << tensor.name;
+    PutString(tensor.name, head);
+    Put(static_cast<uint32_t>(tensor.shape.size()), head);
+    for (auto size = tensor.shape.rbegin(); size != tensor.shape.rend(); ++size) {
+      Put(static_cast<uint64_t>(*size), head);
+    }
+    Put(dtype->id, head);
+    Put(offset, head);
+    offset += static_cast<uint64_t>(tensor.bytes) + Padding(tensor.bytes).size();
+  }
+  head += Padding(head.size());
+  GgufWriter writer;
+  writer.path_ = path;
+  writer.tensors_ = std::move(tensors);
+  writer.file_.reset(std::fopen(path.c_str(), "wb"));
+  if (writer.file_ == nullptr) return absl::ErrnoToStatus(errno, absl::StrCat("create ", path));
+  CINNABAR_RETURN_IF_ERROR(writer.Write(head));
+  return writer;
+}
+
+absl::Status GgufWriter::Write(absl::string_view bytes) {
+  if (std::fwrite(bytes.data(), 1, bytes.size(), file_.get()) == bytes.size()) {
+    return absl::OkStatus();
+  }
+  return absl::ErrnoToStatus(errno, absl::StrCat("write ", path_));
+}
+
+absl::Status GgufWriter::Append(absl::Span<const uint8_t> bytes) {
+  CINNABAR_CHECK(tensor_ < tensors_.size() &&
+                 static_cast<int64_t>(bytes.size()) <= tensors_[tensor_].bytes - written_)
+      << "more bytes than tensors";
+  CINNABAR_RETURN_IF_ERROR(Write({reinterpret_cast<const char*>(bytes.data()), bytes.size()}));
+  written_ += static_cast<int64_t>(bytes.size());
+  if (written_ < tensors_[tensor_].bytes) return absl::OkStatus();
+  written_ = 0;
+  return Write(Padding(static_cast<uint64_t>(tensors_[tensor_++].bytes)));
+}
+
+absl::Status GgufWriter::Finish() {
+  CINNABAR_CHECK(tensor_ == tensors_.size()) << "a tensor is missing";
+  if (std::fflush(file_.get()) != 0) {
+    return absl::ErrnoToStatus(errno, absl::StrCat("write ", path_));
+  }
+  file_.reset();
+  return absl::OkStatus();
 }
 
 bool HasGgufEnding(absl::string_view path) { return absl::EndsWithIgnoreCase(path, ".gguf"); }

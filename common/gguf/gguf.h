@@ -1,9 +1,11 @@
-// Reading GGUF files: memory-mapped, validated before any number is believed. Versions 2 and 3,
-// little-endian. Format: ggml-org/ggml, docs/gguf.md.
+// Reading and writing GGUF files: memory-mapped, validated before any number is believed. Versions
+// 2 and 3, little-endian. Format: ggml-org/ggml, docs/gguf.md.
 #ifndef CINNABAR_COMMON_GGUF_GGUF_H_
 #define CINNABAR_COMMON_GGUF_GGUF_H_
 
 #include <cstdint>
+#include <cstdio>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -82,6 +84,41 @@ class GgufHeader {
   std::vector<GgufTensor> tensors_;
   absl::flat_hash_map<std::string, GgufValue> fields_;
   absl::flat_hash_map<std::string, size_t> tensor_index_;
+};
+
+// A tensor to be written: `bytes` of a dtype the format knows (CINNABAR_CHECK), shape as in
+// GgufTensor.
+struct GgufOutput {
+  std::string name;
+  std::string dtype;
+  std::vector<int64_t> shape;
+  int64_t bytes = 0;
+};
+
+// Writes a file front to back: header, then the tensors' bytes in their order, padded where the
+// format wants it. Errors name the path; a file that was not finished is of no use.
+class GgufWriter {
+ public:
+  static absl::StatusOr<GgufWriter> Create(const std::string& path, absl::string_view architecture,
+                                           std::vector<GgufOutput> tensors);
+
+  // The next bytes of the tensor that is being written; one tensor at a time (CINNABAR_CHECK).
+  absl::Status Append(absl::Span<const uint8_t> bytes);
+  // After the last byte of the last tensor (CINNABAR_CHECK).
+  absl::Status Finish();
+
+ private:
+  struct CloseFile {
+    void operator()(FILE* file) const;
+  };
+
+  absl::Status Write(absl::string_view bytes);
+
+  std::string path_;
+  std::vector<GgufOutput> tensors_;
+  std::unique_ptr<FILE, CloseFile> file_;
+  size_t tensor_ = 0;
+  int64_t written_ = 0;  // of that tensor
 };
 
 // Whether a path names a GGUF file by its ending.
