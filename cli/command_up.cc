@@ -26,6 +26,7 @@
 #include "cli/terminal.h"
 #include "common/base/status.h"
 #include "common/config/flags.h"
+#include "common/gguf/gguf.h"
 #include "common/keys/pepper.h"
 #include "common/program/program.h"
 #include "common/redis/client.h"
@@ -58,8 +59,8 @@ struct Flags {
 
   void Register(FlagSet& set) {
     set.Section("Models and workers");
-    set.Add("model", &models, "[NAME=]DIR",
-            "a Hugging Face folder; repeatable [models/cinnabar-py-4m]");
+    set.Add("model", &models, "[NAME=]DIR|FILE.gguf",
+            "a Hugging Face folder or a GGUF file; repeatable [models/cinnabar-py-4m]");
     set.Add("workers", &workers, "N", "for each model");
     set.Add("threads", &threads, "N", "of a worker; 0 shares the cores out");
     set.Add("device", &device, "DEVICE",
@@ -130,9 +131,11 @@ absl::StatusOr<std::vector<ServedModel>> ReadModels(const Flags& flags) {
     while (model.path.size() > 1 && model.path.back() == '/') model.path.pop_back();
     if (model.name.empty()) model.name = model.path.substr(model.path.rfind('/') + 1);
     std::error_code error;
-    if (!fs::exists(fs::path(model.path) / "config.json", error)) {
-      return absl::NotFoundError(absl::StrCat("--model ", text, ": ", model.path,
-                                              " holds no config.json; name a Hugging Face folder"));
+    if (HasGgufEnding(model.path) ? !fs::is_regular_file(model.path, error)
+                                  : !fs::exists(fs::path(model.path) / "config.json", error)) {
+      return absl::NotFoundError(
+          absl::StrCat("--model ", text, ": ", model.path,
+                       " holds no config.json; name a Hugging Face folder or a GGUF file"));
     }
     models.push_back(std::move(model));
   }

@@ -19,19 +19,21 @@ absl::StatusOr<std::optional<DType>> ParseDType(const std::string& name) {
   if (name == "float32" || name == "f32") return std::optional<DType>(DType::kF32);
   if (name == "bfloat16" || name == "bf16") return std::optional<DType>(DType::kBf16);
   if (name == "float16" || name == "f16") return std::optional<DType>(DType::kF16);
-  return absl::InvalidArgumentError(
-      absl::StrCat("--dtype ", name, ": take auto (as stored), float32, bfloat16 or float16"));
+  if (name == "q8_0") return std::optional<DType>(DType::kQ8_0);
+  if (name == "q4_k") return std::optional<DType>(DType::kQ4_K);
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--dtype ", name, ": take auto (as stored), float32, bfloat16, float16, q8_0 or q4_k"));
 }
 
 }  // namespace
 
 void ModelFlags::Register(FlagSet& flags) {
   flags.Section("Model");
-  flags.Add("model", &directory, "DIR",
-            "Hugging Face folder: config.json, *.safetensors, tokenizer.json");
+  flags.Add("model", &directory, "DIR|FILE.gguf",
+            "Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file");
   flags.Add("device", &device, "DEVICE", "cpu, cuda or cuda:N");
   flags.Add("dtype", &dtype, "TYPE",
-            "weights in memory: auto (as stored), float32, bfloat16, float16");
+            "weights in memory: auto (as stored), float32, bfloat16, float16, q8_0, q4_k");
   flags.Add("activations", &activations, "TYPE",
             "what flows between them: auto, float32, bfloat16 (cuda)");
   flags.Add("fp8", &fp8, "keep large matrices in FP8 and compute in it (cuda, Ada and newer)");
@@ -42,7 +44,7 @@ void ModelFlags::Register(FlagSet& flags) {
 absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, const ForwardLimits& limits) {
   if (flags.directory.empty()) {
     return absl::InvalidArgumentError(
-        "--model is missing: name a folder with config.json and *.safetensors");
+        "--model is missing: name a folder with config.json and *.safetensors, or a GGUF file");
   }
   CINNABAR_ASSIGN_OR_RETURN(const DeviceName device, ParseDeviceName(flags.device), "--device");
   CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseDType(flags.dtype));

@@ -177,9 +177,8 @@ void WriteNibbles(const float* x, float scale, float offset, int zero, uint8_t* 
   uint8_t q[kRun];
   for (int i = 0; i < kRun; ++i) {
     q[i] = scale == 0.0F ? static_cast<uint8_t>(zero)
-                         : static_cast<uint8_t>(
-                               Round((x[i] - offset) / scale + static_cast<float>(zero), 0.0F,
-                                     15.0F));
+                         : static_cast<uint8_t>(Round(
+                               (x[i] - offset) / scale + static_cast<float>(zero), 0.0F, 15.0F));
   }
   for (int i = 0; i < 16; ++i) nibbles[i] = static_cast<uint8_t>(q[i] | q[i + 16] << 4);
 }
@@ -323,8 +322,7 @@ uint16_t NarrowToHalf(float value) {
 QuantizedRun ReadRun(const void* row, DType dtype, int64_t index) {
   const BlockShape shape = BlockOf(dtype);
   const int64_t runs_per_block = shape.elements / kRun;
-  const uint8_t* block =
-      static_cast<const uint8_t*>(row) + index / runs_per_block * shape.bytes;
+  const uint8_t* block = static_cast<const uint8_t*>(row) + index / runs_per_block * shape.bytes;
   const int64_t j = index % runs_per_block;
   QuantizedRun run{.q = {}, .sub_scale = {1, 1}, .sub_offset = 1, .scale = 0.0F, .offset = 0.0F};
   switch (dtype) {

@@ -61,7 +61,8 @@ struct Flags {
   void Register(FlagSet& flags) {
     program.Register(flags);
     flags.Section("Model");
-    flags.Add("model", &model, "DIR", "a Hugging Face folder: config.json, *.safetensors");
+    flags.Add("model", &model, "DIR|FILE.gguf",
+              "a Hugging Face folder (config.json, *.safetensors) or a GGUF file");
     flags.Add("model-name", &model_name, "NAME", "what requests call it [the folder's name]");
     flags.Add("device", &device, "DEVICE",
               "cpu, cuda, cuda:N; or null, which computes nothing and makes tokens up: for load "
@@ -72,7 +73,8 @@ struct Flags {
               "step for 10 s, ID+2 fail it, ID+3 give no finite numbers");
     flags.Add("null-passes", &null_passes, "N",
               "with --device null: after N forward passes the device is gone");
-    flags.Add("dtype", &dtype, "TYPE", "of the weights in memory: auto, float32, bfloat16");
+    flags.Add("dtype", &dtype, "TYPE",
+              "of the weights in memory: auto, float32, bfloat16, q8_0, q4_k");
     flags.Add("activations", &activations, "TYPE",
               "of what flows between the weights: auto, float32, bfloat16 (cuda)");
     flags.Add("fp8", &fp8, "keep large matrices in FP8 and compute in it (cuda, Ada and newer)");
@@ -116,8 +118,10 @@ absl::StatusOr<std::optional<DType>> ParseWeightType(const std::string& name) {
   if (name == "auto") return std::optional<DType>();
   if (name == "float32" || name == "f32") return std::optional<DType>(DType::kF32);
   if (name == "bfloat16" || name == "bf16") return std::optional<DType>(DType::kBf16);
+  if (name == "q8_0") return std::optional<DType>(DType::kQ8_0);
+  if (name == "q4_k") return std::optional<DType>(DType::kQ4_K);
   return absl::InvalidArgumentError(
-      absl::StrCat("--dtype ", name, ": take auto, float32 or bfloat16"));
+      absl::StrCat("--dtype ", name, ": take auto, float32, bfloat16, q8_0 or q4_k"));
 }
 
 NullFaults NullFaultsFrom(int32_t first, int32_t passes) {
@@ -152,7 +156,7 @@ std::unique_ptr<NvmlSampler> OpenNvml(const std::string& library, const Backend&
 absl::Status Serve(Flags flags) {
   if (flags.model.empty()) {
     return absl::InvalidArgumentError(
-        "--model is missing: name a folder with config.json and *.safetensors");
+        "--model is missing: name a folder with config.json and *.safetensors, or a GGUF file");
   }
   const bool null_device = flags.device == "null";
   DeviceName device;

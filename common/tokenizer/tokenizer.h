@@ -64,11 +64,12 @@ struct DecodeOptions {
 // piece of its own, never normalized, so without a normalizer Decode(Encode(x)) == x for every x.
 class Tokenizer {
  public:
-  // Reads a Hugging Face folder: tokenizer.json, or vocab.json + merges.txt of a GPT-2 or Qwen2
-  // class tokenizer; with them tokenizer_config.json, chat_template.jinja and, where
-  // tokenizer_config.json has no added_tokens_decoder, special_tokens_map.json and
-  // added_tokens.json. NotFound: no tokenizer there. InvalidArgument: a file contradicts itself or
-  // does not parse. Unimplemented: names the file, the field and the type that is not supported.
+  // Reads a GGUF file (a path that ends in .gguf), or a Hugging Face folder: tokenizer.json, or
+  // vocab.json + merges.txt of a GPT-2 or Qwen2 class tokenizer; with them tokenizer_config.json,
+  // chat_template.jinja and, where tokenizer_config.json has no added_tokens_decoder,
+  // special_tokens_map.json and added_tokens.json. NotFound: no tokenizer there. InvalidArgument: a
+  // file contradicts itself or does not parse. Unimplemented: names the file, the field and the
+  // type that is not supported.
   static absl::StatusOr<Tokenizer> Load(const std::string& directory,
                                         const TokenizerOptions& options = {});
 

@@ -10,6 +10,7 @@
 #include "absl/strings/str_split.h"
 #include "common/base/mapped_file.h"
 #include "common/base/status.h"
+#include "common/gguf/gguf.h"
 #include "common/tokenizer/tokenizer.h"
 #include "common/tokenizer/tokenizer_state.h"
 #include "common/tokenizer/utf8.h"
@@ -796,10 +797,24 @@ absl::StatusOr<Json> ReadOptionalJson(const std::string& directory, const std::s
   return ParseJson(*text, {file});
 }
 
+absl::StatusOr<Tokenizer> LoadGguf(const std::string& path, const TokenizerOptions& options) {
+  CINNABAR_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
+  CINNABAR_ASSIGN_OR_RETURN(const GgufHeader header, GgufHeader::Read(file.bytes(), path));
+  CINNABAR_ASSIGN_OR_RETURN(const GgufTokenizer texts, ReadGgufTokenizer(header));
+  if (texts.tokenizer.empty()) {
+    return absl::NotFoundError(absl::StrCat(path, " has no tokenizer.ggml.tokens"));
+  }
+  CINNABAR_ASSIGN_OR_RETURN(Tokenizer tokenizer,
+                            Tokenizer::FromJson(texts.tokenizer, texts.tokenizer_config, options),
+                            path);
+  return tokenizer;
+}
+
 }  // namespace
 
 absl::StatusOr<Tokenizer> Tokenizer::Load(const std::string& directory,
                                           const TokenizerOptions& options) {
+  if (HasGgufEnding(directory)) return LoadGguf(directory, options);
   CINNABAR_ASSIGN_OR_RETURN(Json config, ReadOptionalJson(directory, "tokenizer_config.json"),
                             directory);
   if (config.is_null()) config = Json::object();

@@ -38,8 +38,14 @@ Element ElementOf(DType dtype) {
       return Element::kF16;
     case DType::kBf16:
       return Element::kBf16;
+    case DType::kQ8_0:
+    case DType::kQ4_0:
+    case DType::kQ4_1:
+    case DType::kQ4_K:
+    case DType::kQ6_K:
+      break;  // refused at load
   }
-  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
+  CINNABAR_CHECK(false) << "not a dtype of this backend: " << static_cast<int>(dtype);
   return Element::kF32;
 }
 
@@ -63,8 +69,10 @@ Finish FinishOf(Epilogue epilogue) {
       return Finish::kGeluTanh;
     case Epilogue::kSwiGlu:
       return Finish::kSwiGlu;
+    case Epilogue::kGeGlu:
+      break;  // DiffusionGemma's, refused by Reserve()
   }
-  CINNABAR_CHECK(false) << "not an epilogue: " << static_cast<int>(epilogue);
+  CINNABAR_CHECK(false) << "not an epilogue of this backend: " << static_cast<int>(epilogue);
   return Finish::kStore;
 }
 
@@ -231,6 +239,12 @@ class CudaBackend : public Backend {
   }
 
   absl::Status Reserve(const WorkspaceShape& wanted) override {
+    if (wanted.soft_rows_max > 0) {
+      return absl::UnimplementedError(
+          "DiffusionGemma's self-conditioning, windows and gated gelu are not computed on CUDA "
+          "yet; "
+          "use --device cpu");
+    }
     CINNABAR_RETURN_IF_ERROR(Synchronize());
     WorkspaceShape shape = shape_;
     shape.rows_max = std::max(shape.rows_max, wanted.rows_max);
@@ -248,6 +262,7 @@ class CudaBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                      RowOrder row_order, DType dtype) override {
+    CINNABAR_RETURN_IF_ERROR(RefuseBlocks(parts, dtype));
     int64_t rows = 0;
     for (const HostMatrix& part : parts) rows += part.rows;
     const bool fp8 = options_.fp8 && WantsFp8(row_order, rows, parts[0].cols);
@@ -255,13 +270,16 @@ class CudaBackend : public Backend {
   }
   absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
                                                     RowOrder row_order) override {
+    CINNABAR_RETURN_IF_ERROR(RefuseBlocks(parts, parts[0].dtype));
     return Load(parts, row_order, parts[0].dtype, ElementOf(parts[0].dtype));
   }
   absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
+    CINNABAR_RETURN_IF_ERROR(RefuseBlocks({&table, 1}, table.dtype));
     return Load({&table, 1}, RowOrder::kStacked, table.dtype, ElementOf(table.dtype));
   }
 
   absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) override {
+    CINNABAR_RETURN_IF_ERROR(RefuseBlocks({&vector, 1}, vector.dtype));
     const int64_t size = vector.rows * vector.cols;
     CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer, Allocate(size * 4));
     const Element element = ElementOf(vector.dtype);
@@ -572,7 +590,20 @@ class CudaBackend : public Backend {
     return Note(LaunchCombine(combine, stream_), "sum of the experts");
   }
 
+  absl::Status SoftEmbed(const SoftEmbedArgs&) override {
+    return absl::UnimplementedError("soft embeddings are not computed on CUDA yet");
+  }
+
   absl::Status AnswerVocabulary(const VocabularyArgs& args) override {
+    for (const VocabularyQuery& query : args.queries) {
+      if (query.top_p_inside && query.top_p < 1) {
+        return absl::UnimplementedError(
+            "top_p of this sampler (ReMDM, BD3-LM) is not computed on CUDA yet; leave it out or "
+            "use "
+            "--device cpu");
+      }
+      CINNABAR_CHECK(!query.want_top) << "asked by DiffusionGemma alone, which Reserve() refuses";
+    }
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_CHECK(args.answers.size() == args.queries.size());
     if (args.queries.empty()) return absl::OkStatus();
@@ -746,6 +777,15 @@ class CudaBackend : public Backend {
   }
 
   // --- Weights
+
+  static absl::Status RefuseBlocks(absl::Span<const HostMatrix> parts, DType dtype) {
+    const bool blocks = std::any_of(parts.begin(), parts.end(),
+                                    [](const HostMatrix& part) { return IsQuantized(part.dtype); });
+    if (!blocks && !IsQuantized(dtype)) return absl::OkStatus();
+    return absl::UnimplementedError(
+        "block-quantised weights (Q8_0 to Q6_K) are not computed on CUDA yet; use --device cpu, or "
+        "bfloat16 weights, with --fp8 where 8 bits are wanted");
+  }
 
   absl::StatusOr<std::unique_ptr<Weight>> Load(absl::Span<const HostMatrix> parts,
                                                RowOrder row_order, DType dtype, Element element) {

@@ -117,10 +117,10 @@ struct Options {
 
 std::unique_ptr<Denoiser> Load(const std::string& directory, Backend& backend,
                                const std::string& dtype, const ForwardLimits& limits) {
-  const std::map<std::string, DType> dtypes = {
-      {"float32", DType::kF32}, {"bfloat16", DType::kBf16}, {"q8_0", DType::kQ8_0},
-      {"q4_0", DType::kQ4_0},   {"q4_1", DType::kQ4_1},     {"q4_k", DType::kQ4_K},
-      {"q6_k", DType::kQ6_K}};
+  const std::map<std::string, DType> dtypes = {{"float32", DType::kF32}, {"bfloat16", DType::kBf16},
+                                               {"q8_0", DType::kQ8_0},   {"q4_0", DType::kQ4_0},
+                                               {"q4_1", DType::kQ4_1},   {"q4_k", DType::kQ4_K},
+                                               {"q6_k", DType::kQ6_K}};
   const auto found = dtypes.find(dtype);
   CINNABAR_CHECK(found != dtypes.end()) << dtype << " is no dtype";
   auto denoiser = LoadDenoiser(directory, backend, {.weight_dtype = found->second}, limits);

@@ -23,7 +23,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const std::optional<cinnabar::DType> dtype = cinnabar::UsableDType(tensor.dtype);
     if (dtype.has_value()) {
       CINNABAR_CHECK(tensor.end_byte - tensor.begin_byte ==
-                     tensor.num_elements * cinnabar::BytesOf(*dtype));
+                     cinnabar::BytesOf(*dtype, tensor.num_elements));
     }
   }
   CINNABAR_CHECK(end < 0 || end == static_cast<int64_t>(size));

@@ -20,14 +20,15 @@ sys.path.insert(0, str(HERE))
 
 import numpy as np  # noqa: E402
 
-from reference import cases, checkpoints, models, safetensors_io, tokenizer  # noqa: E402
+from reference import cases, checkpoints, gguf_models, models, safetensors_io, tokenizer  # noqa: E402
 
 GENERATED = ["models", "logits", "cases", "probabilities", "index.json"]
 
 # Ids below these stand for text; the others are special or unused rows.
 TEXT_IDS = {"llada_gqa": 125, "sdar_b8": 93, "sdar_moe": 93, "rnd1": 93, "rnd1_bf16": 93, "llada_moe": 93, "llada2": 93,
             "fast_dllm_v2": 93, "bd3lm": 88, "diffusion_gemma": 97, "diffusion_gemma_bf16": 97,
-            "sedd_absorb": 83, "sedd_uniform": 83, "mdlm": 88}
+            "sedd_absorb": 83, "sedd_uniform": 83, "mdlm": 88, "dream_mixed": 93, "rnd1_mixed": 93, "llada_moe_mixed": 93,
+            "llada_k": 93}
 
 
 def text_ids(model_name):
@@ -44,6 +45,7 @@ def make_checkpoints(out):
         write(out / "models" / name)
         written = sum(f.stat().st_size for f in (out / "models" / name).iterdir())
         assert written < 160 << 10, f"{name}: {written} bytes"
+    gguf_models.make(out / "models")
 
 
 def logits_inputs(model_name, traits):
@@ -66,15 +68,19 @@ def logits_inputs(model_name, traits):
 
 
 def make_logits(out):
-    """Rows as the network gives them. 16-bit checkpoints: the float64 result on the rounded weights."""
+    """Rows as the network gives them. Rounded checkpoints: the float64 result on the rounded weights."""
     index = []
-    for name in checkpoints.CHECKPOINTS:
-        model = models.load(out / "models" / name)
-        narrow = models.load(out / "models" / name, np.float32)
+    folder = out / "models"
+    networks = [(name, name, models.load(folder / name), models.load(folder / name, np.float32))
+                for name in checkpoints.CHECKPOINTS]
+    networks += [(name, f"{name}.gguf", gguf_models.loaded(folder, name), gguf_models.loaded(folder, name, np.float32))
+                 for name in gguf_models.FILES]
+    for name, place, model, narrow in networks:
         for length, entry in logits_inputs(name, model.traits):
-            if name in ("dream_bf16", "sdar_b4_f16", "rnd1_bf16", "diffusion_gemma_bf16") and length != 13:
+            shortened = ("dream_bf16", "sdar_b4_f16", "rnd1_bf16", "diffusion_gemma_bf16")
+            if (name in shortened or place.endswith(".gguf")) and length != 13:
                 continue
-            case = f"{name}_{length}"
+            case = f"{name}_{length}" if place == name else f"{name}_gguf_{length}"
             if model.traits.family == "diffusion_gemma":
                 index.append(make_steps(out, name, case, entry, model, narrow))
                 continue
@@ -85,8 +91,9 @@ def make_logits(out):
             assert error.max() < 1e-4, f"{case}: float32 is off by {error.max():.1e}"
             dump_json(out / "logits" / f"{case}.json", entry)
             safetensors_io.save(out / "logits" / f"{case}.safetensors", {"logits": rows}, "F32")
-            index.append({"name": case, "model_dir": f"models/{name}", "input_file": f"logits/{case}.json",
-                          "logits_file": f"logits/{case}.safetensors"})
+            index.append({"name": case, "model_dir": f"models/{place}", "input_file": f"logits/{case}.json",
+                          "logits_file": f"logits/{case}.safetensors",
+                          "bound": 2e-3 if name in gguf_models.QUANTIZED else 2e-4})
     return index
 
 

@@ -26,6 +26,18 @@ float RoundTo(DType dtype, float value) {
       std::ldexp(std::nearbyint(std::ldexp(fraction, bits)), exponent - bits));
 }
 
+// The dtype of all parts; F32 where they differ, but for block formats, which a backend keeps as
+// they are.
+DType StoredAs(absl::Span<const HostMatrix> parts) {
+  const DType dtype = parts[0].dtype;
+  for (const HostMatrix& part : parts) {
+    if (part.dtype != dtype && !(IsQuantized(part.dtype) && IsQuantized(dtype))) {
+      return DType::kF32;
+    }
+  }
+  return dtype;
+}
+
 }  // namespace
 
 // --- Loading
@@ -33,18 +45,28 @@ float RoundTo(DType dtype, float value) {
 
 absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Matrix(const std::vector<std::string>& names,
                                                              RowOrder row_order) {
+  return Load(names, row_order, dtype_);
+}
+
+absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::SmallMatrix(
+    const std::vector<std::string>& names) {
+  const bool quantized = dtype_.has_value() && IsQuantized(*dtype_);
+  return Load(names, RowOrder::kStacked, quantized ? std::nullopt : dtype_);
+}
+
+absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Load(const std::vector<std::string>& names,
+                                                           RowOrder row_order,
+                                                           std::optional<DType> wanted) {
   std::vector<HostMatrix> parts;
   for (const std::string& name : names) {
     CINNABAR_ASSIGN_OR_RETURN(const HostMatrix part, checkpoint_.Matrix(name));
     parts.push_back(part);
   }
-  DType dtype = parts[0].dtype;
-  for (const HostMatrix& part : parts) {
-    if (part.dtype != dtype) dtype = DType::kF32;
-  }
+  const auto fits = [&](DType dtype) { return parts[0].cols % BlockOf(dtype).elements == 0; };
+  DType dtype = wanted.value_or(StoredAs(parts));
+  if (!fits(dtype)) dtype = fits(DType::kQ8_0) ? DType::kQ8_0 : StoredAs(parts);
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Weight> weight,
-                            backend_.LoadWeight(parts, row_order, dtype_.value_or(dtype)), "load ",
-                            names[0]);
+                            backend_.LoadWeight(parts, row_order, dtype), "load ", names[0]);
   for (const std::string& name : names) checkpoint_.Release(name);
   loaded_bytes_ += weight->memory_bytes();
   return weight;
@@ -77,7 +99,7 @@ absl::StatusOr<std::vector<std::unique_ptr<Weight>>> WeightLoader::StackedExpert
     for (int32_t part = 0; part < num_parts; ++part) {
       const int64_t row = (int64_t{expert} * num_parts + part) * part_rows;
       parts[part].rows = part_rows;
-      parts[part].data = static_cast<const char*>(all.data) + row * all.cols * BytesOf(all.dtype);
+      parts[part].data = static_cast<const char*>(all.data) + BytesOf(all.dtype, row * all.cols);
     }
     absl::StatusOr<std::unique_ptr<Weight>> weight =
         mapped ? backend_.MapWeight(parts, row_order)

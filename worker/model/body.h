@@ -13,9 +13,9 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "kernels/backend.h"
+#include "worker/model/checkpoint.h"
 #include "worker/model/denoiser.h"
 #include "worker/model/model_spec.h"
-#include "worker/model/safetensors.h"
 
 namespace cinnabar {
 
@@ -26,9 +26,13 @@ class WeightLoader {
   WeightLoader(const Checkpoint& checkpoint, Backend& backend, std::optional<DType> dtype)
       : checkpoint_(checkpoint), backend_(backend), dtype_(dtype) {}
 
-  // The matrices `names` as one weight. Kept as dtype_, else as stored (F32 where they differ).
+  // The matrices `names` as one weight. Kept as dtype_, else as stored (F32 where they differ and
+  // are not all in block formats). A block format that their rows do not fill gives way to Q8_0,
+  // and that to how they are stored.
   absl::StatusOr<std::unique_ptr<Weight>> Matrix(const std::vector<std::string>& names,
                                                  RowOrder row_order = RowOrder::kStacked);
+  // As Matrix(), for small ones on which much hangs (a router): dtype_ does not quantise them.
+  absl::StatusOr<std::unique_ptr<Weight>> SmallMatrix(const std::vector<std::string>& names);
   // As Matrix(), for an expert's: left in the file where neither it nor dtype_ asks for a
   // conversion.
   absl::StatusOr<std::unique_ptr<Weight>> ExpertMatrix(const std::vector<std::string>& names,
@@ -48,6 +52,9 @@ class WeightLoader {
   int64_t loaded_bytes() const { return loaded_bytes_; }
 
  private:
+  absl::StatusOr<std::unique_ptr<Weight>> Load(const std::vector<std::string>& names,
+                                               RowOrder row_order, std::optional<DType> wanted);
+
   const Checkpoint& checkpoint_;
   Backend& backend_;
   std::optional<DType> dtype_;

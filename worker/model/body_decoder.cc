@@ -117,7 +117,8 @@ class DecoderBody : public Body {
     const auto in_layer = [&](const std::string& leaf) {
       return LayerTensor(names.layer_prefix, index, leaf);
     };
-    CINNABAR_ASSIGN_OR_RETURN(layer.router, loader.Matrix({in_layer(names.router) + ".weight"}));
+    CINNABAR_ASSIGN_OR_RETURN(layer.router,
+                              loader.SmallMatrix({in_layer(names.router) + ".weight"}));
     if (experts.bias) {
       CINNABAR_ASSIGN_OR_RETURN(layer.router_bias, loader.Vector({in_layer(names.router_bias)}));
     }

@@ -117,11 +117,11 @@ class DiTBody : public Body {
     weights.push_back(prefix + "output_layer.adaLN_modulation.weight");
     biases.push_back(prefix + "output_layer.adaLN_modulation.bias");
     const std::string map = prefix + "sigma_map.mlp.";
-    CINNABAR_ASSIGN_OR_RETURN(conditioning_.mlp0, loader.Matrix({map + "0.weight"}));
+    CINNABAR_ASSIGN_OR_RETURN(conditioning_.mlp0, loader.SmallMatrix({map + "0.weight"}));
     CINNABAR_ASSIGN_OR_RETURN(conditioning_.mlp0_bias, loader.Vector({map + "0.bias"}));
-    CINNABAR_ASSIGN_OR_RETURN(conditioning_.mlp2, loader.Matrix({map + "2.weight"}));
+    CINNABAR_ASSIGN_OR_RETURN(conditioning_.mlp2, loader.SmallMatrix({map + "2.weight"}));
     CINNABAR_ASSIGN_OR_RETURN(conditioning_.mlp2_bias, loader.Vector({map + "2.bias"}));
-    CINNABAR_ASSIGN_OR_RETURN(conditioning_.modulation, loader.Matrix(weights));
+    CINNABAR_ASSIGN_OR_RETURN(conditioning_.modulation, loader.SmallMatrix(weights));
     CINNABAR_ASSIGN_OR_RETURN(conditioning_.modulation_bias, loader.Vector(biases));
 
     const bool conditioned = spec().traits.conditioned_on_sigma;

@@ -9,6 +9,8 @@
 #include "common/base/json.h"
 #include "common/base/mapped_file.h"
 #include "common/base/status.h"
+#include "common/gguf/gguf.h"
+#include "worker/model/gguf_model.h"
 
 namespace cinnabar {
 namespace {
@@ -202,6 +204,12 @@ absl::StatusOr<CheckpointFacts> ReadCheckpointFacts(const CheckpointTexts& texts
 
 absl::StatusOr<CheckpointFacts> ReadCheckpointFacts(const std::string& directory) {
   CheckpointTexts texts;
+  if (HasGgufEnding(directory)) {
+    CINNABAR_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(directory));
+    CINNABAR_ASSIGN_OR_RETURN(const GgufHeader header, GgufHeader::Read(file.bytes(), directory));
+    CINNABAR_ASSIGN_OR_RETURN(texts, GgufTexts(header));
+    return ReadCheckpointFacts(texts, directory);
+  }
   const std::string config_path = absl::StrCat(directory, "/config.json");
   CINNABAR_ASSIGN_OR_RETURN(texts.config, ReadFile(config_path, kConfigBytesMax));
   const std::tuple<std::string*, absl::string_view, size_t> files[] = {

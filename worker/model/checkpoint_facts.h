@@ -45,7 +45,8 @@ struct CheckpointTexts {
 absl::StatusOr<CheckpointFacts> ReadCheckpointFacts(const CheckpointTexts& texts,
                                                     absl::string_view directory);
 
-// Reads the files of `directory`. NotFound without a config.json.
+// Reads the files of `directory`, or what a GGUF file (a path that ends in .gguf) says instead of
+// them. NotFound without a config.json.
 absl::StatusOr<CheckpointFacts> ReadCheckpointFacts(const std::string& directory);
 
 // Id of the added token with the first of these texts that there is; -1: none.

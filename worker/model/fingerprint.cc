@@ -12,6 +12,7 @@
 #include "common/base/check.h"
 #include "common/base/mapped_file.h"
 #include "common/base/status.h"
+#include "common/gguf/gguf.h"
 
 namespace cinnabar {
 namespace {
@@ -46,14 +47,20 @@ absl::StatusOr<std::string> ModelFingerprint(const std::string& directory,
   namespace fs = std::filesystem;
   std::error_code error;
   std::vector<fs::path> files;
-  for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error)) {
-    const std::string name = it->path().filename().string();
-    if (name == "config.json" || it->path().extension() == ".safetensors") {
-      files.push_back(it->path());
+  if (HasGgufEnding(directory)) {
+    files.emplace_back(directory);
+  } else {
+    for (fs::directory_iterator it(directory, error), end; !error && it != end;
+         it.increment(error)) {
+      const fs::path extension = it->path().extension();
+      if (it->path().filename() == "config.json" || extension == ".safetensors" ||
+          extension == ".gguf") {
+        files.push_back(it->path());
+      }
     }
+    if (error) return absl::NotFoundError(absl::StrCat(directory, ": ", error.message()));
+    if (files.size() < 2) return absl::NotFoundError(absl::StrCat(directory, ": holds no weights"));
   }
-  if (error) return absl::NotFoundError(absl::StrCat(directory, ": ", error.message()));
-  if (files.size() < 2) return absl::NotFoundError(absl::StrCat(directory, ": holds no weights"));
   std::sort(files.begin(), files.end());
   Sha256 digest;
   digest.Add(variant);

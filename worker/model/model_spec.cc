@@ -263,9 +263,9 @@ std::vector<std::string> CheckTensors(const Checkpoint& checkpoint, ModelSpec& s
                                       " in ", checkpoint.FileOf(*found), ", the config asks for [",
                                       absl::StrJoin(tensor.shape, ", "), "]"));
     } else if (!UsableDType(found->dtype).has_value()) {
-      problems.push_back(absl::StrCat("unsupported: ", tensor.name, " is ", found->dtype, " in ",
-                                      checkpoint.FileOf(*found),
-                                      "; weights are read as F32, F16 or BF16"));
+      problems.push_back(absl::StrCat(
+          "unsupported: ", tensor.name, " is ", found->dtype, " in ", checkpoint.FileOf(*found),
+          "; weights are read as F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"));
     }
     if (problems.size() == kProblemsMax) return problems;
   }

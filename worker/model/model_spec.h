@@ -12,7 +12,7 @@
 #include "absl/strings/string_view.h"
 #include "common/request/sampler_catalog.h"
 #include "kernels/backend.h"
-#include "worker/model/safetensors.h"
+#include "worker/model/checkpoint.h"
 
 namespace cinnabar {
 

@@ -1,8 +1,5 @@
 #include "worker/model/safetensors.h"
 
-#include <dirent.h>
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <bit>
 #include <cstdio>
@@ -11,8 +8,6 @@
 #include <memory>
 #include <utility>
 
-#include "absl/container/btree_set.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "common/base/check.h"
@@ -25,10 +20,8 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "safetensors is little-endian");
 
 constexpr int64_t kHeaderBytesMax = 100'000'000;  // the format's own limit
-constexpr size_t kIndexBytesMax = 64U << 20;
 constexpr size_t kNameBytesMax = 1024;
 constexpr size_t kDimensionsMax = 16;
-constexpr size_t kShardsMax = 4096;
 
 struct DTypeBits {
   absl::string_view name;
@@ -129,37 +122,6 @@ absl::Status CheckMetadata(const nlohmann::json& metadata, absl::string_view wha
   return absl::OkStatus();
 }
 
-std::string FileName(const std::string& path) { return path.substr(path.rfind('/') + 1); }
-
-// Names in a folder, sorted; empty when it cannot be read.
-std::vector<std::string> ListFolder(const std::string& directory) {
-  std::vector<std::string> names;
-  const std::unique_ptr<DIR, int (*)(DIR*)> folder(opendir(directory.c_str()), &closedir);
-  if (folder == nullptr) return names;
-  while (const dirent* entry = readdir(folder.get())) names.emplace_back(entry->d_name);
-  std::sort(names.begin(), names.end());
-  return names;
-}
-
-// weight_map of an index: tensor -> file.
-absl::StatusOr<nlohmann::json> ReadIndex(const std::string& path) {
-  CINNABAR_ASSIGN_OR_RETURN(nlohmann::json index, ReadJsonFile(path, kIndexBytesMax));
-  const auto map = index.is_object() ? index.find("weight_map") : index.end();
-  if (!index.is_object() || map == index.end() || !map->is_object() || map->empty()) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": no weight_map"));
-  }
-  for (const auto& [tensor, file] : map->items()) {
-    // A shard lies beside its index: anything else would let a checkpoint read other files.
-    const std::string name = file.is_string() ? file.get<std::string>() : "";
-    if (name.empty() || name.find('/') != std::string::npos ||
-        !absl::EndsWith(name, ".safetensors")) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          path, ": tensor ", Shorten(tensor), ": its file is not the name of a .safetensors file"));
-    }
-  }
-  return *map;
-}
-
 }  // namespace
 
 std::string DescribeTensor(const TensorEntry& tensor) {
@@ -170,6 +132,9 @@ std::optional<DType> UsableDType(absl::string_view name) {
   if (name == "F32") return DType::kF32;
   if (name == "F16") return DType::kF16;
   if (name == "BF16") return DType::kBf16;
+  for (const DType dtype : {DType::kQ8_0, DType::kQ4_0, DType::kQ4_1, DType::kQ4_K, DType::kQ6_K}) {
+    if (name == NameOf(dtype)) return dtype;
+  }
   return std::nullopt;
 }
 
@@ -222,126 +187,6 @@ absl::StatusOr<std::vector<TensorEntry>> ReadSafetensorsHeader(absl::Span<const 
                                " bytes after the last tensor belong to none"));
   }
   return tensors;
-}
-
-absl::Status Checkpoint::AddFile(const std::string& path) {
-  CINNABAR_ASSIGN_OR_RETURN(MappedFile file, MappedFile::Open(path));
-  CINNABAR_ASSIGN_OR_RETURN(std::vector<TensorEntry> tensors,
-                            ReadSafetensorsHeader(file.bytes(), path));
-  for (TensorEntry& tensor : tensors) {
-    tensor.file_index = static_cast<int32_t>(files_.size());
-    const auto [slot, fresh] = index_.emplace(tensor.name, tensors_.size());
-    if (!fresh) {
-      return Broken(
-          path, tensor.name,
-          absl::StrCat("is in ", files_[tensors_[slot->second].file_index].path(), " too"));
-    }
-    tensors_.push_back(std::move(tensor));
-  }
-  files_.push_back(std::move(file));
-  return absl::OkStatus();
-}
-
-absl::StatusOr<Checkpoint> Checkpoint::OpenFile(const std::string& path) {
-  Checkpoint checkpoint;
-  CINNABAR_RETURN_IF_ERROR(checkpoint.AddFile(path));
-  return checkpoint;
-}
-
-absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
-  const std::vector<std::string> names = ListFolder(directory);
-  if (names.empty())
-    return absl::NotFoundError(absl::StrCat(directory, " is not a readable folder"));
-  const auto has = [&](absl::string_view name) {
-    return std::find(names.begin(), names.end(), name) != names.end();
-  };
-  if (has("model.safetensors")) return OpenFile(directory + "/model.safetensors");
-
-  const std::string index_path = directory + "/model.safetensors.index.json";
-  if (has("model.safetensors.index.json")) {
-    CINNABAR_ASSIGN_OR_RETURN(const nlohmann::json weight_map, ReadIndex(index_path));
-    absl::btree_set<std::string> shards;
-    for (const auto& [tensor, file] : weight_map.items()) shards.insert(file.get<std::string>());
-    if (shards.size() > kShardsMax) {
-      return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", shards.size(), " shards"));
-    }
-    Checkpoint checkpoint;
-    for (const std::string& shard : shards) {
-      CINNABAR_RETURN_IF_ERROR(checkpoint.AddFile(absl::StrCat(directory, "/", shard)), "shard of ",
-                               index_path);
-    }
-    for (const auto& [tensor, file] : weight_map.items()) {
-      const TensorEntry* entry = checkpoint.Find(tensor);
-      if (entry == nullptr ||
-          FileName(checkpoint.files_[entry->file_index].path()) != file.get<std::string>()) {
-        return Broken(index_path, tensor, absl::StrCat("is not in ", file.get<std::string>()));
-      }
-    }
-    return checkpoint;
-  }
-
-  std::vector<std::string> loose;
-  bool pickled = false;
-  for (const std::string& name : names) {
-    if (absl::EndsWith(name, ".safetensors")) loose.push_back(name);
-    pickled = pickled || absl::EndsWith(name, ".bin") || absl::EndsWith(name, ".pth") ||
-              absl::EndsWith(name, ".pt");
-  }
-  if (loose.size() == 1) return OpenFile(absl::StrCat(directory, "/", loose[0]));
-  if (loose.size() > 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        directory, " has ", loose.size(),
-        " .safetensors files and no model.safetensors.index.json to say which to read"));
-  }
-  return absl::NotFoundError(absl::StrCat(
-      directory, " has no .safetensors file",
-      pickled ? "; pickled PyTorch weights are not read, save them as safetensors first" : ""));
-}
-
-const TensorEntry* Checkpoint::Find(absl::string_view name) const {
-  const auto found = index_.find(name);
-  return found == index_.end() ? nullptr : &tensors_[found->second];
-}
-
-std::string Checkpoint::FileOf(const TensorEntry& tensor) const {
-  return FileName(files_[tensor.file_index].path());
-}
-
-absl::StatusOr<HostMatrix> Checkpoint::Matrix(absl::string_view name) const {
-  return AsMatrix(name, /*stacked=*/false);
-}
-
-absl::StatusOr<HostMatrix> Checkpoint::StackedMatrix(absl::string_view name) const {
-  return AsMatrix(name, /*stacked=*/true);
-}
-
-absl::StatusOr<HostMatrix> Checkpoint::AsMatrix(absl::string_view name, bool stacked) const {
-  const TensorEntry* entry = Find(name);
-  if (entry == nullptr) return absl::NotFoundError(absl::StrCat("tensor ", name, " is missing"));
-  const std::string& path = files_[entry->file_index].path();
-  const std::optional<DType> dtype = UsableDType(entry->dtype);
-  if (!dtype.has_value()) {
-    return absl::UnimplementedError(absl::StrCat(path, ": tensor ", name, " is ", entry->dtype,
-                                                 "; weights are read as F32, F16 or BF16"));
-  }
-  const size_t dimensions = entry->shape.size();
-  if (stacked ? dimensions != 3 : dimensions == 0 || dimensions > 2) {
-    return Broken(path, name,
-                  absl::StrCat(DescribeTensor(*entry),
-                               stacked ? " is no stack of matrices" : " is no vector or matrix"));
-  }
-  return HostMatrix{.data = files_[entry->file_index].bytes().data() + entry->begin_byte,
-                    .dtype = *dtype,
-                    .rows = dimensions == 1 ? 1 : entry->shape[0] * (stacked ? entry->shape[1] : 1),
-                    .cols = entry->shape.back()};
-}
-
-void Checkpoint::Release(absl::string_view name) const {
-  const TensorEntry* entry = Find(name);
-  if (entry == nullptr) return;
-  const MappedFile& file = files_[entry->file_index];
-  file.Release(file.bytes().data() + entry->begin_byte,
-               static_cast<size_t>(entry->end_byte - entry->begin_byte));
 }
 
 absl::Status WriteSafetensors(const std::string& path, absl::string_view name,

@@ -552,7 +552,8 @@ TEST(FamilyTest, WhatDiffusionGemmaDoesNotComputeIsRefusedByField) {
   };
   EXPECT_THAT(error("hidden_activation", "silu"), HasSubstr("hidden_activation"));
   EXPECT_THAT(error("attention_bias", true), HasSubstr("attention_bias"));
-  EXPECT_THAT(error("use_bidirectional_attention", "all"), HasSubstr("use_bidirectional_attention"));
+  EXPECT_THAT(error("use_bidirectional_attention", "all"),
+              HasSubstr("use_bidirectional_attention"));
   EXPECT_THAT(error("layer_types", {"full_attention"}), HasSubstr("layer_types"));
   EXPECT_THAT(error("global_head_dim", 511), HasSubstr("global_head_dim"));
   EXPECT_THAT(error("num_global_key_value_heads", 3), HasSubstr("global_head_dim"));

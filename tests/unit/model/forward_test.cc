@@ -14,8 +14,8 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/json.h"
 #include "tests/unit/model/reference_backend.h"
+#include "worker/model/checkpoint.h"
 #include "worker/model/denoiser.h"
-#include "worker/model/safetensors.h"
 
 namespace cinnabar {
 namespace {
@@ -145,7 +145,11 @@ const std::vector<std::string>& Models() {
                                                                  "diffusion_gemma",
                                                                  "diffusion_gemma_bf16",
                                                                  "fast_dllm_v2",
-                                                                 "bd3lm"};
+                                                                 "bd3lm",
+                                                                 "dream_mixed.gguf",
+                                                                 "rnd1_mixed.gguf",
+                                                                 "llada_moe_mixed.gguf",
+                                                                 "llada_k.gguf"};
   return *models;
 }
 
@@ -208,15 +212,18 @@ TEST_P(ForwardTest, AgreesWithTheGoldenLogits) {
                   sizeof(float));
       const double bound = std::max(1.0, std::abs(double{reference}));
       const double error = std::abs(double{got[i]} - reference) / bound;
-      worst = std::max(worst, error);
-      // Stated in tests/golden/README.md: float32 sums of a few dozen terms, through all layers.
-      ASSERT_LE(error, 2e-4) << "element " << i << ": " << got[i] << " against " << reference;
+      worst = std::max(worst, error / double{entry["bound"]});
+      // Stated in tests/golden/README.md: float32 sums of a few dozen terms, through all layers;
+      // more where block-quantised weights let the inputs be rounded to 15 bits.
+      ASSERT_LE(error, double{entry["bound"]})
+          << "element " << i << ": " << got[i] << " against " << reference;
     }
     ++num_cases;
   }
   EXPECT_GE(num_cases, 20);
-  RecordProperty("worst_relative_error", absl::StrCat(worst));
-  std::printf("%d cases, worst |difference| / max(1, |reference|) %.2e\n", num_cases, worst);
+  RecordProperty("worst_share_of_bound", absl::StrCat(worst));
+  std::printf("%d cases, worst |difference| / max(1, |reference|) is %.2f of its bound\n",
+              num_cases, worst);
 }
 
 TEST_P(ForwardTest, ASequenceGivesTheSameBitsAloneAndPacked) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "worker/model/checkpoint.h"
 
 namespace cinnabar {
 namespace {
