@@ -53,7 +53,7 @@ class Model {
   }
   const ModelTraits& traits() const { return denoiser_->traits(); }
   KvMemory* NewKv(int32_t positions) {
-    memories_.push_back(*backend_->AllocateKv(denoiser_->SequenceKvShape(positions)));
+    memories_.push_back(*backend_->AllocateKv(denoiser_->SequenceKvShape(positions, KvReuse::kExact)));
     return memories_.back().get();
   }
 
