@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "absl/container/btree_set.h"
@@ -13,6 +14,7 @@
 #include "common/base/status.h"
 #include "common/gguf/gguf.h"
 #include "worker/model/gguf_model.h"
+#include "worker/model/torch_file.h"
 
 namespace cinnabar {
 namespace {
@@ -42,7 +44,7 @@ std::vector<std::string> ListFolder(const std::string& directory) {
 }
 
 // weight_map of an index: tensor -> file.
-absl::StatusOr<nlohmann::json> ReadIndex(const std::string& path) {
+absl::StatusOr<nlohmann::json> ReadIndex(const std::string& path, absl::string_view ending) {
   CINNABAR_ASSIGN_OR_RETURN(nlohmann::json index, ReadJsonFile(path, kIndexBytesMax));
   const auto map = index.is_object() ? index.find("weight_map") : index.end();
   if (!index.is_object() || map == index.end() || !map->is_object() || map->empty()) {
@@ -51,16 +53,22 @@ absl::StatusOr<nlohmann::json> ReadIndex(const std::string& path) {
   for (const auto& [tensor, file] : map->items()) {
     // A shard lies beside its index: anything else would let a checkpoint read other files.
     const std::string name = file.is_string() ? file.get<std::string>() : "";
-    if (name.empty() || name.find('/') != std::string::npos ||
-        !absl::EndsWith(name, ".safetensors")) {
+    if (name.empty() || name.find('/') != std::string::npos || !absl::EndsWith(name, ending)) {
       return absl::InvalidArgumentError(absl::StrCat(
-          path, ": tensor ", Shorten(tensor), ": its file is not the name of a .safetensors file"));
+          path, ": tensor ", Shorten(tensor), ": its file is not the name of a ", ending, " file"));
     }
   }
   return *map;
 }
 
+// What torch.save writes.
+bool HasTorchEnding(absl::string_view path) {
+  return absl::EndsWith(path, ".bin") || absl::EndsWith(path, ".pth") ||
+         absl::EndsWith(path, ".pt") || absl::EndsWith(path, ".ckpt");
+}
+
 absl::StatusOr<std::vector<TensorEntry>> ReadTensors(const MappedFile& file) {
+  if (HasTorchEnding(file.path())) return ReadTorchFile(file.bytes(), file.path());
   if (!HasGgufEnding(file.path())) return ReadSafetensorsHeader(file.bytes(), file.path());
   CINNABAR_ASSIGN_OR_RETURN(const GgufHeader header, GgufHeader::Read(file.bytes(), file.path()));
   return GgufTensors(header);
@@ -101,29 +109,10 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   };
   if (has("model.safetensors")) return OpenFile(directory + "/model.safetensors");
 
-  const std::string index_path = directory + "/model.safetensors.index.json";
-  if (has("model.safetensors.index.json")) {
-    CINNABAR_ASSIGN_OR_RETURN(const nlohmann::json weight_map, ReadIndex(index_path));
-    absl::btree_set<std::string> shards;
-    for (const auto& [tensor, file] : weight_map.items()) shards.insert(file.get<std::string>());
-    if (shards.size() > kShardsMax) {
-      return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", shards.size(), " shards"));
-    }
-    Checkpoint checkpoint;
-    for (const std::string& shard : shards) {
-      CINNABAR_RETURN_IF_ERROR(checkpoint.AddFile(absl::StrCat(directory, "/", shard)), "shard of ",
-                               index_path);
-    }
-    for (const auto& [tensor, file] : weight_map.items()) {
-      const TensorEntry* entry = checkpoint.Find(tensor);
-      if (entry == nullptr ||
-          FileName(checkpoint.files_[entry->file_index].path()) != file.get<std::string>()) {
-        return Broken(index_path, tensor, absl::StrCat("is not in ", file.get<std::string>()));
-      }
-    }
-    return checkpoint;
+  for (const auto& [index, ending] : {std::pair{"model.safetensors.index.json", ".safetensors"},
+                                      {"pytorch_model.bin.index.json", ".bin"}}) {
+    if (has(index)) return OpenShards(directory, index, ending);
   }
-
   for (const absl::string_view ending : {".safetensors", ".gguf"}) {
     std::vector<std::string> loose;
     for (const std::string& name : names) {
@@ -136,13 +125,42 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
                                               loose.size() > 2 ? ", ..." : ""));
     }
   }
-  const bool pickled = std::any_of(names.begin(), names.end(), [](const std::string& name) {
-    return absl::EndsWith(name, ".bin") || absl::EndsWith(name, ".pth") ||
-           absl::EndsWith(name, ".pt");
-  });
-  return absl::NotFoundError(absl::StrCat(
-      directory, " has no .safetensors file",
-      pickled ? "; pickled PyTorch weights are not read, save them as safetensors first" : ""));
+  if (has("pytorch_model.bin")) return OpenFile(directory + "/pytorch_model.bin");
+  std::vector<std::string> pickled;
+  std::copy_if(names.begin(), names.end(), std::back_inserter(pickled), HasTorchEnding);
+  if (pickled.size() == 1) return OpenFile(absl::StrCat(directory, "/", pickled[0]));
+  const std::string trained = directory + "/checkpoints-meta/checkpoint.pth";  // as SEDD's trainer
+  if (MappedFile::Open(trained).ok()) return OpenFile(trained);
+  return absl::NotFoundError(
+      absl::StrCat(directory, " has no .safetensors, .gguf or PyTorch file",
+                   pickled.empty() ? ""
+                                   : absl::StrCat(" that could be told apart: ", pickled[0], ", ",
+                                                  pickled[1], pickled.size() > 2 ? ", ..." : "")));
+}
+
+absl::StatusOr<Checkpoint> Checkpoint::OpenShards(const std::string& directory,
+                                                  absl::string_view index,
+                                                  absl::string_view ending) {
+  const std::string index_path = absl::StrCat(directory, "/", index);
+  CINNABAR_ASSIGN_OR_RETURN(const nlohmann::json weight_map, ReadIndex(index_path, ending));
+  absl::btree_set<std::string> shards;
+  for (const auto& [tensor, file] : weight_map.items()) shards.insert(file.get<std::string>());
+  if (shards.size() > kShardsMax) {
+    return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", shards.size(), " shards"));
+  }
+  Checkpoint checkpoint;
+  for (const std::string& shard : shards) {
+    CINNABAR_RETURN_IF_ERROR(checkpoint.AddFile(absl::StrCat(directory, "/", shard)), "shard of ",
+                             index_path);
+  }
+  for (const auto& [tensor, file] : weight_map.items()) {
+    const TensorEntry* entry = checkpoint.Find(tensor);
+    if (entry == nullptr ||
+        FileName(checkpoint.files_[entry->file_index].path()) != file.get<std::string>()) {
+      return Broken(index_path, tensor, absl::StrCat("is not in ", file.get<std::string>()));
+    }
+  }
+  return checkpoint;
 }
 
 const TensorEntry* Checkpoint::Find(absl::string_view name) const {

@@ -1,5 +1,5 @@
 // The tensors of a checkpoint: the one thing that bodies and checks read, made from safetensors
-// files or a GGUF file, all memory-mapped.
+// or PyTorch files or a GGUF file, all memory-mapped.
 #ifndef CINNABAR_WORKER_MODEL_CHECKPOINT_H_
 #define CINNABAR_WORKER_MODEL_CHECKPOINT_H_
 
@@ -25,9 +25,11 @@ namespace cinnabar {
 class Checkpoint {
  public:
   // `directory` is a GGUF file (ends in .gguf) or a folder. Of a folder: model.safetensors, else
-  // the shards of model.safetensors.index.json, else the only *.safetensors, else the only *.gguf.
-  // NotFound when there are none (saying what is there instead), InvalidArgument when a file is
-  // broken, the index names a tensor that its shard lacks or two shards hold one name.
+  // the shards of model.safetensors.index.json or pytorch_model.bin.index.json, else the only
+  // *.safetensors, the only *.gguf, pytorch_model.bin, the only *.bin, *.pth, *.pt or *.ckpt, or
+  // checkpoints-meta/checkpoint.pth. NotFound when there are none (saying what is there instead),
+  // InvalidArgument when a file is broken, the index names a tensor that its shard lacks or two
+  // shards hold one name.
   static absl::StatusOr<Checkpoint> Open(const std::string& directory);
   static absl::StatusOr<Checkpoint> OpenFile(const std::string& path);
 
@@ -55,6 +57,8 @@ class Checkpoint {
     absl::flat_hash_map<std::string, std::vector<uint8_t>> by_name ABSL_GUARDED_BY(mu);
   };
 
+  static absl::StatusOr<Checkpoint> OpenShards(const std::string& directory,
+                                               absl::string_view index, absl::string_view ending);
   absl::Status AddFile(const std::string& path);
   absl::StatusOr<HostMatrix> AsMatrix(absl::string_view name, bool stacked) const;
   // The bytes of a tensor with interleaved heads in the order that half-split rotation wants.

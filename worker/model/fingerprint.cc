@@ -54,7 +54,8 @@ absl::StatusOr<std::string> ModelFingerprint(const std::string& directory,
          it.increment(error)) {
       const fs::path extension = it->path().extension();
       if (it->path().filename() == "config.json" || extension == ".safetensors" ||
-          extension == ".gguf") {
+          extension == ".gguf" || extension == ".bin" || extension == ".pth" ||
+          extension == ".pt" || extension == ".ckpt") {
         files.push_back(it->path());
       }
     }

@@ -54,7 +54,7 @@ std::unique_ptr<Backend> Make(const std::string& isa, int32_t num_threads = 1) {
   return *std::move(backend);
 }
 
-Floats Run(Backend& backend, const Weight& weight, const Floats& x) {
+Floats Product(Backend& backend, const Weight& weight, const Floats& x) {
   const int64_t dim = weight.cols(), rows = static_cast<int64_t>(x.size()) / dim;
   const bool paired = weight.row_order() == RowOrder::kGatedPairs;
   const int64_t outputs = paired ? weight.rows() / 2 : weight.rows();
@@ -132,7 +132,7 @@ TEST_P(QuantizedProductsTest, AgreesWithDouble) {
       for (const int64_t rows : {1, 5, 13, 29}) {
         SCOPED_TRACE(absl::StrCat(rows, " x ", dim, " -> ", outputs, " ", NameOf(dtype)));
         const Floats x = Draw(rows * dim, 1);
-        ExpectNear(Run(*backend_, *weight, x), x, Dequantised({w.matrix}), rows, outputs, dim);
+        ExpectNear(Product(*backend_, *weight, x), x, Dequantised({w.matrix}), rows, outputs, dim);
         if (HasFatalFailure()) return;
       }
     }
@@ -157,10 +157,11 @@ TEST_P(QuantizedProductsTest, FloatsAreRoundedAsQuantizeRowSays) {
     const auto rounded =
         *backend_->LoadWeight({{w.data(), DType::kF32, 40, 256}}, RowOrder::kStacked, dtype);
     const auto kept = *backend_->LoadWeight({stored.matrix}, RowOrder::kStacked, dtype);
-    EXPECT_TRUE(SameBits(Run(*backend_, *rounded, x), Run(*backend_, *kept, x))) << NameOf(dtype);
+    EXPECT_TRUE(SameBits(Product(*backend_, *rounded, x), Product(*backend_, *kept, x)))
+        << NameOf(dtype);
     // And back: exactly the values.
     const auto widened = *backend_->LoadWeight({stored.matrix}, RowOrder::kStacked, DType::kF32);
-    ExpectNear(Run(*backend_, *widened, x), x, Dequantised({stored.matrix}), 7, 40, 256);
+    ExpectNear(Product(*backend_, *widened, x), x, Dequantised({stored.matrix}), 7, 40, 256);
   }
 }
 
@@ -173,13 +174,13 @@ TEST_P(QuantizedProductsTest, PartsKeepTheirFormats) {
     const auto weight =
         *backend_->LoadWeight({a.matrix, b.matrix, c.matrix}, RowOrder::kStacked, DType::kQ4_K);
     const Floats x = Draw(9 * 512, 4);
-    ExpectNear(Run(*backend_, *weight, x), x, Dequantised({a.matrix, b.matrix, c.matrix}), 9,
+    ExpectNear(Product(*backend_, *weight, x), x, Dequantised({a.matrix, b.matrix, c.matrix}), 9,
                split + 49, 512);
   }
   const Stored gate(DType::kQ4_1, 50, 64, 1), up(DType::kQ8_0, 50, 64, 2);
   const auto pair =
       *backend_->LoadWeight({gate.matrix, up.matrix}, RowOrder::kGatedPairs, DType::kQ8_0);
-  const Floats x = Draw(64, 3), got = Run(*backend_, *pair, x);
+  const Floats x = Draw(64, 3), got = Product(*backend_, *pair, x);
   const std::vector<double> g = Dequantised({gate.matrix}), u = Dequantised({up.matrix});
   for (int64_t o = 0; o < 50; ++o) {
     double gates = 0.0, ups = 0.0;
@@ -199,8 +200,8 @@ TEST_P(QuantizedProductsTest, MappedAndPackedGiveTheSameBits) {
     for (const RowOrder order : {RowOrder::kStacked, RowOrder::kGatedPairs}) {
       const auto mapped = *backend_->MapWeight(parts, order);
       EXPECT_EQ(mapped->memory_bytes(), 0);
-      EXPECT_TRUE(SameBits(Run(*backend_, *mapped, x),
-                           Run(*backend_, **backend_->LoadWeight(parts, order, dtype), x)))
+      EXPECT_TRUE(SameBits(Product(*backend_, *mapped, x),
+                           Product(*backend_, **backend_->LoadWeight(parts, order, dtype), x)))
           << NameOf(dtype);
     }
   }
@@ -213,10 +214,10 @@ TEST_P(QuantizedProductsTest, BitsDependOnNeitherIsaNorBatch) {
     const Stored w(dtype, 97, 768, 2);
     const auto theirs = *reference->LoadWeight({w.matrix}, RowOrder::kStacked, dtype);
     const auto ours = *backend_->LoadWeight({w.matrix}, RowOrder::kStacked, dtype);
-    const Floats x = Draw(kRowsMax * 768, 1), want = Run(*reference, *theirs, x);
-    EXPECT_TRUE(SameBits(Run(*backend_, *ours, x), want));
+    const Floats x = Draw(kRowsMax * 768, 1), want = Product(*reference, *theirs, x);
+    EXPECT_TRUE(SameBits(Product(*backend_, *ours, x), want));
     const Floats few(x.begin() + 100 * 768, x.begin() + 117 * 768);
-    EXPECT_TRUE(SameBits(Run(*backend_, *ours, few),
+    EXPECT_TRUE(SameBits(Product(*backend_, *ours, few),
                          Floats(want.begin() + 100 * 97, want.begin() + 117 * 97)));
   }
 }
@@ -225,10 +226,10 @@ TEST_P(QuantizedProductsTest, RowsThatAreNotFiniteStayAlone) {
   const Stored w(DType::kQ8_0, 40, 64, 2);
   const auto weight = *backend_->LoadWeight({w.matrix}, RowOrder::kStacked, DType::kQ8_0);
   Floats x = Draw(9 * 64, 1);
-  const Floats want = Run(*backend_, *weight, x);
+  const Floats want = Product(*backend_, *weight, x);
   x[3 * 64 + 5] = NAN;
   x[5 * 64 + 40] = INFINITY;
-  const Floats got = Run(*backend_, *weight, x);
+  const Floats got = Product(*backend_, *weight, x);
   for (int64_t row = 0; row < 9; ++row) {
     for (int64_t o = 0; o < 40; ++o) {
       if (row == 3 || row == 5) {
@@ -239,7 +240,7 @@ TEST_P(QuantizedProductsTest, RowsThatAreNotFiniteStayAlone) {
     }
   }
   for (const float tiny : {0.0F, 1e-40F, 1e-31F}) {
-    for (const float value : Run(*backend_, *weight, Floats(64, tiny))) {
+    for (const float value : Product(*backend_, *weight, Floats(64, tiny))) {
       EXPECT_LT(std::abs(value), 1e-28F);
     }
   }
@@ -253,7 +254,7 @@ TEST_P(QuantizedProductsTest, TheHeadAnswersFromTheSameLogits) {
     constexpr int64_t kRows = 19, kIds = 577, kDim = 256;
     const Stored w(dtype, kIds, kDim, 2);
     const auto weight = *backend_->LoadWeight({w.matrix}, RowOrder::kStacked, dtype);
-    const Floats x = Draw(kRows * kDim, 1), logits = Run(*backend_, *weight, x);
+    const Floats x = Draw(kRows * kDim, 1), logits = Product(*backend_, *weight, x);
     const auto hidden = *backend_->Allocate(kRows * kDim * 4);
     ASSERT_TRUE(backend_->Upload(x, hidden->data()).ok());
     const auto answer = [&](std::vector<VocabularyQuery> queries) {
