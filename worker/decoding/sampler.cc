@@ -52,6 +52,7 @@ constexpr Registration kRegistry[] = {
     {"joint_threshold", JointThresholdSampler},
     {"hierarchical", HierarchicalSampler},
     {"hierarchical_remask", HierarchicalRemaskSampler},
+    {"credit", CreditSampler},
     {"bd3lm_first_hitting", Bd3lmFirstHittingSampler},
     {"bd3lm_scheduled", Bd3lmScheduledSampler},
 };
@@ -62,6 +63,7 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
   const int32_t num_blocks = NumBlocks(canvas, model, params.block_length);
   state.block_step = 0;
   state.block_edits = 0;
+  state.credits.clear();
   for (; index < num_blocks; ++index) {
     const BlockRange block = BlockAt(canvas, model, params.block_length, index);
     state.block_masks = CountUndecided(canvas, block.begin, block.end);
@@ -88,6 +90,7 @@ void StepOutcome::Clear() {
   transfers.clear();
   settled = false;
   stays_open = false;
+  credits.clear();
 }
 
 absl::StatusOr<const Sampler*> GetSampler(absl::string_view name) {
@@ -153,6 +156,7 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   ++state.step;
   ++state.block_step;
   if (edits) ++state.block_edits;
+  state.credits.assign(outcome.credits.begin(), outcome.credits.end());
   if (forward) ++state.nfe;
   if (!outcome.stays_open && CountUndecided(canvas, block.begin, block.end) == 0) {
     OpenBlock(canvas, params, model, state.block_index + 1, state);
@@ -160,6 +164,25 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   if (params.eos_early_stop && FindEndOfText(canvas, state, params, model) < canvas.end) {
     state.finished = true;
   }
+}
+
+bool CreditsFit(absl::Span<const Credit> credits, const Canvas& canvas, BlockRange block,
+                const ModelTraits& model) {
+  size_t num_of_position = 0;
+  for (size_t i = 0; i < credits.size(); ++i) {
+    const Credit& credit = credits[i];
+    const bool same = i > 0 && credits[i - 1].position == credit.position;
+    num_of_position = same ? num_of_position + 1 : 1;
+    const bool after = i == 0 || credits[i - 1].position < credit.position ||
+                       (same && credits[i - 1].token < credit.token);
+    if (!after || num_of_position > kCreditsPerPositionMax || credit.position < block.begin ||
+        credit.position >= block.end || !canvas.undecided(credit.position) || credit.token < 0 ||
+        credit.token >= model.vocab_size || credit.token == model.mask_token ||
+        !(credit.value >= 0 && credit.value <= kCreditMax)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 int32_t FinalEnd(const Canvas& canvas, const DecodingState& state, const DecodingParams& params,

@@ -24,6 +24,15 @@
 
 namespace cinnabar {
 
+// What a masked position remembers of a token that was its best in earlier steps (sampler credit).
+struct Credit {
+  int32_t position = 0;
+  TokenId token = 0;
+  float value = 0.0F;  // in [0, kCreditMax]
+};
+inline constexpr size_t kCreditsPerPositionMax = 6;
+inline constexpr float kCreditMax = 5.0F;  // of at most 1 in each step, times 0.8 from step to step
+
 // Where a sequence stands between two denoising steps. With the canvas and the params it is all
 // that is needed to go on.
 struct DecodingState {
@@ -37,6 +46,8 @@ struct DecodingState {
   // By position, the confidence with which its token was committed (0: not committed). Empty unless
   // the sampler remembers (SamplerEntry).
   std::vector<float> confidences;
+  // Of undecided positions of the open block, by ascending position, then token.
+  std::vector<Credit> credits;
 };
 
 // Everything a sampler may look at.
@@ -71,7 +82,8 @@ struct StepPlan {
   // models ignore it (they see everything up to the end of the open block).
   int32_t visible_begin = 0;
   int32_t visible_end = 0;
-  std::vector<PositionQuery> queries;  // ascending positions, inside the open block
+  // Ascending positions, inside the open block; a position may be asked for twice.
+  std::vector<PositionQuery> queries;
 
   void Clear();  // keeps capacity
 };
@@ -96,7 +108,8 @@ struct StepOutcome {
   // them again.
   std::vector<Transfer> transfers;
   bool settled = false;
-  bool stays_open = false;  // the block goes on though nothing of it is undecided
+  bool stays_open = false;      // the block goes on though nothing of it is undecided
+  std::vector<Credit> credits;  // DecodingState::credits after this step
 
   void Clear();
 };
@@ -133,6 +146,10 @@ DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
 // EoT) and all before it is final.
 void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
                   const ModelTraits& model, Canvas& canvas, DecodingState& state);
+
+// Whether `credits` are as DecodingState::credits says.
+bool CreditsFit(absl::Span<const Credit> credits, const Canvas& canvas, BlockRange block,
+                const ModelTraits& model);
 
 // Positions [0, this) never change again.
 int32_t FinalEnd(const Canvas& canvas, const DecodingState& state, const DecodingParams& params,

@@ -67,9 +67,10 @@ Engine::Engine(Denoiser& denoiser, const EngineOptions& options)
   scratch_->spans.reserve(options_.limits.sequences_max);
   scratch_->sigmas.reserve(options_.limits.sequences_max);
   scratch_->wanted_rows.reserve(rows);
-  scratch_->queries.reserve(rows);
-  scratch_->answers.reserve(rows);
-  scratch_->rules.reserve(static_cast<size_t>(rows) * kVocabularyRulesMax);
+  // A sampler may ask twice for a position.
+  scratch_->queries.reserve(2 * static_cast<size_t>(rows));
+  scratch_->answers.reserve(2 * static_cast<size_t>(rows));
+  scratch_->rules.reserve(2 * static_cast<size_t>(rows) * kVocabularyRulesMax);
 }
 
 Engine::~Engine() = default;
@@ -122,7 +123,7 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   sequence->state = std::move(state);
   sequence->deadline = deadline;
   sequence->kv_bytes = kv_bytes;
-  sequence->plan.queries.reserve(length);
+  sequence->plan.queries.reserve(2 * static_cast<size_t>(length));
   sequence->outcome.transfers.reserve(length);
   kv_bytes_ += kv_bytes;
   active_.push_back(std::move(sequence));

@@ -142,19 +142,19 @@ absl::StatusOr<Rows> Body::TakeRows(int64_t rows, int64_t cols, DType dtype) {
 
 WorkspaceShape Body::Workspace() const {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
-  return {.rows_max = limits_.rows_max,
-          .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
-                                int64_t{spec_.experts.mlp_dim},
-                                int64_t{spec_.experts.shared_mlp_dim}, int64_t{spec_.cond_dim},
-                                int64_t{kSigmaFrequencies}}),
-          .vocabulary = spec_.traits.vocab_size,
-          .queries_max = limits_.rows_max,
-          .positions_max = limits_.positions_max,
-          .head_dim_max = spec_.head_dim,
-          .num_experts = spec_.experts.num_experts,
-          .experts_per_row = spec_.experts.experts_per_token,
-          .expert_dim = spec_.dim,
-          .expert_mlp_dim = spec_.experts.mlp_dim};
+  return {
+      .rows_max = limits_.rows_max,
+      .cols_max = std::max({int64_t{spec_.dim}, q_dim, int64_t{spec_.mlp_dim},
+                            int64_t{spec_.experts.mlp_dim}, int64_t{spec_.experts.shared_mlp_dim},
+                            int64_t{spec_.cond_dim}, int64_t{kSigmaFrequencies}}),
+      .vocabulary = spec_.traits.vocab_size,
+      .queries_max = 2 * int64_t{limits_.rows_max},  // a sampler may ask twice for a row
+      .positions_max = limits_.positions_max,
+      .head_dim_max = spec_.head_dim,
+      .num_experts = spec_.experts.num_experts,
+      .experts_per_row = spec_.experts.experts_per_token,
+      .expert_dim = spec_.dim,
+      .expert_mlp_dim = spec_.experts.mlp_dim};
 }
 
 absl::Status Body::TakeWorkspace() {
@@ -163,11 +163,14 @@ absl::Status Body::TakeWorkspace() {
   const int64_t q_dim = int64_t{spec_.num_heads} * spec_.head_dim;
   const int64_t kv_dim = int64_t{spec_.num_kv_heads} * spec_.head_dim;
   const std::tuple<Rows*, int64_t, DType> wanted[] = {
-      {&residual_, spec_.dim, DType::kF32},    {&normed_, spec_.dim, activation},
-      {&qkv_, q_dim + 2 * kv_dim, activation}, {&attention_, q_dim, activation},
+      {&residual_, spec_.dim, DType::kF32},
+      {&normed_, spec_.dim, activation},
+      {&qkv_, q_dim + 2 * kv_dim, activation},
+      {&attention_, q_dim, activation},
       {&mlp_, std::max(spec_.mlp_dim, spec_.experts.shared_mlp_dim), activation},
       {&wanted_residual_, spec_.dim, DType::kF32},
-      {&wanted_attention_, q_dim, activation}, {&hidden_, spec_.dim, activation}};
+      {&wanted_attention_, q_dim, activation},
+      {&hidden_, spec_.dim, activation}};
   for (const auto& [member, cols, dtype] : wanted) {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
   }

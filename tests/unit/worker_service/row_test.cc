@@ -215,7 +215,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"sedd_uniform", "sedd_euler", 6, 1}, Case{"mdlm", "remdm_conf", 12, 1},
                     Case{"sdar_b4", "remdm_cap", 16, 0.5F}, Case{"llada", "dfm_corrector", 8, 1},
                     Case{"llada", "p2", 6, 0}, Case{"llada2", "joint_threshold", 0, 0},
-                    Case{"llada", "hierarchical_remask", 0, 0},
+                    Case{"llada", "hierarchical_remask", 0, 0}, Case{"llada", "credit", 0, 0.7F},
                     Case{"sdar_b8", "bd3lm_first_hitting", 0, 1}),
     [](const auto& info) { return absl::StrCat(info.param.model, "_", info.param.sampler); });
 
