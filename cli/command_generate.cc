@@ -370,6 +370,7 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
     return absl::OkStatus();
   }
   const std::vector<TokenId>& all = done.canvas.tokens;
+  const int32_t decided = num_undecided - CountUndecided(done.canvas, 0, length);
   nlohmann::json json = {
       {"tokens",
        std::vector<TokenId>(all.begin() + job.answer_begin, all.begin() + job.answer_end)},
@@ -377,9 +378,9 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
       {"sampler", done.params.sampler},
       {"steps", done.decoding.step},
       {"nfe", done.decoding.nfe},
-      {"tokens_per_forward", static_cast<double>(num_undecided) / std::max(1, done.decoding.nfe)},
+      {"tokens_per_forward", static_cast<double>(decided) / std::max(1, done.decoding.nfe)},
       {"seconds", seconds},
-      {"tokens_per_second", seconds > 0 ? num_undecided / seconds : 0.0},
+      {"tokens_per_second", seconds > 0 ? decided / seconds : 0.0},
   };
   json["text"] = tokenizer.ok() ? nlohmann::json(text) : nlohmann::json();
   if (flags.trace) json["trace"] = std::move(trace);

@@ -172,6 +172,12 @@ constexpr std::array kCatalog = {
         .summary = "the same, and masks again what is predicted with too little confidence",
         .knobs = kFastDllm | Bits(Knob::kThreshold, Knob::kLowThreshold),
         .revises = true},
+    SamplerEntry{.name = "credit",
+                 .source = "dInfer, arXiv:2510.08666",
+                 .summary = "the threshold, on probabilities that what was best before has raised",
+                 .knobs = kGuidedBlocks | Bits(Knob::kThreshold),
+                 .row_rules = 6,
+                 .gives_credit = true},
     SamplerEntry{
         .name = "bd3lm_first_hitting",
         .alias = "first_hitting",
@@ -431,9 +437,9 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
   if (p.eos_early_stop && model.eos_tokens.empty() && model.eot_token < 0) {
     return Invalid("eos_early_stop: the model has neither EOS nor EoT; leave it out");
   }
-  // Worst case of the exceptions for one row: mask or own token, the repeated one, EOS ids, EoT,
-  // forbidden ids.
-  size_t rules = 1 + (p.repeat_penalty > 0 ? 1 : 0) + p.forbidden_ids.size();
+  // Worst case of the exceptions for one row: mask or own token, the repeated one, those with
+  // credits, EOS ids, EoT, forbidden ids.
+  size_t rules = 1 + (p.repeat_penalty > 0 ? 1 : 0) + entry.row_rules + p.forbidden_ids.size();
   if (p.eos_penalty != 0 || p.logits_eos_inf || p.confidence_eos_eot_inf) {
     rules += model.eos_tokens.size() + (p.confidence_eos_eot_inf ? 1 : 0);
   }

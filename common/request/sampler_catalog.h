@@ -82,8 +82,10 @@ struct SamplerEntry {
   // Committed positions of the open block may be masked again or get another token; they are final
   // when the block is left.
   bool revises = false;
-  bool remembers = false;  // reads the confidences with which tokens were committed
-  float eta = -1.0F;       // default of DecodingParams::eta; -1: not read
+  bool remembers = false;     // reads the confidences with which tokens were committed
+  float eta = -1.0F;          // default of DecodingParams::eta; -1: not read
+  uint32_t row_rules = 0;     // exceptions of the vocabulary head that it may make for a row
+  bool gives_credit = false;  // keeps DecodingState::credits
 };
 
 // Every sampler, in the order in which help lists them.

@@ -121,6 +121,35 @@ class GrpcTest(unittest.TestCase):
         ends = [frame.final_end for frame in frames]
         self.assertEqual(ends, sorted(ends))
 
+    def test_what_is_taken_back_shows_in_frames_and_never_was_text(self):
+        cases = [{"sampler": "remdm_cap", "num_steps": 24, "eta": 0.3, "temperature": 0.8},
+                 {"sampler": "p2", "num_steps": 12},
+                 {"sampler": "joint_threshold", "block_length": 8, "threshold": 0.3, "edit_threshold": 0.05}]
+        taken_back = 0
+        for params in cases:
+            canvas, final_end, decided = {}, 0, 0
+            request = wanted(frames=True, params={"seed": 7, **params})
+            events = list(self.stub.Generate(request, timeout=60))
+            for event in events:
+                if event.text and not event.done:
+                    self.assertGreater(event.frame.final_end if event.HasField("frame") else final_end, 0)
+                for position, token in zip(event.frame.positions, event.frame.tokens):
+                    self.assertGreaterEqual(position, final_end)
+                    if token < 0:
+                        del canvas[position]
+                        taken_back += 1
+                    else:
+                        canvas[position] = token
+                        decided += 1
+                final_end = max(final_end, event.frame.final_end)
+            usage = events[-1].usage
+            self.assertEqual(sorted(canvas), list(range(final_end)))
+            self.assertGreaterEqual(decided, final_end)
+            self.assertLessEqual(usage.tokens_per_forward * usage.forwards, 24.001)
+            plain = wanted(params={"seed": 7, **params})
+            self.assertEqual(text_of(self.stub.Generate(plain, timeout=60)), text_of(events))
+        self.assertGreater(taken_back, 0)
+
     def test_a_broken_stream_resumes(self):
         request = wanted(max_tokens=48)
         events = list(self.stub.Generate(request, timeout=60))

@@ -186,6 +186,20 @@ def test_remasking_gains_at_least_one():
     assert trace([0.5, 0.3], options) == [[0], [1]]
 
 
+def test_credits_by_hand():
+    # Two positions of probability 0.5 for id 1 or 2: the first step's credit is 0.5^0.2 each.
+    credit = np.zeros((2, 30))
+    rows = with_confidences([0.5, 0.5]).rows
+    fused = samplers.give_credit(rows, credit, [0, 1], 0)
+    close(credit[[0, 1], [1, 2]], [0.5 ** 0.2] * 2)
+    close(fused[0, 1] - rows[0, 1], 0.7 * np.log(1 + 0.5 ** 0.2))
+    samplers.give_credit(rows, credit, [1], 0)
+    close(credit[[0, 1], [1, 2]], [0.8 * 0.5 ** 0.2, 1.8 * 0.5 ** 0.2])
+    # A step's own credit counts in it: 0.5 becomes 0.608, 0.55 becomes 0.656.
+    assert trace([0.5, 0.55], dict(sampler="credit", threshold=0.6)) == [[0, 1]]
+    assert trace([0.5, 0.55], dict(sampler="threshold", threshold=0.6)) == [[1], [0]]
+
+
 def test_nucleus_leaves_out_what_crosses():
     close(samplers.nucleus(np.array([0.2, 0.5, 0.3]), 0.85), [0, 5 / 8, 3 / 8])
     close(samplers.nucleus(np.array([0.2, 0.5, 0.3]), 0.75), [0, 1, 0])
@@ -331,7 +345,7 @@ def test_every_model_has_logits_and_every_sampler_a_case():
                     "factor", "entropy_bounded", "block_static", "block_dynamic", "block_sequential",
                     "mdlm_ancestral", "sedd_euler", "sedd_analytic", "remdm_cap", "remdm_rescale", "remdm_conf",
                     "remdm_loop", "dfm_corrector", "p2", "p2_random", "p2_open", "rnd1", "rnd1_entropy_bounded",
-                    "joint_threshold", "hierarchical", "hierarchical_remask", "bd3lm_first_hitting",
+                    "joint_threshold", "hierarchical", "hierarchical_remask", "credit", "bd3lm_first_hitting",
                     "bd3lm_scheduled"}
 
 

@@ -53,6 +53,7 @@ constexpr Registration kRegistry[] = {
     {"joint_threshold", JointThresholdSampler},
     {"hierarchical", HierarchicalSampler},
     {"hierarchical_remask", HierarchicalRemaskSampler},
+    {"credit", CreditSampler},
     {"bd3lm_first_hitting", Bd3lmFirstHittingSampler},
     {"bd3lm_scheduled", Bd3lmScheduledSampler},
     {"gemma_renoise", GemmaRenoiseSampler},
@@ -67,6 +68,7 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
   state.block_edits = 0;
   state.predictions.clear();
   state.stable_steps = 0;
+  state.credits.clear();
   for (; index < num_blocks; ++index) {
     const BlockRange block = BlockAt(canvas, model, params.block_length, index);
     state.block_masks = CountUndecided(canvas, block.begin, block.end);
@@ -97,6 +99,7 @@ void StepOutcome::Clear() {
   settled = false;
   stays_open = false;
   predictions.clear();
+  credits.clear();
 }
 
 absl::StatusOr<const Sampler*> GetSampler(absl::string_view name) {
@@ -120,6 +123,10 @@ DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
   if (entry.ok() && (*entry)->remembers) state.confidences.resize(canvas.length());
   OpenBlock(canvas, params, model, 0, state);
   return state;
+}
+
+void RememberBlock(const Canvas& canvas, const BlockRange& block, DecodingState& state) {
+  state.reused_block.assign(canvas.tokens.begin() + block.begin, canvas.tokens.begin() + block.end);
 }
 
 void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
@@ -162,6 +169,7 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   ++state.step;
   ++state.block_step;
   if (edits) ++state.block_edits;
+  state.credits.assign(outcome.credits.begin(), outcome.credits.end());
   if (forward) ++state.nfe;
   if (!outcome.predictions.empty()) {
     state.stable_steps = outcome.predictions == state.predictions ? state.stable_steps + 1 : 1;
@@ -173,6 +181,25 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   if (params.eos_early_stop && FindEndOfText(canvas, state, params, model) < canvas.end) {
     state.finished = true;
   }
+}
+
+bool CreditsFit(absl::Span<const Credit> credits, const Canvas& canvas, BlockRange block,
+                const ModelTraits& model) {
+  size_t num_of_position = 0;
+  for (size_t i = 0; i < credits.size(); ++i) {
+    const Credit& credit = credits[i];
+    const bool same = i > 0 && credits[i - 1].position == credit.position;
+    num_of_position = same ? num_of_position + 1 : 1;
+    const bool after = i == 0 || credits[i - 1].position < credit.position ||
+                       (same && credits[i - 1].token < credit.token);
+    if (!after || num_of_position > kCreditsPerPositionMax || credit.position < block.begin ||
+        credit.position >= block.end || !canvas.undecided(credit.position) || credit.token < 0 ||
+        credit.token >= model.vocab_size || credit.token == model.mask_token ||
+        !(credit.value >= 0 && credit.value <= kCreditMax)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 int32_t FinalEnd(const Canvas& canvas, const DecodingState& state, const DecodingParams& params,

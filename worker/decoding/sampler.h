@@ -24,6 +24,15 @@
 
 namespace cinnabar {
 
+// What a masked position remembers of a token that was its best in earlier steps (sampler credit).
+struct Credit {
+  int32_t position = 0;
+  TokenId token = 0;
+  float value = 0.0F;  // in [0, kCreditMax]
+};
+inline constexpr size_t kCreditsPerPositionMax = 6;
+inline constexpr float kCreditMax = 5.0F;  // of at most 1 in each step, times 0.8 from step to step
+
 // Where a sequence stands between two denoising steps. With the canvas and the params it is all
 // that is needed to go on.
 struct DecodingState {
@@ -44,6 +53,8 @@ struct DecodingState {
   // last step, and in how many steps up to it they were the same.
   std::vector<TokenId> predictions;
   int32_t stable_steps = 0;
+  // Of undecided positions of the open block, by ascending position, then token.
+  std::vector<Credit> credits;
 };
 
 // Everything a sampler may look at.
@@ -84,7 +95,8 @@ struct StepPlan {
   // the last whole pass of the open block left them (state.reused_block is not empty).
   int32_t rows_begin = 0;
   int32_t rows_end = 0;
-  std::vector<PositionQuery> queries;  // ascending positions, inside the open block
+  // Ascending positions, inside the open block; a position may be asked for twice.
+  std::vector<PositionQuery> queries;
 
   void Clear();  // keeps capacity
 };
@@ -111,6 +123,7 @@ struct StepOutcome {
   bool settled = false;
   bool stays_open = false;           // the block goes on though nothing of it is undecided
   std::vector<TokenId> predictions;  // see DecodingState; empty: the sampler keeps none
+  std::vector<Credit> credits;       // DecodingState::credits after this step
 
   void Clear();
 };
@@ -140,6 +153,9 @@ std::vector<absl::string_view> RegisteredSamplers();
 DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
                             const ModelTraits& model);
 
+// kv_reuse: a pass over the whole open block has been made, with the tokens that stand there now.
+void RememberBlock(const Canvas& canvas, const BlockRange& block, DecodingState& state);
+
 // Writes the transfers (CHECKs that none touches a given position, none a committed one unless the
 // sampler revises, and none writes the mask token), counts the step (and the forward pass when
 // `forward`), and opens the next block when the open one has no undecided position left and does
@@ -147,6 +163,10 @@ DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
 // EoT) and all before it is final.
 void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
                   const ModelTraits& model, Canvas& canvas, DecodingState& state);
+
+// Whether `credits` are as DecodingState::credits says.
+bool CreditsFit(absl::Span<const Credit> credits, const Canvas& canvas, BlockRange block,
+                const ModelTraits& model);
 
 // Positions [0, this) never change again.
 int32_t FinalEnd(const Canvas& canvas, const DecodingState& state, const DecodingParams& params,

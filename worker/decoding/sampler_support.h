@@ -91,6 +91,7 @@ const Sampler* Rnd1EntropyBoundedSampler();
 const Sampler* JointThresholdSampler();
 const Sampler* HierarchicalSampler();
 const Sampler* HierarchicalRemaskSampler();
+const Sampler* CreditSampler();
 const Sampler* Bd3lmFirstHittingSampler();
 const Sampler* Bd3lmScheduledSampler();
 const Sampler* GemmaRenoiseSampler();

@@ -24,7 +24,8 @@ struct Engine::Sequence {
   int32_t kv_final = 0;
   // kv_reuse: `kv` holds what the whole pass over state.decoding.reused_block left.
   bool kv_reusable = false;
-  BlockRange block;  // the open block, set with the plan
+  bool whole_pass = false;  // the pass that is being concluded
+  BlockRange block;         // the open block, set with the plan
   // Networks that read their last prediction: it, once the open block has one, and room for the
   // next.
   std::unique_ptr<Buffer> prediction;
@@ -88,9 +89,10 @@ Engine::Engine(Denoiser& denoiser, const EngineOptions& options)
   scratch_->sigmas.reserve(options_.limits.sequences_max);
   scratch_->conditioning.reserve(options_.limits.sequences_max);
   scratch_->wanted_rows.reserve(rows);
-  scratch_->queries.reserve(rows);
-  scratch_->answers.reserve(rows);
-  scratch_->rules.reserve(static_cast<size_t>(rows) * kVocabularyRulesMax);
+  // A sampler may ask twice for a position.
+  scratch_->queries.reserve(2 * static_cast<size_t>(rows));
+  scratch_->answers.reserve(2 * static_cast<size_t>(rows));
+  scratch_->rules.reserve(2 * static_cast<size_t>(rows) * kVocabularyRulesMax);
 }
 
 Engine::~Engine() = default;
@@ -150,7 +152,7 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   sequence->state = std::move(state);
   sequence->deadline = deadline;
   sequence->kv_bytes = kv_bytes;
-  sequence->plan.queries.reserve(length);
+  sequence->plan.queries.reserve(2 * static_cast<size_t>(length));
   sequence->outcome.transfers.reserve(length);
   if (sequence->reuses()) sequence->state.decoding.reused_block.reserve(length);
   if (prediction_bytes > 0) RepeatOpenBlock(*sequence);
@@ -275,6 +277,7 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
                            .transfers_end = static_cast<int32_t>(report.transfers.size()),
                            .forward = forward,
                            .settled = sequence.outcome.settled,
+                           .whole_pass = forward && sequence.whole_pass,
                            .stays_open = sequence.outcome.stays_open,
                            .block = sequence.block});
   ApplyOutcome(sequence.outcome, forward, state.params, model_, state.canvas, state.decoding);
@@ -479,16 +482,6 @@ void Engine::AppendToBatch(Sequence& sequence) {
   }
 }
 
-// A whole pass over the open block has been made: its keys and values may be reused.
-void Engine::RememberBlock(Sequence& sequence) {
-  if (!sequence.restoring()) {
-    const std::vector<TokenId>& tokens = sequence.state.canvas.tokens;
-    sequence.state.decoding.reused_block.assign(tokens.begin() + sequence.block.begin,
-                                                tokens.begin() + sequence.block.end);
-  }
-  sequence.kv_reusable = true;
-}
-
 absl::Status Engine::RunBatch(StepReport& report) {
   Scratch& batch = *scratch_;
   CINNABAR_RETURN_IF_ERROR(denoiser_.Forward({.ids = batch.ids,
@@ -514,9 +507,12 @@ absl::Status Engine::RunBatch(StepReport& report) {
       counters_.rows_prefilled += final_end - sequence.kv_final;
       sequence.kv_final = final_end;
     }
-    if (sequence.reuses() && !partial && member.rows.end >= sequence.block.end) {
-      RememberBlock(sequence);
+    const bool whole = sequence.reuses() && !partial && member.rows.end >= sequence.block.end;
+    sequence.whole_pass = whole && !sequence.restoring();
+    if (sequence.whole_pass) {
+      RememberBlock(sequence.state.canvas, sequence.block, sequence.state.decoding);
     }
+    sequence.kv_reusable = sequence.kv_reusable || whole;
     if (member.keys_and_values_only) continue;
     const absl::Span<VocabularyAnswer> answers =
         absl::MakeSpan(batch.answers).subspan(member.first_query, sequence.plan.queries.size());

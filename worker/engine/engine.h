@@ -49,6 +49,7 @@ struct StepEvent {
   int32_t transfers_end = 0;
   bool forward = false;     // the step made a forward pass
   bool settled = false;     // StepOutcome::settled
+  bool whole_pass = false;  // kv_reuse: the pass computed the whole open block
   bool stays_open = false;  // StepOutcome::stays_open
   BlockRange block;         // the open block of the step
   bool finished = false;    // the last event of this sequence: complete when `status` is OK
@@ -122,7 +123,6 @@ class Engine {
   void AppendHalves(Sequence& sequence);
   void AppendSpan(Sequence& sequence, bool unconditional);
   void AppendQuery(const Sequence& sequence, const PositionQuery& position_query);
-  void RememberBlock(Sequence& sequence);
   absl::Status RunBatch(StepReport& report);
   void Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> answers, bool forward,
                 StepReport& report);

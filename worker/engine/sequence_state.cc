@@ -50,7 +50,8 @@ absl::Status CheckPosition(const Canvas& canvas, int32_t position, const ModelTr
 absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& model) {
   const Canvas& canvas = state.canvas;
   const DecodingState& decoding = state.decoding;
-  const bool remembers = (*FindSampler(state.params.sampler))->remembers;
+  const SamplerEntry& sampler = **FindSampler(state.params.sampler);
+  const bool remembers = sampler.remembers;
   if (decoding.confidences.size() != (remembers ? canvas.tokens.size() : 0) ||
       !std::all_of(decoding.confidences.begin(), decoding.confidences.end(),
                    [](float p) { return p >= 0 && p <= 1; })) {
@@ -58,6 +59,9 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
         decoding.confidences.size(), " confidences, or some that are no probabilities"));
   }
   const int32_t undecided = CountUndecided(canvas, 0, canvas.length());
+  if (!decoding.credits.empty() && (decoding.finished || !sampler.gives_credit)) {
+    return absl::InvalidArgumentError("credits that no sampler reads");
+  }
   if (decoding.finished) {
     const bool stopped = state.params.eos_early_stop &&
                          FindEndOfText(canvas, decoding, state.params, model) < canvas.end;
@@ -86,6 +90,9 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
   const BlockRange block = BlockAt(canvas, model, state.params.block_length, decoding.block_index);
   if (CountUndecided(canvas, 0, block.begin) > 0) {
     return absl::InvalidArgumentError("undecided positions before the open block");
+  }
+  if (!CreditsFit(decoding.credits, canvas, block, model)) {
+    return absl::InvalidArgumentError("credits out of order or range");
   }
   const int32_t open = CountUndecided(canvas, block.begin, block.end);
   const bool stays_open = SamplerRevises(state.params.sampler) && decoding.block_step > 0;
@@ -159,6 +166,12 @@ v1::SequenceState ToWire(const SequenceState& state, absl::string_view model_fin
   wire.set_block_edits(state.decoding.block_edits);
   wire.mutable_confidences()->Add(state.decoding.confidences.begin(),
                                   state.decoding.confidences.end());
+  for (const Credit& credit : state.decoding.credits) {
+    v1::Credit& entry = *wire.add_credits();
+    entry.set_position(credit.position);
+    entry.set_token(credit.token);
+    entry.set_value(credit.value);
+  }
   return wire;
 }
 
@@ -207,8 +220,11 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
                     .nfe = wire.nfe(),
                     .finished = wire.finished(),
                     .confidences = {wire.confidences().begin(), wire.confidences().end()},
-
+                    .credits = {},
                     .reused_block = {wire.reused_block().begin(), wire.reused_block().end()}};
+  for (const v1::Credit& credit : wire.credits()) {
+    state.decoding.credits.push_back({credit.position(), credit.token(), credit.value()});
+  }
   CINNABAR_RETURN_IF_ERROR(CheckDecodingState(state, model));
   return state;
 }

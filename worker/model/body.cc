@@ -205,7 +205,7 @@ WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits) 
                                 int64_t{spec.experts.mlp_dim}, int64_t{spec.experts.shared_mlp_dim},
                                 int64_t{spec.cond_dim}, int64_t{kSigmaFrequencies}}),
           .vocabulary = spec.traits.vocab_size,
-          .queries_max = limits.rows_max,
+          .queries_max = 2 * int64_t{limits.rows_max},  // a sampler may ask twice for a row
           .positions_max = limits.positions_max,
           .head_dim_max = std::max(spec.head_dim, spec.windows.full_head_dim),
           .num_experts = spec.experts.num_experts,

@@ -74,7 +74,8 @@ class Denoiser {
   // is the caller's bug.
   virtual absl::Status Forward(const ForwardBatch& batch) = 0;
 
-  // Fills answers for queries whose hidden rows index into wanted_rows. Synchronizes.
+  // Fills answers for queries, at most two for a row, whose hidden rows index into wanted_rows.
+  // Synchronizes.
   virtual absl::Status Answer(absl::Span<const VocabularyQuery> queries,
                               absl::Span<VocabularyAnswer> answers) = 0;
 

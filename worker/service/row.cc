@@ -130,6 +130,13 @@ v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> trans
   delta.set_forward(event.forward);
   delta.set_settled(event.settled);
   delta.set_stays_open(event.stays_open);
+  delta.set_whole_pass(event.whole_pass);
+  for (const Credit& credit : after.decoding.credits) {
+    v1::Credit& entry = *delta.add_credits();
+    entry.set_position(credit.position);
+    entry.set_token(credit.token);
+    entry.set_value(credit.value);
+  }
   delta.set_final_end(FinalEnd(after, model));
   delta.set_step_us(absl::ToInt64Microseconds(step_time));
   delta.set_steps_budget(facts.steps_budget);
@@ -171,6 +178,20 @@ absl::Status ApplyDelta(const v1::StepDelta& delta, const ModelTraits& model,
     if (!(confidence >= 0 && confidence <= 1)) return absl::DataLossError("a delta does not fit");
     last = position;
     outcome.transfers.push_back({.position = position, .token = token, .confidence = confidence});
+  }
+  for (const v1::Credit& credit : delta.credits()) {
+    outcome.credits.push_back({credit.position(), credit.token(), credit.value()});
+  }
+  const absl::StatusOr<const SamplerEntry*> sampler = FindSampler(state.params.sampler);
+  if (!outcome.credits.empty() && !(sampler.ok() && (*sampler)->gives_credit &&
+                                    CreditsFit(outcome.credits, canvas, block, model))) {
+    return absl::DataLossError("a delta does not fit");
+  }
+  if (delta.whole_pass()) {
+    if (state.params.kv_reuse == KvReuse::kExact) {
+      return absl::DataLossError("a delta does not fit");
+    }
+    RememberBlock(canvas, block, state.decoding);
   }
   ApplyOutcome(outcome, delta.forward(), state.params, model, state.canvas, state.decoding);
   return absl::OkStatus();

@@ -46,7 +46,7 @@ def eos_used(result, model, ids, given, options):
 
 SAMPLERS = ("low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "threshold", "factor",
             "entropy_bounded", "fast_dllm_v2", "block_static", "block_dynamic", "block_sequential", "p2", "p2_open", "rnd1",
-            "rnd1_entropy_bounded", "joint_threshold", "hierarchical", "hierarchical_remask")
+            "rnd1_entropy_bounded", "joint_threshold", "hierarchical", "hierarchical_remask", "credit")
 HOLES = "g4 m5 g3 m4 g1 m2 g3"  # a canvas of 15 positions, 11 of them masked
 
 # name, model, layout, options, condition
@@ -222,6 +222,11 @@ GREEDY = [
      events("several", "masked again")),
     ("hierarchical_remask_llada_infill", "llada", HOLES, dict(threshold=0.6, low_threshold=0.3, block_length=8),
      events("masked again")),
+    ("credit_llada", "llada", "g9 +16", dict(threshold=0.6, block_length=8), both(events("above", "fallback"),
+                                                                                  effect(sampler="threshold"))),
+    ("credit_llada_decides", "llada", "g7 +12", dict(threshold=0.95), events("credit decides")),
+    ("credit_dream_infill", "dream", HOLES, dict(threshold=0.7, cfg_scale=0.5), events("above")),
+    ("credit_sdar_b8", "sdar_b8", "g5 +19", dict(threshold=0.9), None),
     # An end of text that is final ends the run.
     ("block_dynamic_llada2_early_stop", "llada2", "g9 +31", dict(steps=40, threshold=0.5, eos_early_stop=True),
      events("stopped early")),
@@ -336,6 +341,7 @@ RANDOM_RUNS = [
     ("joint_threshold_llada2_warm", "llada2", "g9 +15",
      dict(sampler="joint_threshold", threshold=0.4, edit_threshold=0.2, edit_steps=4, temperature=0.8, top_k=20)),
     ("bd3lm_first_hitting_sdar", "sdar_b4", "g6 +14", dict(sampler="bd3lm_first_hitting", temperature=1, top_p=0.9)),
+    ("credit_llada_warm", "llada", HOLES, dict(sampler="credit", threshold=0.7, temperature=0.8)),
     ("bd3lm_scheduled_sdar_infill", "sdar_b8", HOLES + " g3",
      dict(sampler="bd3lm_scheduled", steps=12, temperature=0.8)),
 ]

@@ -187,7 +187,7 @@ def select(name, options, answers, positions, block_masks, block_step, block_ste
         if name == "topk_margin":  # the mask token must not be one of the two
             require(all(a.probability - a.margin >= -1e-12 for a in answers), "margin of the mask token")
         return take_best(scores, count, gap, events)
-    if name == "threshold":
+    if name in ("threshold", "credit"):
         threshold = options.get("threshold", 0.9)
         require(all(abs(c - threshold) > relative(c, threshold) for c in p), "threshold")
         above = [i for i in range(m) if p[i] >= threshold]
@@ -362,6 +362,25 @@ def ended(x, given, mask, final_end, traits):
     return False
 
 
+def give_credit(rows, credit, positions, mask, kept_max=6):
+    """dInfer: credits fade by 0.8, each masked position's best token gets p^0.2 more, and the logits
+    0.7 ln(1 + credit). A position keeps its largest `kept_max`. Changes `credit`; returns the logits."""
+    credit *= 0.8
+    for i in positions:
+        pickable = np.array(rows[i])
+        pickable[mask] = -np.inf
+        best = int(np.argmax(pickable))
+        require(pickable[best] - np.delete(pickable, best).max() > LOGIT_GAP, "argmax")
+        credit[i, best] += softmax(rows[i])[best] ** 0.2
+    fused = rows + 0.7 * np.log1p(credit[:len(rows)])
+    for i in positions:
+        order = np.argsort(-credit[i], kind="stable")
+        require(credit[i, order[kept_max]] == 0 or
+                credit[i, order[kept_max - 1]] - credit[i, order[kept_max]] > 1e-4, "credits")
+        credit[i, order[kept_max:]] = 0
+    return fused
+
+
 REVISING = ("p2", "p2_open", "joint_threshold", "hierarchical_remask")
 FILTERED = ("p2_open", "rnd1", "rnd1_entropy_bounded", "joint_threshold",
             "maskgit_plus", "topk_margin", "entropy", "origin", "block_static", "block_dynamic", "block_sequential")
@@ -392,6 +411,7 @@ def generate(model, ids, given, options):
     for begin, end in blocks:
         block_masks = sum(not g for g in given[begin:end])
         block_step = block_edits = 0
+        credit = np.zeros((len(x), traits.vocab_size))
         stays_open = True
         memory = {}  # keys and values of the last pass over the whole block
         while True:
@@ -434,6 +454,11 @@ def generate(model, ids, given, options):
                 rows = np.array(rows, dtype=np.float64)
                 for i in range(begin + 1, end):
                     rows[i, x[i - 1]] -= options["repeat_penalty"]
+            if name == "credit":
+                plain = [int(np.argmax(np.delete(rows[i], mask))) for i in positions]
+                rows = give_credit(np.asarray(rows, dtype=np.float64), credit, positions, mask)
+                if plain != [int(np.argmax(np.delete(rows[i], mask))) for i in positions]:
+                    result.events.add("credit decides")
             if any(np.argmax(rows[i]) == mask for i in positions):
                 result.events.add("mask is best")
                 require(name != "topk_margin", "margin of the mask token")

@@ -142,6 +142,7 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
         Knob::kEosEarlyStop}},
       {"hierarchical", with(fast_dllm, {Knob::kThreshold, Knob::kLowThreshold})},
       {"hierarchical_remask", with(fast_dllm, {Knob::kThreshold, Knob::kLowThreshold})},
+      {"credit", with(guided_blocks, {Knob::kThreshold})},
       {"bd3lm_first_hitting", {Knob::kBlockLength, Knob::kTopP, Knob::kEosEarlyStop}},
       {"bd3lm_scheduled", {Knob::kNumSteps, Knob::kBlockLength, Knob::kTopP, Knob::kEosEarlyStop}},
       {"gemma_renoise",

@@ -671,6 +671,28 @@ TEST_F(IdentityTest, HierarchicalBetweenThresholdAndHalving) {
   }
 }
 
+// A model that never changes its mind: credits raise its best tokens, so that a threshold is
+// reached in fewer steps and never in more, by the same tokens.
+TEST_F(IdentityTest, CreditReachesTheThresholdSooner) {
+  std::vector<std::vector<float>> rows(24, std::vector<float>(MaskModel().vocab_size, 0.0F));
+  for (size_t i = 0; i < rows.size(); ++i)
+    rows[i][1 + i % 3] = 2.0F + 0.05F * static_cast<float>(i);
+  int num_faster = 0;
+  for (int seed = 0; seed < kNumLayouts; ++seed) {
+    const Request request = Layout(seed);
+    for (const float threshold : {0.4F, 0.6F, 0.8F}) {
+      DecodingParams params = {.sampler = "threshold", .threshold = threshold};
+      const Outcome plain = Run(request, params, MaskModel(), FixedNetwork(rows));
+      params.sampler = "credit";
+      const Outcome credit = Run(request, params, MaskModel(), FixedNetwork(rows));
+      EXPECT_EQ(credit.tokens, plain.tokens);
+      EXPECT_LE(credit.nfe, plain.nfe);
+      num_faster += credit.nfe < plain.nfe ? 1 : 0;
+    }
+  }
+  EXPECT_GT(num_faster, 20);
+}
+
 // What is predicted with too little confidence is masked again, but every step gains a position.
 TEST_F(IdentityTest, HierarchicalRemaskAlwaysGains) {
   int num_masked_again = 0;

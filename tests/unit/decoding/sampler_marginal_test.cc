@@ -536,6 +536,73 @@ TEST_F(MarginalTest, Bd3lmFollowsThePosterior) {
   }
 }
 
+// Tokens follow softmax((logits + credit) / temperature), with what this step gives to the best
+// token, and the confidence is that of temperature 1.
+TEST_F(MarginalTest, CreditsRaiseWhatWasBest) {
+  const Rows rows = ReadTable("categorical")["logits"].get<Rows>();
+  ModelTraits model = MaskModel();
+  model.vocab_size = model.tokenizer_size = 19;
+  for (const float temperature : {0.0F, 0.6F, 1.0F, 1.7F}) {
+    for (const bool has_credits : {false, true}) {
+      SCOPED_TRACE(absl::StrCat(temperature, has_credits ? " with" : " without", " credits"));
+      Sequence start = Begin({.ids = {0, 0, 0},
+                              .given = {false, false, false},
+                              .params = {.sampler = "credit",
+                                         .temperature = temperature,
+                                         .threshold = 0.0F,
+                                         .eos_penalty = 0.75F}},
+                             model, nullptr);
+      if (has_credits) {
+        start.state.credits = {{0, 2, 3.5F}, {0, 4, 1.0F}, {0, 11, 0.25F},
+                               {1, 0, 2.0F}, {2, 5, 4.0F}, {2, 18, 0.5F}};
+      }
+      Table fused;  // logits
+      for (size_t row = 0; row < rows.size(); ++row) {
+        std::vector<double> logits(rows[row].begin(), rows[row].end());
+        for (const TokenId eos : model.eos_tokens) logits[eos] -= 0.75;
+        double mass = 0;
+        for (const double logit : logits) mass += std::exp(logit);
+        TokenId top = 0;
+        for (TokenId id = 1; id < model.vocab_size; ++id) {
+          if (id != model.mask_token && logits[id] > logits[top]) top = id;
+        }
+        std::vector<double> credit(logits.size());
+        for (const Credit& held : start.state.credits) {
+          if (held.position == static_cast<int32_t>(row)) credit[held.token] = 0.8 * held.value;
+        }
+        credit[top] += std::pow(std::exp(logits[top]) / mass, 0.2);
+        for (size_t id = 0; id < logits.size(); ++id) logits[id] += 0.7 * std::log1p(credit[id]);
+        fused.push_back(logits);
+      }
+      const std::vector<StepOutcome> outcomes = DrawSteps(start, rows, 6000, 1, *head_);
+      const auto counts = CountTokens(start, outcomes);
+      for (size_t row = 0; row < rows.size(); ++row) {
+        std::vector<double> weights(model.vocab_size);
+        double mass = 0;
+        double clean = 0;
+        for (TokenId id = 0; id < model.vocab_size; ++id) {
+          clean += std::exp(fused[row][id]);
+          if (id == model.mask_token) continue;
+          weights[id] = std::exp(fused[row][id] / std::max(temperature, 0.1F));
+          mass += weights[id];
+        }
+        if (temperature > 0) {
+          for (double& weight : weights) weight /= mass;
+          ExpectFollows(counts[row], weights);
+        } else {
+          const auto top = std::max_element(weights.begin(), weights.end()) - weights.begin();
+          EXPECT_EQ(counts[row][top], 6000);
+        }
+        for (const StepOutcome& outcome : outcomes) {
+          const Transfer& transfer = outcome.transfers[row];
+          const double want = std::exp(fused[row][transfer.token]) / clean;
+          ASSERT_NEAR(transfer.confidence, want, 2e-5 * want);
+        }
+      }
+    }
+  }
+}
+
 // The times at which positions are unmasked are those of as many independent uniform numbers, the
 // latest first: the chance that the k-th of m is below x is that of at least m - k + 1 of them.
 TEST_F(MarginalTest, FirstHittingTimesAreOrderStatistics) {

@@ -86,7 +86,8 @@ std::vector<Family> Families() {
                                                   "rnd1_entropy_bounded",
                                                   "joint_threshold",
                                                   "hierarchical",
-                                                  "hierarchical_remask"};
+                                                  "hierarchical_remask",
+                                                  "credit"};
   return {{"dream", mask_samplers},
           {"llada", mask_samplers},
           {"open_dcoder", {"threshold", "entropy"}},

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -143,6 +144,50 @@ TEST(SequenceStateTest, ASequenceThatIsRevisedTravelsToo) {
   broken.mutable_params()->set_sampler("mdlm_cached");  // nothing undecided, and it never revises
   broken.clear_confidences();
   EXPECT_FALSE(FromWire(broken, Model(), "m").ok());
+}
+
+TEST(SequenceStateTest, CreditsTravelAndAreChecked) {
+  const std::vector<TokenId> ids(12, 7);
+  std::vector<bool> given(12, false);
+  given[0] = true;
+  SequenceState state =
+      *MakeSequence(ids, given, {.sampler = "credit", .block_length = 6}, Model());
+  StepOutcome outcome{.transfers = {{.position = 2, .token = 3}},
+                      .credits = {{1, 4, 0.5F}, {1, 6, 0.25F}, {5, 0, 1.75F}}};
+  ApplyOutcome(outcome, true, state.params, Model(), state.canvas, state.decoding);
+  const v1::SequenceState wire = ToWire(state, "m");
+  const absl::StatusOr<SequenceState> back = FromWire(wire, Model(), "m");
+  ASSERT_TRUE(back.ok()) << back.status();
+  ASSERT_EQ(back->decoding.credits.size(), 3U);
+  EXPECT_EQ(back->decoding.credits[1].token, 6);
+  EXPECT_EQ(back->decoding.credits[2].value, 1.75F);
+  EXPECT_EQ(ToWire(*back, "m").SerializeAsString(), wire.SerializeAsString());
+  const std::function<void(v1::Credit&)> breaks[] = {
+      [](auto& c) { c.set_position(7); },  // of another block
+      [](auto& c) { c.set_position(2); },  // committed
+      [](auto& c) { c.set_position(0); },  // given, and out of order
+      [](auto& c) { c.set_token(100); },  [](auto& c) { c.set_token(99); },
+      [](auto& c) { c.set_token(-1); },   [](auto& c) { c.set_value(-0.5F); },
+      [](auto& c) { c.set_value(6.0F); }, [](auto& c) { c.set_value(std::nanf("")); },
+  };
+  for (const auto& change : breaks) {
+    v1::SequenceState broken = wire;
+    change(*broken.mutable_credits(2));
+    EXPECT_FALSE(FromWire(broken, Model(), "m").ok()) << broken.credits(2).ShortDebugString();
+  }
+  v1::SequenceState broken = wire;
+  broken.mutable_credits()->SwapElements(0, 1);
+  EXPECT_FALSE(FromWire(broken, Model(), "m").ok());
+  broken = wire;
+  broken.mutable_params()->set_sampler("threshold");
+  EXPECT_FALSE(FromWire(broken, Model(), "m").ok());
+  // The next block starts without.
+  for (const int32_t position : {1, 3, 4, 5, 6}) {
+    ApplyOutcome({.transfers = {{.position = position, .token = 1}}}, true, state.params, Model(),
+                 state.canvas, state.decoding);
+  }
+  EXPECT_EQ(state.decoding.block_index, 1);
+  EXPECT_TRUE(state.decoding.credits.empty());
 }
 
 TEST(SequenceStateTest, OnlyAFinalEndOfTextFinishesEarly) {

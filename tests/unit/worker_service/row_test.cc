@@ -28,6 +28,7 @@ struct Case {
   const char* sampler;
   int32_t num_steps;  // 0: a position each
   float temperature;
+  KvReuse kv_reuse = KvReuse::kExact;
 };
 
 // What a worker published of a row from where it took it up.
@@ -72,6 +73,9 @@ class RowTest : public testing::TestWithParam<Case> {
     params.num_steps = GetParam().num_steps;
     params.temperature = GetParam().temperature;
     if ((*FindSampler(params.sampler))->eta >= 0) params.eta = 0.3F;
+    params.kv_reuse = GetParam().kv_reuse;
+    if (params.kv_reuse != KvReuse::kExact) params.threshold = 0.5F;
+    if (params.sampler == "fast_dllm_v2") params.sub_block_length = 4;
     if (params.sampler == "joint_threshold") params.edit_threshold = 0.2F;
     *item.mutable_params() = ToWire(params);
     return item.SerializeAsString();
@@ -215,9 +219,18 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"sedd_uniform", "sedd_euler", 6, 1}, Case{"mdlm", "remdm_conf", 12, 1},
                     Case{"sdar_b4", "remdm_cap", 16, 0.5F}, Case{"llada", "dfm_corrector", 8, 1},
                     Case{"llada", "p2", 6, 0}, Case{"llada2", "joint_threshold", 0, 0},
-                    Case{"llada", "hierarchical_remask", 0, 0},
-                    Case{"sdar_b8", "bd3lm_first_hitting", 0, 1}),
-    [](const auto& info) { return absl::StrCat(info.param.model, "_", info.param.sampler); });
+                    Case{"llada", "hierarchical_remask", 0, 0}, Case{"llada", "credit", 0, 0.7F},
+                    Case{"sdar_b8", "bd3lm_first_hitting", 0, 1},
+                    Case{"llada", "threshold", 0, 0, KvReuse::kDual},
+                    Case{"dream", "threshold", 0, 0.5F, KvReuse::kPrefix},
+                    Case{"fast_dllm_v2", "fast_dllm_v2", 0, 0, KvReuse::kDual},
+                    Case{"diffusion_gemma", "gemma_renoise", 12, 1}),
+    [](const auto& info) {
+      return absl::StrCat(
+          info.param.model, "_", info.param.sampler,
+          info.param.kv_reuse == KvReuse::kExact ? "" : "_",
+          info.param.kv_reuse == KvReuse::kExact ? "" : NameOf(info.param.kv_reuse));
+    });
 
 }  // namespace
 }  // namespace cinnabar
