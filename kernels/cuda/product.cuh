@@ -22,8 +22,8 @@
 // multiprocessor, some 100 KiB of weight in flight on each. The large tile (128 x 128, 8 warps of
 // 32 x 64) is for many rows: 3 stages of 32 KiB (96 KiB: within sm_89's 99), 1 block, 64
 // accumulators a thread and as many totals when it folds. FP8 has the small tiles alone: for sm_90
-// ptxas makes an e4m3 mma.sync of fp16 ones and conversions, so it gains where bytes bound, not
-// where arithmetic does.
+// ptxas seems to make an e4m3 mma.sync of fp16 ones and conversions, so it gains where bytes bound,
+// not where arithmetic does.
 #ifndef CINNABAR_KERNELS_CUDA_PRODUCT_CUH_
 #define CINNABAR_KERNELS_CUDA_PRODUCT_CUH_
 

@@ -199,6 +199,11 @@ class CudaBackendTest : public testing::TestWithParam<std::string> {
 INSTANTIATE_TEST_SUITE_P(Emulated, CudaBackendTest, testing::Values("emulated", "emulated-bf16"));
 INSTANTIATE_TEST_SUITE_P(Cuda, CudaBackendTest, testing::Values("cuda", "cuda-bf16"));
 
+// What only the emulator can count, or break.
+class EmulatedDeviceTest : public CudaBackendTest {};
+INSTANTIATE_TEST_SUITE_P(Emulated, EmulatedDeviceTest,
+                         testing::Values("emulated", "emulated-bf16"));
+
 TEST_P(CudaBackendTest, AStepInAGraphGivesTheBitsOfOneWithout) {
   Step plain(*backend_);
   std::vector<Floats> want;
@@ -220,8 +225,7 @@ TEST_P(CudaBackendTest, AStepInAGraphGivesTheBitsOfOneWithout) {
   EXPECT_LE(simt::Counts().graphs_made - before.graphs_made, 4);
 }
 
-TEST_P(CudaBackendTest, AfterTheFirstStepNothingIsAllocatedAndLittleCrosses) {
-  if (GetParam().find("cuda") == 0) GTEST_SKIP() << "only the emulator counts";
+TEST_P(EmulatedDeviceTest, AfterTheFirstStepNothingIsAllocatedAndLittleCrosses) {
   Step step(*backend_);
   ASSERT_TRUE(step.Run(32, 0, false).ok());
   const simt::EmulatedCounts before = simt::Counts();
@@ -233,8 +237,7 @@ TEST_P(CudaBackendTest, AfterTheFirstStepNothingIsAllocatedAndLittleCrosses) {
   EXPECT_LE(after.synchronizations - before.synchronizations, 2);
 }
 
-TEST_P(CudaBackendTest, MemoryComesBack) {
-  if (GetParam().find("cuda") == 0) GTEST_SKIP() << "only the emulator counts";
+TEST_P(EmulatedDeviceTest, MemoryComesBack) {
   backend_.reset();
   const int64_t before = simt::DeviceMemoryUsed();
   {
@@ -250,8 +253,7 @@ TEST_P(CudaBackendTest, MemoryComesBack) {
   EXPECT_EQ(simt::DeviceMemoryUsed(), before);
 }
 
-TEST_P(CudaBackendTest, MemoryThatIsNotThereIsNoBrokenDevice) {
-  if (GetParam().find("cuda") == 0) GTEST_SKIP() << "only the emulator runs out of memory";
+TEST_P(EmulatedDeviceTest, MemoryThatIsNotThereIsNoBrokenDevice) {
   Step step(*backend_);
   simt::LimitDeviceMemory(simt::DeviceMemoryUsed() + 1000);
   EXPECT_EQ(backend_->Allocate(1 << 20).status().code(), absl::StatusCode::kResourceExhausted);
@@ -268,8 +270,7 @@ TEST_P(CudaBackendTest, MemoryThatIsNotThereIsNoBrokenDevice) {
   EXPECT_TRUE(step.Run(16, 0, false).ok());
 }
 
-TEST_P(CudaBackendTest, ADeviceErrorStaysUntilTheBackendIsMadeAgain) {
-  if (GetParam().find("cuda") == 0) GTEST_SKIP() << "only the emulator breaks when asked";
+TEST_P(EmulatedDeviceTest, ADeviceErrorStaysUntilTheBackendIsMadeAgain) {
   Step step(*backend_);
   simt::FailFromNowOn(719);  // cudaErrorLaunchFailure
   const absl::Status failed = step.Run(16, 0, false);
