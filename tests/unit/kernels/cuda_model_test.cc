@@ -20,10 +20,10 @@ namespace {
 
 const std::vector<std::string>& Models() {
   static const auto* const models = new std::vector<std::string>{
-      "a2d_llama", "a2d_qwen2",   "a2d_qwen3",   "dream",        "dream_bf16",
-      "llada",     "llada_gqa",   "mdlm",        "open_dcoder",  "sdar_b4",
-      "sdar_b8",   "sdar_b4_f16", "sedd_absorb", "sedd_uniform", "sdar_moe",
-      "rnd1",      "rnd1_bf16",   "llada_moe",   "llada2"};
+      "a2d_llama",   "a2d_qwen2",    "a2d_qwen3",   "dream",   "dream_bf16", "llada",
+      "llada_gqa",   "mdlm",         "open_dcoder", "sdar_b4", "sdar_b8",    "sdar_b4_f16",
+      "sedd_absorb", "sedd_uniform", "sdar_moe",    "rnd1",    "rnd1_bf16",  "llada_moe",
+      "llada2",      "fast_dllm_v2", "bd3lm"};
   return *models;
 }
 
@@ -53,7 +53,8 @@ class Model {
   }
   const ModelTraits& traits() const { return denoiser_->traits(); }
   KvMemory* NewKv(int32_t positions) {
-    memories_.push_back(*backend_->AllocateKv(denoiser_->SequenceKvShape(positions, KvReuse::kExact)));
+    memories_.push_back(
+        *backend_->AllocateKv(denoiser_->SequenceKvShape(positions, KvReuse::kExact)));
     return memories_.back().get();
   }
 
