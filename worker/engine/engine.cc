@@ -468,7 +468,7 @@ void Engine::AppendToBatch(Sequence& sequence) {
   for (const PositionQuery& wanted : sequence.plan.queries) {
     AppendQuery(sequence, wanted);
     if (sequence.prediction != nullptr) {
-      batch.queries.back().hidden_row = first_wanted + wanted.position - span_first;
+      batch.queries.back().hidden_row = first_wanted + wanted.position - first;
       continue;
     }
     batch.queries.back().hidden_row = hidden_row_of(row_of(wanted.position, span));

@@ -220,7 +220,6 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
                     .nfe = wire.nfe(),
                     .finished = wire.finished(),
                     .confidences = {wire.confidences().begin(), wire.confidences().end()},
-                    .credits = {},
                     .reused_block = {wire.reused_block().begin(), wire.reused_block().end()}};
   for (const v1::Credit& credit : wire.credits()) {
     state.decoding.credits.push_back({credit.position(), credit.token(), credit.value()});

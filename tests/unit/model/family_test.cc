@@ -498,7 +498,7 @@ TEST(FamilyTest, DiffusionGemmaHasTwoKindsOfLayersAndNoMask) {
   EXPECT_EQ(spec.windows.window, 1024);
   EXPECT_EQ(spec.windows.full_rotary_angles, 64);
   EXPECT_EQ(spec.experts.experts_per_token, 8);
-  const KvShape kv = KvShapeOf(spec, 10);
+  const KvShape kv = KvShapeOf(spec, 10, KvReuse::kExact);
   EXPECT_EQ(kv.num_layers, 25);
   EXPECT_EQ(kv.num_other_layers, 5);
   EXPECT_EQ(kv.other_kv_heads, 2);
