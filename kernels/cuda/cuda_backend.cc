@@ -596,12 +596,6 @@ class CudaBackend : public Backend {
 
   absl::Status AnswerVocabulary(const VocabularyArgs& args) override {
     for (const VocabularyQuery& query : args.queries) {
-      if (query.top_p_inside && query.top_p < 1) {
-        return absl::UnimplementedError(
-            "top_p of this sampler (ReMDM, BD3-LM) is not computed on CUDA yet; leave it out or "
-            "use "
-            "--device cpu");
-      }
       CINNABAR_CHECK(!query.want_top) << "asked by DiffusionGemma alone, which Reserve() refuses";
     }
     CINNABAR_RETURN_IF_ERROR(Ready());
@@ -1065,6 +1059,7 @@ class CudaBackend : public Backend {
           static_cast<float>(kLog2E / static_cast<double>(query.statistics_temperature));
       q.top_k = query.top_k;
       q.top_p = query.top_p;
+      q.top_p_inside = query.top_p_inside ? 1 : 0;
       q.top_k_first = query.filter_order == FilterOrder::kTopKThenTopP ? 1 : 0;
       q.seed_low = static_cast<uint32_t>(query.noise.seed);
       q.seed_high = static_cast<uint32_t>(query.noise.seed >> 32);

@@ -570,8 +570,11 @@ SelectKernel(SelectTask task) {
       // At least the first of the ties has no more than the limit before it.
       const uint64_t each = stop.mass_at / stop.count_at;
       const uint64_t more = (limit - stop.mass_above) / each;
-      threshold = stop.key;
-      ties = more + 1 < stop.count_at ? static_cast<uint32_t>(more) + 1 : 0xFFFFFFFFU;
+      // Inside of the limit alone there may be none of them; the largest id stays all the same.
+      const bool largest = stop.mass_above == 0;
+      const uint64_t kept_ties = query.top_p_inside == 0 || (largest && more == 0) ? more + 1 : more;
+      threshold = kept_ties > 0 ? stop.key : stop.key + 1;
+      ties = kept_ties > 0 && kept_ties < stop.count_at ? static_cast<uint32_t>(kept_ties) : 0xFFFFFFFFU;
     }
   }
   int32_t cutoff = kNoId;

@@ -93,7 +93,7 @@ def make_logits(out):
             safetensors_io.save(out / "logits" / f"{case}.safetensors", {"logits": rows}, "F32")
             index.append({"name": case, "model_dir": f"models/{place}", "input_file": f"logits/{case}.json",
                           "logits_file": f"logits/{case}.safetensors",
-                          "bound": 2e-3 if name in gguf_models.QUANTIZED else 2e-4})
+                          "bound": 1e-2 if name in gguf_models.QUANTIZED else 2e-4})
     return index
 
 
@@ -116,7 +116,7 @@ def make_steps(out, name, case, entry, model, narrow):
     safetensors_io.save(out / "logits" / f"{case}.safetensors", {"logits": rows[0], "steps": np.concatenate(rows)},
                         "F32")
     return {"name": case, "model_dir": f"models/{name}", "input_file": f"logits/{case}.json",
-            "logits_file": f"logits/{case}.safetensors"}
+            "logits_file": f"logits/{case}.safetensors", "bound": 2e-4}
 
 
 def make(out):

@@ -49,6 +49,7 @@ int32_t CountSteps(SequenceState state, const ModelTraits& traits, double confid
 TEST(WorkRunsTest, AWorkerAcceptsTheItemAndNeedsNoMoreStepsThanWasSaid) {
   int num_runs = 0;
   for (const SamplerEntry& entry : SamplerCatalog()) {
+    if (entry.name == "gemma_renoise") continue;  // of a model with an encoder
     const bool score = entry.name.substr(0, 5) == "sedd_";
     for (const int canvas : {1, 5, 16, 33, 90}) {
       for (const int causal_block : {0, 8}) {
