@@ -29,11 +29,10 @@ using ::testing::StartsWith;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-constexpr Knob kAllKnobs[] = {Knob::kNumSteps,     Knob::kBlockLength, Knob::kTopP,
-                              Knob::kTopK,         Knob::kThreshold,   Knob::kFactor,
-                              Knob::kEntropyBound, Knob::kAlgTemp,     Knob::kEps,
-                              Knob::kCfgScale,     Knob::kEosSwitches, Knob::kCooling,
-                              Knob::kAdaptiveStop};
+constexpr Knob kAllKnobs[] = {
+    Knob::kNumSteps,    Knob::kBlockLength,  Knob::kTopP,        Knob::kTopK, Knob::kThreshold,
+    Knob::kFactor,      Knob::kEntropyBound, Knob::kAlgTemp,     Knob::kEps,  Knob::kCfgScale,
+    Knob::kEosSwitches, Knob::kCooling,      Knob::kAdaptiveStop};
 
 std::vector<std::string> CatalogNames() {
   std::vector<std::string> names;
@@ -246,9 +245,12 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
             AbsorbModel()},
            {{.sampler = "mdlm_cached"}, "sampler: mdlm_cached ", "sedd_analytic", UniformModel()},
            {{.sampler = "gemma_renoise"}, "sampler: gemma_renoise ", "use low_confidence"},
-           {{.sampler = "gemma_renoise"}, "clean tokens from noise", "use sedd", UniformModel()},
-           {{.sampler = "block_dynamic"}, "predicts the token of a mask", "gemma_renoise", NoiseModel()},
-           {{.sampler = "sedd_euler"}, "predicts scores", "gemma_renoise", NoiseModel()},
+           {{.sampler = "gemma_renoise"},
+            "sampler: gemma_renoise ",
+            "use sedd_euler",
+            UniformModel()},
+           {{.sampler = "block_dynamic"}, "sampler: block_dynamic ", "gemma_renoise", NoiseModel()},
+           {{.sampler = "sedd_euler"}, "sampler: sedd_euler ", "gemma_renoise", NoiseModel()},
            {{.temperature = 0.5F}, "temperature: ", "temperature_start", NoiseModel()},
            {{.cfg_scale = 1.0F}, "cfg_scale: ", "leave it out", NoiseModel()},
            {{.block_length = 8}, "block_length: 8", "blocks of 4", NoiseModel()},
