@@ -618,7 +618,7 @@ TEST(ResolveParamsTest, IsIdempotentAndTouchesOnlyWhatWasLeftOut) {
   std::mt19937 random(3);
   const std::vector<ModelTraits> models = AllModels();
   int num_ok = 0;
-  for (int i = 0; i < 150000; ++i) {
+  for (int i = 0; i < 300000; ++i) {
     const ModelTraits& model = models[random() % models.size()];
     const DecodingParams params = RandomParams(random);
     const int32_t canvas_length = static_cast<int32_t>(random() % 40);

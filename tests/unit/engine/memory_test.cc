@@ -106,7 +106,7 @@ class MemoryTest : public testing::Test {
   }
   static void TearDownTestSuite() { std::filesystem::remove_all(directory_); }
   // The program's own, and what the allocator keeps: independent of the model.
-  static constexpr int64_t kSlack = 12 << 20;
+  static constexpr int64_t kSlack = 16 << 20;
   static std::string directory_;
 };
 std::string MemoryTest::directory_;
