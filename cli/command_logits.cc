@@ -19,10 +19,11 @@ absl::Status WriteLogits(const ModelFlags& flags, const std::string& input_path,
     return absl::InvalidArgumentError("--output is missing: where the safetensors file goes");
   CINNABAR_ASSIGN_OR_RETURN(const InputFile input, ReadInputFile(input_path));
   const int32_t length = static_cast<int32_t>(input.ids.size());
-  CINNABAR_ASSIGN_OR_RETURN(const ModelSession session,
-                            OpenModel(flags, {.rows_max = length + kBlockLengthMax,
-                                              .sequences_max = 1,
-                                              .positions_max = length + kBlockLengthMax}));
+  CINNABAR_ASSIGN_OR_RETURN(
+      const ModelSession session,
+      OpenModel(flags, {.rows_max = length + kBlockLengthMax,
+                        .sequences_max = 2,  // a causal encoder's rows are a span of their own
+                        .positions_max = length + kBlockLengthMax}));
   Denoiser& denoiser = *session.denoiser;
   const ModelTraits& model = denoiser.traits();
   if (input.sigma.has_value() && !model.conditioned_on_sigma) {

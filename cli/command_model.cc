@@ -107,14 +107,11 @@ absl::StatusOr<std::vector<TokenId>> TextOf(const std::string& model, const std:
 
 absl::Status PrintCost(const Flags& flags, const std::string& before, const std::string& after) {
   ModelFlags model{.directory = before, .num_threads = flags.num_threads};
-  const ForwardLimits limits = {.rows_max = kQuantizationWindow,
-                                .sequences_max = 1,
-                                .positions_max = kQuantizationWindow};
-  CINNABAR_ASSIGN_OR_RETURN(const ModelSession first,
-                            OpenModel(model, limits));
+  const ForwardLimits limits = {
+      .rows_max = kQuantizationWindow, .sequences_max = 1, .positions_max = kQuantizationWindow};
+  CINNABAR_ASSIGN_OR_RETURN(const ModelSession first, OpenModel(model, limits));
   model.directory = after;
-  CINNABAR_ASSIGN_OR_RETURN(const ModelSession second,
-                            OpenModel(model, limits));
+  CINNABAR_ASSIGN_OR_RETURN(const ModelSession second, OpenModel(model, limits));
   const ModelTraits& traits = first.denoiser->traits();
   CINNABAR_ASSIGN_OR_RETURN(const std::vector<TokenId> ids, TextOf(before, flags.text, traits));
   Progress progress("measure");

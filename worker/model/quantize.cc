@@ -136,10 +136,12 @@ absl::StatusOr<std::vector<float>> LogitsOf(Denoiser& model, absl::Span<const To
                                             const std::vector<int32_t>& rows, float sigma) {
   const ModelTraits& traits = model.traits();
   const auto length = static_cast<int32_t>(ids.size());
-  CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<KvMemory> kv,
-                            model.backend().AllocateKv(model.SequenceKvShape(length, KvReuse::kExact)));
-  const SequenceSpan span{
-      .num_rows = length, .block_length = traits.causal_block_length, .kv = kv.get()};
+  CINNABAR_ASSIGN_OR_RETURN(
+      const std::unique_ptr<KvMemory> kv,
+      model.backend().AllocateKv(model.SequenceKvShape(length, KvReuse::kExact)));
+  const SequenceSpan span{.num_rows = length,
+                          .block_length = traits.causal_encoder ? 0 : traits.causal_block_length,
+                          .kv = kv.get()};
   CINNABAR_RETURN_IF_ERROR(model.Forward({.ids = ids,
                                           .sequences = absl::MakeConstSpan(&span, 1),
                                           .sigmas = absl::MakeConstSpan(&sigma, 1),
