@@ -196,6 +196,18 @@ class CudaBackend : public Backend {
   }
   DType activation_dtype() const override { return options_.activation; }
 
+  // Busy time is not told: it would take two events a step.
+  DeviceStats Stats() const override {
+    DeviceStats stats;
+    stats.pci_address = facts_.pci_address;
+    stats.memory_total_bytes = facts_.memory_bytes;
+    int64_t free_bytes = 0;
+    if (FreeMemory(&free_bytes) == kSuccess) stats.memory_free_bytes = free_bytes;
+    stats.graph_hits = graph_hits_;
+    stats.graph_misses = graph_misses_;
+    return stats;
+  }
+
   absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
@@ -1181,6 +1193,7 @@ class CudaBackend : public Backend {
       CINNABAR_RETURN_IF_ERROR(
           Note(UpdateGraph(executable, graph, &updated), "put a step into its graph"));
     }
+    ++(updated ? graph_hits_ : graph_misses_);
     if (!updated) {
       if (executable != nullptr) {
         DestroyExecutable(executable);
@@ -1221,6 +1234,8 @@ class CudaBackend : public Backend {
   int64_t captured_calls_ = 0;
   uint64_t captured_shape_ = 0;
   std::map<int64_t, void*> graphs_;
+  int64_t graph_hits_ = 0;
+  int64_t graph_misses_ = 0;
 };
 
 }  // namespace

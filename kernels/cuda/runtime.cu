@@ -44,6 +44,9 @@ int OpenDevice(int index, DeviceFacts* facts) {
   error = cudaGetDeviceProperties(&properties, index);
   if (error != cudaSuccess) return error;
   std::snprintf(facts->name, sizeof(facts->name), "%s", properties.name);
+  error = cudaDeviceGetPCIBusId(facts->pci_address, sizeof(facts->pci_address), index);
+  if (error != cudaSuccess) facts->pci_address[0] = '\0';
+  (void)cudaGetLastError();
   facts->compute_capability = static_cast<int32_t>(10 * major + minor);
   facts->num_multiprocessors = static_cast<int32_t>(multiprocessors);
   facts->memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);

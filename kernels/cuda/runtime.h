@@ -13,6 +13,7 @@ inline constexpr int kOutOfMemory = 2;  // cudaErrorMemoryAllocation
 
 struct DeviceFacts {
   char name[256] = {};
+  char pci_address[32] = {};  // "0000:4b:00.0"; empty: no PCI device
   int32_t compute_capability = 0;  // 10 * major + minor
   int32_t num_multiprocessors = 0;
   int64_t shared_bytes_max = 0;  // of one block, opted in

@@ -446,6 +446,7 @@ void Body::RememberWanted(const ForwardBatch& batch) {
 absl::Status Body::Forward(const ForwardBatch& batch) {
   num_wanted_ = 0;
   CINNABAR_RETURN_IF_ERROR(CheckBatch(batch));
+  CINNABAR_RETURN_IF_ERROR(backend_.BeginStep());  // ended by Synchronize()
   CINNABAR_RETURN_IF_ERROR(backend_.Embed(*embedding_, batch.ids, embedding_scale_, residual_));
   CINNABAR_RETURN_IF_ERROR(RunLayers(batch));
   // Ops read the caller's spans until now.

@@ -219,6 +219,11 @@ TEST_P(CudaBackendTest, AStepInAGraphGivesTheBitsOfOneWithout) {
     ASSERT_TRUE(status.ok()) << status;
     EXPECT_EQ(graph.Answers(16), want[i]) << "step " << i;
   }
+  const DeviceStats stats = other->Stats();
+  EXPECT_GT(stats.memory_total_bytes, stats.memory_free_bytes);
+  EXPECT_GT(stats.memory_free_bytes, 0);
+  EXPECT_GE(stats.graph_hits, 3);
+  EXPECT_GE(stats.graph_misses, 1);
   if (GetParam().find("cuda") == 0) return;
   // The first step runs in parts, for it makes the experts' tables; then one graph serves all.
   EXPECT_GE(simt::Counts().graphs_launched - before.graphs_launched, 6);
