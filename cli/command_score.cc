@@ -134,7 +134,7 @@ absl::Status Score(ScoreFlags flags, const FlagSet& set) {
     longest = std::max(longest, static_cast<int32_t>(window.ids.size()));
   }
   const ForwardLimits limits = {.rows_max = std::max(kRows, longest + kBlockLengthMax),
-                                .sequences_max = kRows,
+                                .sequences_max = std::max(1, kRows / longest),
                                 .positions_max = longest};
   CINNABAR_ASSIGN_OR_RETURN(const ModelSession session, OpenModel(flags.model, limits));
 

@@ -15,14 +15,6 @@ int32_t Quota(const StepContext& context) {
   return EvenShare(context.params.block_length, StepsOf(context), context.state.block_step);
 }
 
-void SetDistribution(const DecodingParams& params, PositionQuery& query) {
-  query.pick_temperature = params.temperature;
-  query.statistics_temperature = TemperedStatistics(params);
-  query.top_p = params.top_p;
-  query.top_k = params.top_k;
-  query.filter_order = FilterOrder::kTopKThenTopP;
-}
-
 class ByConfidence final : public Sampler {
  public:
   explicit ByConfidence(bool dynamic) : dynamic_(dynamic) {}
@@ -30,7 +22,8 @@ class ByConfidence final : public Sampler {
   void Plan(const StepContext& context, StepPlan& plan) const override {
     StartPlan(context, plan);
     QueryUndecided(context, plan);
-    for (PositionQuery& query : plan.queries) SetDistribution(context.params, query);
+    for (PositionQuery& query : plan.queries)
+      SetFiltered(context.params, FilterOrder::kTopKThenTopP, query);
   }
 
   void Decide(const StepContext& context, const StepPlan& plan,
@@ -63,7 +56,8 @@ class Sequential final : public Sampler {
     const int32_t end =
         static_cast<int32_t>(std::min<int64_t>(context.block.end, int64_t{first} + Quota(context)));
     for (int32_t i = first; i < end; ++i) {
-      if (context.canvas.undecided(i)) SetDistribution(context.params, AddQuery(i, plan));
+      if (context.canvas.undecided(i))
+        SetFiltered(context.params, FilterOrder::kTopKThenTopP, AddQuery(i, plan));
     }
     plan.forward = !plan.queries.empty();
   }

@@ -10,14 +10,6 @@
 namespace cinnabar {
 namespace {
 
-void SetDistribution(const DecodingParams& params, PositionQuery& query) {
-  query.pick_temperature = params.temperature;
-  query.statistics_temperature = TemperedStatistics(params);
-  query.top_p = params.top_p;
-  query.top_k = params.top_k;
-  query.filter_order = FilterOrder::kTopPThenTopK;
-}
-
 // Each position on its own, by a coin that does not look at the prediction.
 class Origin final : public Sampler {
  public:
@@ -27,7 +19,7 @@ class Origin final : public Sampler {
         DreamTransferChance(StepsOf(context), context.state.block_step, context.params.eps);
     for (int32_t i = context.block.begin; i < context.block.end; ++i) {
       if (context.canvas.undecided(i) && StepUniform(context, NoiseStream::kTransfer, i) < chance) {
-        SetDistribution(context.params, AddQuery(i, plan));
+        SetFiltered(context.params, FilterOrder::kTopPThenTopK, AddQuery(i, plan));
       }
     }
     plan.forward = !plan.queries.empty();
@@ -47,7 +39,8 @@ class Ranked : public Sampler {
     plan.forward = Count(context) > 0;
     if (!plan.forward) return;
     QueryUndecided(context, plan);
-    for (PositionQuery& query : plan.queries) SetDistribution(context.params, query);
+    for (PositionQuery& query : plan.queries)
+      SetFiltered(context.params, FilterOrder::kTopPThenTopK, query);
   }
 
   void Decide(const StepContext& context, const StepPlan& plan,

@@ -21,11 +21,7 @@ class JointThreshold final : public Sampler {
     for (int32_t i = context.block.begin; i < context.block.end; ++i) {
       if (context.canvas.states[i] == PositionState::kGiven) continue;
       PositionQuery& query = AddQuery(i, plan);
-      query.pick_temperature = params.temperature;
-      query.statistics_temperature = TemperedStatistics(params);
-      query.top_p = params.top_p;
-      query.top_k = params.top_k;
-      query.filter_order = FilterOrder::kTopKThenTopP;
+      SetFiltered(params, FilterOrder::kTopKThenTopP, query);
       if (params.repeat_penalty > 0 && i > context.block.begin) {
         AddPenalty(context, context.canvas.tokens[i - 1], query);
       }

@@ -9,21 +9,14 @@
 namespace cinnabar {
 namespace {
 
-void SetDistribution(const DecodingParams& params, PositionQuery& query) {
-  query.pick_temperature = params.temperature;
-  query.statistics_temperature = TemperedStatistics(params);
-  query.top_p = params.top_p;
-  query.top_k = params.top_k;
-  query.filter_order = FilterOrder::kTopKThenTopP;
-}
-
 class Rnd1 final : public Sampler {
  public:
   void Plan(const StepContext& context, StepPlan& plan) const override {
     StartPlan(context, plan);
     QueryUndecided(context, plan);
     if (Count(context, static_cast<int32_t>(plan.queries.size())) == 0) plan.queries.clear();
-    for (PositionQuery& query : plan.queries) SetDistribution(context.params, query);
+    for (PositionQuery& query : plan.queries)
+      SetFiltered(context.params, FilterOrder::kTopKThenTopP, query);
     plan.forward = !plan.queries.empty();
   }
 
@@ -51,7 +44,8 @@ class Rnd1EntropyBounded final : public Sampler {
   void Plan(const StepContext& context, StepPlan& plan) const override {
     StartPlan(context, plan);
     QueryUndecided(context, plan);
-    for (PositionQuery& query : plan.queries) SetDistribution(context.params, query);
+    for (PositionQuery& query : plan.queries)
+      SetFiltered(context.params, FilterOrder::kTopKThenTopP, query);
   }
 
   void Decide(const StepContext& context, const StepPlan& plan,

@@ -68,6 +68,14 @@ double StepGumbel(const StepContext& context, NoiseStream stream, int32_t positi
   return -std::log(-std::log(StepUniform(context, stream, position)));
 }
 
+void SetFiltered(const DecodingParams& params, FilterOrder order, PositionQuery& query) {
+  query.pick_temperature = params.temperature;
+  query.statistics_temperature = TemperedStatistics(params);
+  query.top_p = params.top_p;
+  query.top_k = params.top_k;
+  query.filter_order = order;
+}
+
 void AddEosRules(const StepContext& context, StepPlan& plan) {
   const DecodingParams& params = context.params;
   const ModelTraits& model = context.model;

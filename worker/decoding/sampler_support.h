@@ -47,6 +47,9 @@ inline float TemperedStatistics(const DecodingParams& params) {
   return params.temperature > 0 ? params.temperature : 1.0F;
 }
 
+// Token and statistics from the distribution after temperature, top-p and top-k.
+void SetFiltered(const DecodingParams& params, FilterOrder order, PositionQuery& query);
+
 // LLaDA's end-of-text switches, as rules for every query of the plan.
 void AddEosRules(const StepContext& context, StepPlan& plan);
 // Confidence under those switches: the probability, or exactly 0 for what is to be transferred
