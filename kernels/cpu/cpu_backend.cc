@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <thread>
 #include <utility>
 
@@ -219,8 +220,7 @@ class CpuBackend : public Backend {
   int64_t KvBytes(const KvShape& shape) const override { return PanelKv::Bytes(shape); }
 
   int64_t WorkspaceBytes(const WorkspaceShape& shape) const override {
-    return ScratchOf(shape).total_bytes +
-           VocabularyWorkspace::Bytes(shape, pool_.num_threads(), isa_.strip_rows);
+    return ScratchOf(shape).total_bytes + VocabularyWorkspace::Bytes(shape, pool_.num_threads());
   }
 
   absl::Status Reserve(const WorkspaceShape& wanted) override {
@@ -242,8 +242,7 @@ class CpuBackend : public Backend {
       return absl::ResourceExhaustedError(
           absl::StrCat("no ", scratch.total_bytes, " bytes of workspace"));
     }
-    const absl::Status vocabulary =
-        vocabulary_workspace_.Reserve(shape, pool_.num_threads(), isa_.strip_rows);
+    const absl::Status vocabulary = vocabulary_workspace_.Reserve(shape, pool_.num_threads());
     if (!vocabulary.ok()) return vocabulary;
     shape_ = shape;
     scratch_ = scratch;
@@ -510,15 +509,19 @@ class CpuBackend : public Backend {
     CINNABAR_CHECK(table.rows() == weight.rows() && table.cols() == weight.cols());
     CINNABAR_CHECK(args.temperature > 1e-30F);
     const Head head(*this, weight);
-    // A task is one part of the vocabulary for one group of strips.
-    const Strips strips(args.num_rows, isa_.strip_rows);
+    // A task is one part of the vocabulary for one band of rows.
+    const Strips bands(args.num_rows, kBandRows);
     const int64_t num_parts = SoftParts(weight.rows());
-    const int64_t num_groups = (strips.count + kSoftGroupStrips - 1) / kSoftGroupStrips;
-    pool_.ParallelFor(num_parts * num_groups, [&](int64_t item, int32_t thread) {
-      const int64_t group = item % num_groups * kSoftGroupStrips;
-      SumSoftPart(args, head, table, strips, group,
-                  std::min(group + kSoftGroupStrips, strips.count), item / num_groups, num_parts,
-                  ThreadScratch(thread));
+    pool_.ParallelFor(bands.count, [&](int64_t band, int32_t /*thread*/) {
+      int32_t rows[kBandRows];
+      std::iota(rows, rows + bands.height(band), static_cast<int32_t>(bands.begin(band)));
+      head.Pack(args.hidden, absl::MakeConstSpan(rows, bands.height(band)),
+                scratch() + scratch_.strips + bands.begin(band) * weight.cols());
+    });
+    pool_.ParallelFor(num_parts * bands.count, [&](int64_t item, int32_t thread) {
+      const int64_t band = item % bands.count;
+      SumSoftPart(args, head, table, bands.begin(band), bands.height(band), item / bands.count,
+                  num_parts, thread);
     });
     ForRows(args.num_rows, [&](int64_t row) { JoinSoftParts(args, row, num_parts); });
     return absl::OkStatus();
@@ -571,7 +574,7 @@ class CpuBackend : public Backend {
     scratch.threads = next;
     next = 0;
     if (shape.soft_rows_max > 0) {
-      scratch.soft_logits = take(int64_t{kSoftGroupStrips} * kStripRowsMax * kVocabularyChunk);
+      scratch.soft_logits = take(int64_t{kBandRows} * kVocabularyChunk);
     }
     scratch.sums = take(kRowGroup * kPanelWidth);
     scratch.panel = take(kInputBlock * kPanelWidth);
@@ -696,12 +699,8 @@ class CpuBackend : public Backend {
     float* packed = scratch() + scratch_.strips;
     pool_.ParallelFor(strips.count, [&](int64_t strip, int32_t /*thread*/) {
       const int64_t row = strips.begin(strip);
-      const float* x = args.x.f32() + row * args.x.stride;
-      if (quantized) {
-        isa_.quantize_strip(x, args.x.stride, strips.height(strip), dim, packed + row * dim);
-      } else {
-        isa_.pack_strip(x, args.x.stride, strips.height(strip), dim, 1.0F, packed + row * dim);
-      }
+      PackStrip(args.x.f32() + row * args.x.stride, args.x.stride, strips.height(strip), dim,
+                quantized, packed + row * dim);
     });
     // Groups of strips of at most kRowGroup rows; a task is one panel for one group.
     const int64_t strips_per_group = kRowGroup / isa_.strip_rows;
@@ -712,18 +711,32 @@ class CpuBackend : public Backend {
       const int64_t group = item / weight.num_panels();
       const int64_t strip_begin = group * strips_per_group;
       const int64_t strip_end = std::min(strips.count, strip_begin + strips_per_group);
-      MultiplyPanel(args, weight, finish, strips, strip_begin, strip_end, panel,
-                    ThreadScratch(thread));
+      float* mine = ThreadScratch(thread);
+      float* sums = mine + scratch_.sums;
+      SumPanel(weight, panel, strips, strip_begin, strip_end, packed, mine + scratch_.panel, sums,
+               kPanelWidth);
+      for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
+        const int64_t row = strips.begin(strip);
+        FinishStrip(args, weight, finish, panel, row, strips.height(strip),
+                    sums + (row - strips.begin(strip_begin)) * kPanelWidth);
+      }
     });
   }
 
-  void MultiplyPanel(const LinearArgs& args, const PackedWeight& weight, Finish finish,
-                     const Strips& strips, int64_t strip_begin, int64_t strip_end, int64_t panel,
-                     float* mine) const {
+  // Rows of x as the products with panels that are quantised, or not, read them.
+  void PackStrip(const float* x, int64_t stride, int32_t num_rows, int64_t dim, bool quantized,
+                 float* strip) const {
+    if (!quantized) return isa_.pack_strip(x, stride, num_rows, dim, 1.0F, strip);
+    for (int32_t row = 0; row < num_rows; ++row)
+      isa_.quantize_row(x + row * stride, dim, strip + row, num_rows);
+  }
+
+  // sums[r * sums_stride + j], j < 32: the products of strips [strip_begin, strip_end) with a
+  // panel; r counts from the first of their rows, of which the strip is at packed + row * cols.
+  void SumPanel(const PackedWeight& weight, int64_t panel, const Strips& strips,
+                int64_t strip_begin, int64_t strip_end, const float* packed, float* block_scratch,
+                float* sums, int64_t sums_stride) const {
     const int64_t dim = weight.cols();
-    const float* packed = scratch() + scratch_.strips;
-    float* sums = mine + scratch_.sums;
-    float* block_scratch = mine + scratch_.panel;
     const bool quantized = weight.quantized(panel);
     const int64_t first_row = strips.begin(strip_begin);
     for (int64_t k = 0; k < dim; k += kInputBlock) {
@@ -739,14 +752,13 @@ class CpuBackend : public Backend {
         const int64_t row = strips.begin(strip);
         const int32_t height = strips.height(strip);
         const float* x = packed + row * dim;
-        float* c = sums + (row - first_row) * kPanelWidth;
+        float* c = sums + (row - first_row) * sums_stride;
         if (quantized) {
           isa_.tile_runs(x + k / kRunLength * kRunWords * height, height, runs, count / kRunLength,
-                         /*resume=*/k > 0, c, kPanelWidth);
+                         /*resume=*/k > 0, c, sums_stride);
         } else {
-          isa_.tile(x + k * height, height, block, count, /*resume=*/k > 0, c, kPanelWidth);
+          isa_.tile(x + k * height, height, block, count, /*resume=*/k > 0, c, sums_stride);
         }
-        if (k + count == dim) FinishStrip(args, weight, finish, panel, row, height, c);
       }
     }
   }
@@ -863,18 +875,17 @@ class CpuBackend : public Backend {
     const int64_t chunks = (vocabulary + kVocabularyChunk - 1) / kVocabularyChunk;
     return std::clamp<int64_t>(chunks / 4, 1, 16);
   }
-  static constexpr int64_t kSoftGroupStrips = 8;
 
   // The sums of exp(l / T) * table over one part of the vocabulary, relative to the largest l that
   // has come so far: when a chunk has a larger one, what is there is scaled down.
   void SumSoftPart(const SoftEmbedArgs& args, const VocabularyMachine& head,
-                   const EmbeddingTable& table, const Strips& strips, int64_t strip_begin,
-                   int64_t strip_end, int64_t part, int64_t num_parts, float* mine) const {
+                   const EmbeddingTable& table, int64_t first_row, int32_t num_rows, int64_t part,
+                   int64_t num_parts, int32_t thread) const {
     const int64_t dim = table.cols();
     const int64_t vocabulary = table.rows();
     const int64_t num_chunks = (vocabulary + kVocabularyChunk - 1) / kVocabularyChunk;
-    const int64_t first_row = strips.begin(strip_begin);
-    const int64_t num_rows = strips.begin(strip_end) - first_row;
+    const Strips strips(num_rows, isa_.strip_rows);
+    float* mine = ThreadScratch(thread);
     float* tops = scratch() + scratch_.soft_tops + part * args.num_rows + first_row;
     float* masses = scratch() + scratch_.soft_masses + part * args.num_rows + first_row;
     float* sums = scratch() + scratch_.soft_sums + (part * args.num_rows + first_row) * dim;
@@ -890,12 +901,8 @@ class CpuBackend : public Backend {
       const auto first_id = static_cast<int32_t>(chunk * kVocabularyChunk);
       const auto num_ids =
           static_cast<int32_t>(std::min<int64_t>(vocabulary - first_id, kVocabularyChunk));
-      for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
-        const int64_t row = strips.begin(strip);
-        head.Multiply(args.hidden.f32() + row * args.hidden.stride, args.hidden.stride,
-                      strips.height(strip), first_id, num_ids,
-                      logits + (row - first_row) * kVocabularyChunk, kVocabularyChunk);
-      }
+      head.Multiply(scratch() + scratch_.strips + first_row * dim, num_rows, first_id, num_ids,
+                    logits, kVocabularyChunk, thread);
       for (int64_t row = 0; row < num_rows; ++row) {
         float* l = logits + row * kVocabularyChunk;
         if (args.logit_cap > 0.0F) vocabulary_kernels_.soft_cap(l, args.logit_cap, num_ids);
@@ -914,8 +921,8 @@ class CpuBackend : public Backend {
           std::fill_n(panel + id * kPanelWidth, kPanelWidth, 0.0F);
           table.Read(first_id + id, column, count, panel + id * kPanelWidth);
         }
-        for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
-          const int64_t row = strips.begin(strip) - first_row;
+        for (int64_t strip = 0; strip < strips.count; ++strip) {
+          const int64_t row = strips.begin(strip);
           isa_.tile_rows(logits + row * kVocabularyChunk, kVocabularyChunk, strips.height(strip),
                          panel, num_ids, /*resume=*/false, tile, kPanelWidth);
           for (int32_t r = 0; r < strips.height(strip); ++r) {
@@ -957,24 +964,38 @@ class CpuBackend : public Backend {
   class Head : public VocabularyMachine {
    public:
     Head(CpuBackend& backend, const PackedWeight& weight)
-        : VocabularyMachine(backend.vocabulary_kernels_, backend.pool_.num_threads(),
-                            backend.isa_.strip_rows),
+        : VocabularyMachine(backend.vocabulary_kernels_, backend.pool_.num_threads()),
           backend_(backend),
           weight_(weight) {
       CINNABAR_CHECK(!weight.mapped()) << "every pass reads the whole head";
       CINNABAR_CHECK(!weight.any_quantized() || !weight.any_float()) << "a head of two formats";
     }
 
-    void Prepare(float* x, int64_t num_rows, int64_t dim) const override {
-      if (!weight_.any_quantized()) return;
-      backend_.ForRows(num_rows,
-                       [&](int64_t row) { backend_.isa_.quantize_row(x + row * dim, dim); });
+    void Pack(const Rows& hidden, absl::Span<const int32_t> rows, float* packed) const override {
+      const int64_t dim = weight_.cols();
+      const Strips strips(static_cast<int64_t>(rows.size()), backend_.isa_.strip_rows);
+      for (int64_t strip = 0; strip < strips.count; ++strip) {
+        const int64_t begin = strips.begin(strip);
+        const int32_t height = strips.height(strip);
+        float* out = packed + begin * dim;
+        for (int32_t r = 0; r < height; ++r) {
+          const float* x = hidden.f32() + rows[begin + r] * hidden.stride;
+          if (weight_.any_quantized()) {
+            backend_.isa_.quantize_row(x, dim, out + r, height);
+          } else {
+            for (int64_t k = 0; k < dim; ++k) out[k * height + r] = x[k];
+          }
+        }
+      }
     }
 
-    void Multiply(const float* x, int64_t x_stride, int32_t num_rows, int32_t first_id,
-                  int32_t num_ids, float* out, int64_t out_stride) const override {
+    void Multiply(const float* packed, int32_t num_rows, int32_t first_id, int32_t num_ids,
+                  float* out, int64_t out_stride, int32_t thread) const override {
+      const Strips strips(num_rows, backend_.isa_.strip_rows);
+      float* block_scratch = backend_.ThreadScratch(thread) + backend_.scratch_.panel;
       for (int32_t id = 0; id < num_ids; id += kPanelWidth) {
-        MultiplyPanel(x, x_stride, num_rows, (first_id + id) / kPanelWidth, out + id, out_stride);
+        backend_.SumPanel(weight_, (first_id + id) / kPanelWidth, strips, 0, strips.count, packed,
+                          block_scratch, out + id, out_stride);
       }
     }
 
@@ -984,30 +1005,6 @@ class CpuBackend : public Backend {
     }
 
    private:
-    void MultiplyPanel(const float* x, int64_t x_stride, int32_t num_rows, int64_t panel,
-                       float* out, int64_t out_stride) const {
-      const int64_t dim = weight_.cols();
-      // Widened weights pass through a block of scratch that belongs to the call.
-      alignas(64) float block[kWidenBlock * kPanelWidth];
-      if (weight_.any_quantized()) {
-        for (int64_t k = 0; k < dim; k += kWidenBlock) {
-          const int64_t count = std::min(kWidenBlock, dim - k);
-          backend_.isa_.tile_run_rows(x + k / kRunLength * kRunWords, x_stride, num_rows,
-                                      weight_.PanelRuns(panel, k, count, backend_.isa_, block),
-                                      count / kRunLength, k > 0, out, out_stride);
-        }
-        return;
-      }
-      const int64_t step = weight_.dtype() == DType::kF32 ? dim : kWidenBlock;
-      for (int64_t k = 0; k < dim; k += step) {
-        const int64_t count = std::min(step, dim - k);
-        backend_.isa_.tile_rows(x + k, x_stride, num_rows,
-                                weight_.PanelBlock(panel, k, count, backend_.isa_, block), count,
-                                k > 0, out, out_stride);
-      }
-    }
-
-    static constexpr int64_t kWidenBlock = 128;
     CpuBackend& backend_;
     const PackedWeight& weight_;
   };

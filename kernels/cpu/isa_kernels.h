@@ -83,18 +83,12 @@ struct IsaKernels {
   // The same from rows that are not packed: x[r * x_stride + k].
   void (*tile_rows)(const float* x, int64_t x_stride, int32_t num_rows, const float* panel,
                     int64_t dim, bool resume, float* c, int64_t c_stride);
-  // Products of block-quantised weights; dim is a multiple of 32. quantize_strip writes word w of
-  // run b of row r to strip[(b * kRunWords + w) * num_rows + r]; quantize_row rewrites one row in
-  // place, word w of run b to x[b * kRunWords + w]. tile_runs and tile_run_rows are as tile and
-  // tile_rows, with these rows.
-  void (*quantize_strip)(const float* x, int64_t stride, int32_t num_rows, int64_t dim,
-                         float* strip);
-  void (*quantize_row)(float* x, int64_t dim);
+  // Products of block-quantised weights; dim is a multiple of 32. A strip is [runs][kRunWords]
+  // [num_rows] words; quantize_row writes one row of it, from `out` on. tile_runs is as tile.
+  void (*quantize_row)(const float* x, int64_t dim, float* out, int32_t num_rows);
   void (*expand)(const ExpandTask& task, const RunPanel& out);
   void (*tile_runs)(const float* strip, int32_t num_rows, const RunPanel& panel, int64_t num_runs,
                     bool resume, float* c, int64_t c_stride);
-  void (*tile_run_rows)(const float* x, int64_t x_stride, int32_t num_rows, const RunPanel& panel,
-                        int64_t num_runs, bool resume, float* c, int64_t c_stride);
   void (*widen_bf16)(const uint16_t* source, int64_t count, float* out);  // count: multiple of 16
   void (*widen_f16)(const uint16_t* source, int64_t count, float* out);
   void (*finish)(const FinishTask& task);

@@ -1,5 +1,7 @@
 #include "kernels/cpu/packed_weight.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +16,7 @@ namespace cinnabar::cpu {
 namespace {
 
 constexpr int64_t kAlignment = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int64_t kHalfPanel = kPanelWidth / 2;
 
 float FloatFromBits(uint32_t bits) {
@@ -274,11 +277,15 @@ RunPanel LayOutRuns(int64_t count, bool offsets, float* scratch) {
 void FreeAligned::operator()(std::byte* memory) const { std::free(memory); }
 
 AlignedMemory AllocateAligned(int64_t size_bytes) {
-  const int64_t rounded = RoundUp(std::max<int64_t>(size_bytes, 1));
-  auto* memory =
-      static_cast<std::byte*>(std::aligned_alloc(kAlignment, static_cast<size_t>(rounded)));
-  if (memory != nullptr) std::memset(memory, 0, static_cast<size_t>(rounded));
-  return AlignedMemory(memory);
+  const auto rounded = static_cast<size_t>(RoundUp(std::max<int64_t>(size_bytes, 1)));
+  const bool large = rounded >= 2 * kHugePage;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, large ? kHugePage : kAlignment, rounded) != 0) return nullptr;
+  // A panel block crosses sixteen small pages, and under a hypervisor each miss walks two tables.
+  // The rest beyond the last whole huge page stays small; a kernel that has none is no worse off.
+  if (large) madvise(memory, rounded / kHugePage * kHugePage, MADV_HUGEPAGE);
+  std::memset(memory, 0, rounded);
+  return AlignedMemory(static_cast<std::byte*>(memory));
 }
 
 PackedWeight::PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype,

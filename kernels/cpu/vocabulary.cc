@@ -56,14 +56,14 @@ void RaiseTo(std::atomic<float>& floor, float value) {
 }
 
 // Rows that are held whole at a time: enough to be bound by arithmetic, within 16 MiB.
-int32_t WholeRows(const WorkspaceShape& shape, int32_t strip_rows) {
+int32_t WholeRows(const WorkspaceShape& shape) {
   const int64_t row_bytes = int64_t{NumChunks(shape.vocabulary)} * kVocabularyChunk * 4;
-  return std::clamp(static_cast<int32_t>((int64_t{16} << 20) / row_bytes), strip_rows,
-                    4 * strip_rows);
+  return std::clamp(static_cast<int32_t>((int64_t{16} << 20) / row_bytes), 6, 48);
 }
 
-// A run of queries whose rows (one each, two with guidance) are multiplied together.
-struct Strip {
+// A run of queries whose rows (one each, two with guidance) are multiplied together: at most
+// kBandRows.
+struct Band {
   int32_t query_begin = 0;
   int32_t query_end = 0;
   int32_t slot_begin = 0;
@@ -92,8 +92,9 @@ struct RowTotals {
 };
 
 struct Arrays {
-  float* x = nullptr;                 // [2 * group rows, cols]
-  Strip* strips = nullptr;            // [group rows]
+  int32_t* slots = nullptr;           // [2 * group rows]: the hidden row of each slot
+  float* x = nullptr;                 // [2 * group rows, cols]: slots, packed by band
+  Band* bands = nullptr;              // [group rows]
   RowPlan* plans = nullptr;           // [group rows]
   RowTotals* totals = nullptr;        // [group rows]
   ChunkRule* rules = nullptr;         // [group rows, kVocabularyRulesMax], by id
@@ -101,7 +102,7 @@ struct Arrays {
   RowFloors* floors = nullptr;        // [group rows]
   int32_t* counts = nullptr;          // [threads, group rows]: candidates held
   Candidate* candidates = nullptr;    // [threads, group rows, kCandidateRoom]
-  float* tiles = nullptr;             // [threads, strip rows, kVocabularyChunk]
+  float* tiles = nullptr;             // [threads, kBandRows, kVocabularyChunk]
   int32_t* whole_rows = nullptr;      // [group rows]: queries that need whole rows
   float* whole_logits = nullptr;      // [WholeRows(), chunks * kVocabularyChunk]
   Candidate* sorted = nullptr;        // [finishers, vocabulary]
@@ -109,8 +110,7 @@ struct Arrays {
 };
 
 // Lays the arrays out from `memory` on; with null only the size is meant.
-Arrays LayOut(std::byte* memory, const WorkspaceShape& shape, int32_t num_threads,
-              int32_t strip_rows) {
+Arrays LayOut(std::byte* memory, const WorkspaceShape& shape, int32_t num_threads) {
   Arrays arrays;
   auto take = [&](auto*& array, int64_t count) {
     using Element = std::remove_reference_t<decltype(*array)>;
@@ -119,8 +119,9 @@ Arrays LayOut(std::byte* memory, const WorkspaceShape& shape, int32_t num_thread
   };
   const int64_t rows = GroupRows(shape, num_threads);
   const int64_t chunks = NumChunks(shape.vocabulary);
-  take(arrays.x, std::max<int64_t>(2 * rows, WholeRows(shape, strip_rows)) * shape.cols_max);
-  take(arrays.strips, rows);
+  take(arrays.slots, 2 * rows);
+  take(arrays.x, std::max<int64_t>(2 * rows, WholeRows(shape)) * shape.cols_max);
+  take(arrays.bands, rows);
   take(arrays.plans, rows);
   take(arrays.totals, rows);
   take(arrays.rules, rows * kVocabularyRulesMax);
@@ -128,9 +129,9 @@ Arrays LayOut(std::byte* memory, const WorkspaceShape& shape, int32_t num_thread
   take(arrays.floors, rows);
   take(arrays.counts, num_threads * rows);
   take(arrays.candidates, num_threads * rows * kCandidateRoom);
-  take(arrays.tiles, int64_t{num_threads} * strip_rows * kVocabularyChunk);
+  take(arrays.tiles, int64_t{num_threads} * kBandRows * kVocabularyChunk);
   take(arrays.whole_rows, rows);
-  take(arrays.whole_logits, WholeRows(shape, strip_rows) * chunks * kVocabularyChunk);
+  take(arrays.whole_logits, WholeRows(shape) * chunks * kVocabularyChunk);
   take(arrays.sorted, std::min(num_threads, kFinishersMax) * shape.vocabulary);
   return arrays;
 }
@@ -229,15 +230,18 @@ class GroupAnswerer {
             static_cast<size_t>(arrays_.plans[row].num_rules)};
   }
 
-  void CopyRow(int32_t hidden_row, int32_t slot) {
-    CINNABAR_CHECK(hidden_row >= 0);
-    std::memcpy(arrays_.x + slot * dim_, args_.hidden.f32() + hidden_row * args_.hidden.stride,
-                dim_ * sizeof(float));
+  // The query's rows become slots `slot` and on; returns how many.
+  int32_t TakeSlots(const VocabularyQuery& query, int32_t slot) {
+    CINNABAR_CHECK(query.hidden_row >= 0);
+    arrays_.slots[slot] = query.hidden_row;
+    if (query.unconditional_row < 0) return 1;
+    arrays_.slots[slot + 1] = query.unconditional_row;
+    return 2;
   }
 
   void Plan() {
-    num_strips_ = 0;
-    Strip strip;
+    num_bands_ = 0;
+    Band band;
     int32_t slot = 0;
     for (int32_t row = 0; row < num_rows(); ++row) {
       const VocabularyQuery& query = queries_[row];
@@ -269,23 +273,29 @@ class GroupAnswerer {
           plan.pick = query.pick_temperature > 0.0F ? ChunkPick::kGumbel : ChunkPick::kArgmax;
         }
       }
-      // A pair must share a strip.
-      const int32_t num_slots = query.unconditional_row >= 0 ? 2 : 1;
-      if (slot + num_slots - strip.slot_begin > machine_.strip_rows) {
-        arrays_.strips[num_strips_++] = strip;
-        strip = {row, row, slot, slot};
+      // A pair must share a band.
+      if (slot + (query.unconditional_row >= 0 ? 2 : 1) - band.slot_begin > kBandRows) {
+        arrays_.bands[num_bands_++] = band;
+        band = {row, row, slot, slot};
       }
       plan.slot = slot;
-      CopyRow(query.hidden_row, slot++);
-      if (num_slots == 2) CopyRow(query.unconditional_row, slot++);
-      strip.query_end = row + 1;
-      strip.slot_end = slot;
+      slot += TakeSlots(query, slot);
+      band.query_end = row + 1;
+      band.slot_end = slot;
     }
-    arrays_.strips[num_strips_++] = strip;
-    machine_.Prepare(arrays_.x, slot, dim_);
+    arrays_.bands[num_bands_++] = band;
+    machine_.ParallelFor(num_bands_, [&](int64_t index, int32_t /*thread*/) {
+      const Band& each = arrays_.bands[index];
+      PackSlots(each.slot_begin, each.slot_end);
+    });
     const int64_t num_states = int64_t{machine_.num_threads} * group_rows_;
     std::fill_n(arrays_.counts, num_states, 0);
     for (int64_t row = 0; row < num_rows(); ++row) new (&arrays_.floors[row]) RowFloors;
+  }
+
+  void PackSlots(int32_t begin, int32_t end) {
+    machine_.Pack(args_.hidden, absl::MakeConstSpan(arrays_.slots + begin, end - begin),
+                  arrays_.x + begin * dim_);
   }
 
   void PlanRules(int32_t row) {
@@ -306,31 +316,31 @@ class GroupAnswerer {
   }
 
   // The one pass over the weight. Chunks are the outer loop: a chunk of the weight stays in the
-  // cache while all strips pass. A vocabulary of few chunks is shared out by strips as well.
+  // cache while all bands pass. A vocabulary of few chunks is shared out by bands as well.
   void SummariseChunks() {
     const int64_t shares = std::clamp<int64_t>(
-        (4 * int64_t{machine_.num_threads} + num_chunks_ - 1) / num_chunks_, 1, num_strips_);
+        (4 * int64_t{machine_.num_threads} + num_chunks_ - 1) / num_chunks_, 1, num_bands_);
     machine_.ParallelFor(num_chunks_ * shares, [&](int64_t item, int32_t thread) {
       const int32_t chunk = static_cast<int32_t>(item / shares);
       const int64_t share = item % shares;
-      for (int64_t strip = share * num_strips_ / shares; strip < (share + 1) * num_strips_ / shares;
-           ++strip) {
-        SummariseStrip(arrays_.strips[strip], chunk, thread);
+      for (int64_t band = share * num_bands_ / shares; band < (share + 1) * num_bands_ / shares;
+           ++band) {
+        SummariseBand(arrays_.bands[band], chunk, thread);
       }
     });
   }
 
-  void SummariseStrip(const Strip& strip, int32_t chunk, int32_t thread) {
-    float* tile = arrays_.tiles + int64_t{thread} * machine_.strip_rows * kVocabularyChunk;
+  void SummariseBand(const Band& band, int32_t chunk, int32_t thread) {
+    float* tile = arrays_.tiles + int64_t{thread} * kBandRows * kVocabularyChunk;
     const int32_t first_id = chunk * kVocabularyChunk;
     const int32_t num_ids = std::min(vocabulary_ - first_id, kVocabularyChunk);
-    machine_.Multiply(arrays_.x + strip.slot_begin * dim_, dim_, strip.slot_end - strip.slot_begin,
-                      first_id, num_ids, tile, kVocabularyChunk);
-    for (int32_t row = strip.query_begin; row < strip.query_end; ++row) {
+    machine_.Multiply(arrays_.x + band.slot_begin * dim_, band.slot_end - band.slot_begin, first_id,
+                      num_ids, tile, kVocabularyChunk, thread);
+    for (int32_t row = band.query_begin; row < band.query_end; ++row) {
       const VocabularyQuery& query = queries_[row];
       const RowPlan& plan = arrays_.plans[row];
       const int64_t state_index = int64_t{thread} * group_rows_ + row;
-      float* logits = tile + (plan.slot - strip.slot_begin) * kVocabularyChunk;
+      float* logits = tile + (plan.slot - band.slot_begin) * kVocabularyChunk;
       ChunkTask task = {};
       task.logits = logits;
       task.unconditional = query.unconditional_row >= 0 ? logits + kVocabularyChunk : nullptr;
@@ -560,22 +570,17 @@ class GroupAnswerer {
       int32_t slots = 0;
       for (; end < num_whole; ++end) {
         const int32_t row = arrays_.whole_rows[end];
-        const int32_t num_slots = queries_[row].unconditional_row >= 0 ? 2 : 1;
-        if (slots + num_slots > whole_rows_) break;
+        if (slots + (queries_[row].unconditional_row >= 0 ? 2 : 1) > whole_rows_) break;
         arrays_.plans[row].slot = slots;
-        CopyRow(queries_[row].hidden_row, slots++);
-        if (num_slots == 2) CopyRow(queries_[row].unconditional_row, slots++);
+        slots += TakeSlots(queries_[row], slots);
       }
-      machine_.Prepare(arrays_.x, slots, dim_);
+      PackSlots(0, slots);
       const int64_t stride = int64_t{num_chunks_} * kVocabularyChunk;
-      machine_.ParallelFor(num_chunks_, [&](int64_t chunk, int32_t /*thread*/) {
+      machine_.ParallelFor(num_chunks_, [&](int64_t chunk, int32_t thread) {
         const int32_t first_id = static_cast<int32_t>(chunk) * kVocabularyChunk;
         const int32_t num_ids = std::min(vocabulary_ - first_id, kVocabularyChunk);
-        for (int32_t slot = 0; slot < slots; slot += machine_.strip_rows) {
-          machine_.Multiply(arrays_.x + slot * dim_, dim_,
-                            std::min(slots - slot, machine_.strip_rows), first_id, num_ids,
-                            arrays_.whole_logits + slot * stride + first_id, stride);
-        }
+        machine_.Multiply(arrays_.x, slots, first_id, num_ids, arrays_.whole_logits + first_id,
+                          stride, thread);
       });
       const int64_t num_finishers = std::min(machine_.num_threads, kFinishersMax);
       machine_.ParallelFor(num_finishers, [&](int64_t finisher, int32_t /*thread*/) {
@@ -665,26 +670,24 @@ class GroupAnswerer {
   const int32_t vocabulary_;
   const int64_t dim_;
   const int32_t num_chunks_;
-  int32_t num_strips_ = 0;
+  int32_t num_bands_ = 0;
 };
 
 }  // namespace
 
-int64_t VocabularyWorkspace::Bytes(const WorkspaceShape& shape, int32_t num_threads,
-                                   int32_t strip_rows) {
+int64_t VocabularyWorkspace::Bytes(const WorkspaceShape& shape, int32_t num_threads) {
   if (shape.vocabulary == 0 || shape.queries_max == 0) return 0;
-  return LayOut(nullptr, shape, num_threads, strip_rows).size_bytes;
+  return LayOut(nullptr, shape, num_threads).size_bytes;
 }
 
 void VocabularyWorkspace::FreeAligned::operator()(std::byte* memory) const { std::free(memory); }
 
-absl::Status VocabularyWorkspace::Reserve(const WorkspaceShape& shape, int32_t num_threads,
-                                          int32_t strip_rows) {
+absl::Status VocabularyWorkspace::Reserve(const WorkspaceShape& shape, int32_t num_threads) {
   WorkspaceShape wanted = shape_;
   wanted.cols_max = std::max(wanted.cols_max, shape.cols_max);
   wanted.vocabulary = std::max(wanted.vocabulary, shape.vocabulary);
   wanted.queries_max = std::max(wanted.queries_max, shape.queries_max);
-  const int64_t size_bytes = Bytes(wanted, num_threads, strip_rows);
+  const int64_t size_bytes = Bytes(wanted, num_threads);
   if (size_bytes > size_bytes_) {
     auto* memory = static_cast<std::byte*>(std::aligned_alloc(64, static_cast<size_t>(size_bytes)));
     if (memory == nullptr) {
@@ -706,10 +709,9 @@ void AnswerVocabularyCpu(const VocabularyArgs& args, const VocabularyMachine& ma
   CINNABAR_CHECK(args.weight->rows() >= 1 && args.weight->rows() <= shape.vocabulary);
   CINNABAR_CHECK(args.weight->cols() <= shape.cols_max);
   CINNABAR_CHECK(args.hidden.dtype == DType::kF32);
-  CINNABAR_CHECK(machine.strip_rows >= 2);
-  const Arrays arrays = LayOut(workspace.memory(), shape, machine.num_threads, machine.strip_rows);
+  const Arrays arrays = LayOut(workspace.memory(), shape, machine.num_threads);
   const int32_t group_rows = GroupRows(shape, machine.num_threads);
-  const int32_t whole_rows = WholeRows(shape, machine.strip_rows);
+  const int32_t whole_rows = WholeRows(shape);
   for (size_t begin = 0; begin < args.queries.size(); begin += group_rows) {
     GroupAnswerer(args, machine, arrays, group_rows, whole_rows,
                   args.queries.subspan(begin, group_rows), args.answers.subspan(begin, group_rows))

@@ -2,16 +2,10 @@
 // that this machine reaches in the same minute, and tokens x steps a second; then block-cached
 // against uncached decoding.
 //
-//   engine_bench [--model small|medium|half|all] [--threads 1,2] [--rows 128,256,512] [--batch 1,8]
-//                [--dtype float32,bfloat16,q8_0,...] [--isa auto] [--rounds 5] [--skip-cache]
-//
-// Or steps of published models' shapes, on any device, with weights made up in memory:
-//
-//   engine_bench --shape llada-8b,dream-7b,llada2-mini [--device cuda] [--dtype bfloat16]
-//                [--activations auto] [--fp8] [--cells
-//                block:1x32@512,block:64x32@1024,canvas:8x1024]
-//                [--steps 30] [--seconds 3] [--ceilings FILE] [--json FILE] [--invariance]
-//                [--threads N]
+//   engine_bench --help           steps of models that fit a CPU
+//   engine_bench --shape --help   steps of published models' shapes on any device, with weights
+//   made
+//                                 up in memory
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -99,9 +93,9 @@ SequenceState MakeState(const Denoiser& denoiser, int32_t given, int32_t length,
   return *std::move(state);
 }
 
-double Median(std::vector<double> values) {
+double Quantile(std::vector<double> values, double share) {
   std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
+  return values[static_cast<size_t>(share * static_cast<double>(values.size() - 1) + 0.5)];
 }
 
 struct Options {
@@ -134,53 +128,86 @@ int ToInt(const std::string& text) {
   return value;
 }
 
+// The steps of one dtype in one cell.
+struct Contender {
+  std::string dtype;
+  std::unique_ptr<Denoiser> denoiser;
+  std::unique_ptr<Engine> engine;
+  std::vector<double> rates;   // FLOP/s
+  std::vector<double> shares;  // of the peak before or after, whichever was more
+  std::vector<double> ratios;  // to the first contender's rate in the same round
+
+  // One step; its rate.
+  double Step(const RandomCheckpoint& shape, int32_t batch, int32_t length) {
+    const int64_t answered_before = engine->counters().rows_answered;
+    StepReport report;
+    const auto begin = Clock::now();
+    CINNABAR_CHECK(engine->Step(absl::InfinitePast(), report).ok());
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    return StepFlops(shape, batch, length, engine->counters().rows_answered - answered_before) /
+           seconds;
+  }
+};
+
+// Dtypes take turns in each round, so that what else the machine does meets all of them.
+void BenchCell(const Model& model, const Options& options, const ForwardLimits& limits,
+               int32_t threads, int32_t length, int32_t batch, std::vector<Contender>& contenders) {
+  for (Contender& each : contenders) {
+    each.engine = std::make_unique<Engine>(
+        *each.denoiser, EngineOptions{.limits = limits, .kv_bytes_max = int64_t{4} << 30});
+    for (int32_t i = 0; i < batch; ++i) {
+      const auto added = each.engine->Add(
+          MakeState(*each.denoiser, 1, length,
+                    {.sampler = "low_confidence", .seed = static_cast<uint64_t>(i)}));
+      CINNABAR_CHECK(added.ok()) << added.status();
+    }
+    each.rates.clear();
+    each.shares.clear();
+    each.ratios.clear();
+    each.Step(model.shape, batch, length);  // warm-up
+  }
+  double peak_before = bench::MeasurePeakFlops(threads);
+  for (int round = 0; round < options.rounds; ++round) {
+    for (Contender& each : contenders) {
+      each.rates.push_back(each.Step(model.shape, batch, length));
+      const double peak_after = bench::MeasurePeakFlops(threads);
+      each.shares.push_back(each.rates.back() / std::max(peak_before, peak_after));
+      each.ratios.push_back(each.rates.back() / contenders[0].rates.back());
+      peak_before = peak_after;
+    }
+  }
+  const double step_flops = StepFlops(model.shape, batch, length, int64_t{batch} * (length - 1));
+  for (Contender& each : contenders) {
+    const double rate = Quantile(each.rates, 0.5);
+    std::printf(
+        "%-6s %4.2fB  %-8s  %d thr  T=%-3d  batch %d   %6.1f GFLOP/s   %5.1f%% of peak (%.1f .. "
+        "%.1f)   %7.0f tokens x steps/s",
+        model.name, Parameters(model.shape) / 1e9, each.dtype.c_str(), threads, length, batch,
+        rate / 1e9, 100 * Quantile(each.shares, 0.5), 100 * Quantile(each.shares, 0.25),
+        100 * Quantile(each.shares, 0.75), batch * length * rate / step_flops);
+    if (&each != &contenders[0]) {
+      std::printf("   %.2f x %s (%.2f .. %.2f)", Quantile(each.ratios, 0.5),
+                  contenders[0].dtype.c_str(), Quantile(each.ratios, 0.25),
+                  Quantile(each.ratios, 0.75));
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+}
+
 void BenchSteps(const Model& model, const std::string& directory, const Options& options) {
-  for (const std::string& threads_text : options.threads) {
-    const int32_t threads = ToInt(threads_text);
-    for (const std::string& dtype : options.dtypes) {
-      auto backend = *MakeBackend(BackendKind::kCpu, {.num_threads = threads, .isa = options.isa});
-      const ForwardLimits limits{.rows_max = 4096, .sequences_max = 8, .positions_max = 512};
-      auto denoiser = Load(directory, *backend, dtype, limits);
-      for (const std::string& rows_text : options.rows) {
-        for (const std::string& batch_text : options.batches) {
-          const int32_t length = ToInt(rows_text);
-          const int32_t batch = ToInt(batch_text);
-          Engine engine(*denoiser, {.limits = limits, .kv_bytes_max = int64_t{4} << 30});
-          for (int32_t i = 0; i < batch; ++i) {
-            const auto added = engine.Add(
-                MakeState(*denoiser, 1, length,
-                          {.sampler = "low_confidence", .seed = static_cast<uint64_t>(i)}));
-            CINNABAR_CHECK(added.ok()) << added.status();
-          }
-          StepReport report;
-          CINNABAR_CHECK(engine.Step(absl::InfinitePast(), report).ok());  // warm-up
-          std::vector<double> shares;
-          std::vector<double> rates;
-          double peak_before = bench::MeasurePeakFlops(threads);
-          for (int round = 0; round < options.rounds; ++round) {
-            const int64_t answered_before = engine.counters().rows_answered;
-            const auto begin = Clock::now();
-            CINNABAR_CHECK(engine.Step(absl::InfinitePast(), report).ok());
-            const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-            const double flops = StepFlops(model.shape, batch, length,
-                                           engine.counters().rows_answered - answered_before);
-            const double peak_after = bench::MeasurePeakFlops(threads);
-            shares.push_back(flops / seconds / std::max(peak_before, peak_after));
-            rates.push_back(flops / seconds);
-            peak_before = peak_after;
-          }
-          const auto [low, high] = std::minmax_element(shares.begin(), shares.end());
-          const double step_flops =
-              StepFlops(model.shape, batch, length, int64_t{batch} * (length - 1));
-          std::printf(
-              "%-6s %4.2fB  %-8s  %d thr  T=%-3d  batch %d   %6.1f GFLOP/s   %5.1f%% of peak (%.1f "
-              ".. %.1f)   "
-              "%7.0f tokens x steps/s\n",
-              model.name, Parameters(model.shape) / 1e9, dtype.c_str(), threads, length, batch,
-              Median(rates) / 1e9, 100 * Median(shares), 100 * *low, 100 * *high,
-              batch * length * Median(rates) / step_flops);
-          std::fflush(stdout);
-        }
+  const ForwardLimits limits{.rows_max = 4096, .sequences_max = 8, .positions_max = 512};
+  for (const std::string& threads : options.threads) {
+    auto backend =
+        *MakeBackend(BackendKind::kCpu, {.num_threads = ToInt(threads), .isa = options.isa});
+    std::vector<Contender> contenders(options.dtypes.size());
+    for (size_t i = 0; i < contenders.size(); ++i) {
+      contenders[i].dtype = options.dtypes[i];
+      contenders[i].denoiser = Load(directory, *backend, options.dtypes[i], limits);
+    }
+    for (const std::string& rows : options.rows) {
+      for (const std::string& batch : options.batches) {
+        BenchCell(model, options, limits, ToInt(threads), ToInt(rows), ToInt(batch), contenders);
       }
     }
   }
@@ -222,6 +249,22 @@ void BenchCache(const std::string& directory, const RandomCheckpoint& shape,
   }
 }
 
+constexpr char kHelp[] =
+    R"(engine_bench: whole denoising steps of dense models with random weights.
+
+  --model small,half     small (0.13 B), medium (0.35 B), half (0.5 B) or all
+  --threads 1,2          of the CPU backend
+  --rows 128,256,512     positions of a sequence, all computed
+  --batch 1,8            sequences
+  --dtype float32,...    of the weights: float32, bfloat16, q8_0, q4_0, q4_1, q4_k, q6_k; they take
+                         turns in each round, and each is compared with the first
+  --isa auto             avx512, avx2 or generic
+  --rounds 5
+  --skip-cache           leaves out block-cached against uncached decoding
+
+engine_bench --shape NAME [flags] measures published models' shapes; --shape --help tells more.
+)";
+
 int ShapesMain(int argc, char** argv) {
   bench::ShapeBenchOptions options;
   FlagSet set("engine_bench --shape NAME,NAME [flags]", "Steps of published models' shapes.");
@@ -257,14 +300,16 @@ int Main(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
+    if (flag == "--help") {
+      std::fputs(kHelp, stdout);
+      return 0;
+    }
     if (flag == "--skip-cache") {
       options.cache = false;
       continue;
     }
     if (i + 1 == argc) {
-      std::fprintf(stderr,
-                   "engine_bench: %s needs a value; the head of engine_bench.cc lists the flags\n",
-                   argv[i]);
+      std::fprintf(stderr, "engine_bench: %s needs a value; --help lists the flags\n", argv[i]);
       return 2;
     }
     const std::vector<std::string> value = absl::StrSplit(argv[++i], ',');
@@ -284,7 +329,7 @@ int Main(int argc, char** argv) {
     else if (flag == "--rounds")
       options.rounds = ToInt(value[0]);
     else {
-      std::fprintf(stderr, "engine_bench: unknown flag %s\n", flag.c_str());
+      std::fprintf(stderr, "engine_bench: unknown flag %s; --help lists the flags\n", flag.c_str());
       return 2;
     }
   }

@@ -44,8 +44,9 @@ double WallSeconds() {
 #define FMA_(reg, n) "vfmadd231ps %%" reg "14, %%" reg "15, %%" reg #n "\n\t"
 #define TWELVE(reg)                                                                          \
   FMA_(reg, 0)                                                                               \
-  FMA_(reg, 1) FMA_(reg, 2) FMA_(reg, 3) FMA_(reg, 4) FMA_(reg, 5) FMA_(reg, 6) FMA_(reg, 7) \
-      FMA_(reg, 8) FMA_(reg, 9) FMA_(reg, 10) FMA_(reg, 11)
+  FMA_(reg, 1)                                                                               \
+  FMA_(reg, 2) FMA_(reg, 3) FMA_(reg, 4) FMA_(reg, 5) FMA_(reg, 6) FMA_(reg, 7) FMA_(reg, 8) \
+      FMA_(reg, 9) FMA_(reg, 10) FMA_(reg, 11)
 #define CLOBBERS                                                                           \
   "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
       "xmm11", "xmm14", "xmm15"
@@ -217,7 +218,7 @@ struct Bench {
 
   void AddAll() {
     for (const int64_t rows : {128, 256, 512}) {
-      for (const DType dtype : {DType::kF32, DType::kBf16}) {
+      for (const DType dtype : {DType::kF32, DType::kBf16, DType::kQ8_0, DType::kQ4_K}) {
         AddLinear("S qkv", rows, 768, 2304, dtype, Epilogue::kStore);
         AddLinear("S out", rows, 768, 768, dtype, Epilogue::kAdd);
         AddLinear("S gate-up", rows, 768, 4096, dtype, Epilogue::kSwiGlu);
@@ -232,7 +233,7 @@ struct Bench {
       }
     }
     for (const int64_t rows : {1, 4, 16, 32}) {
-      for (const DType dtype : {DType::kF32, DType::kBf16}) {
+      for (const DType dtype : {DType::kF32, DType::kBf16, DType::kQ8_0, DType::kQ4_K}) {
         AddLinear("M gate-up", rows, 1024, 5632, dtype, Epilogue::kSwiGlu);
         AddLinear("M down", rows, 2816, 1024, dtype, Epilogue::kAdd);
       }
