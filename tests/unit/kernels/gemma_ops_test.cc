@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
+#include "kernels/quantized.h"
 
 namespace cinnabar {
 namespace {
@@ -433,8 +434,31 @@ struct SoftCase {
   float spread;
 };
 
+// `table` as the file would hold it.
+std::vector<char> Stored(const Floats& table, DType dtype) {
+  std::vector<char> bytes(BytesOf(dtype, static_cast<int64_t>(table.size())));
+  if (IsQuantized(dtype)) {
+    QuantizeRow(table, dtype, bytes.data());
+    return bytes;
+  }
+  for (size_t i = 0; i < table.size(); ++i) {
+    char* at = bytes.data() + i * BytesOf(dtype);
+    const auto half = static_cast<_Float16>(table[i]);
+    if (dtype == DType::kF32) std::memcpy(at, &table[i], 4);
+    if (dtype == DType::kF16) std::memcpy(at, &half, 2);
+    if (dtype == DType::kBf16) std::memcpy(at, reinterpret_cast<const char*>(&table[i]) + 2, 2);
+  }
+  return bytes;
+}
+
 Floats Widened(const Floats& values, DType dtype) {
   Floats result = values;
+  if (IsQuantized(dtype)) {
+    const std::vector<char> bytes = Stored(values, dtype);
+    ReadRow({bytes.data(), dtype, 1, static_cast<int64_t>(values.size())}, 0,
+            absl::MakeSpan(result));
+    return result;
+  }
   for (float& value : result) {
     if (dtype == DType::kBf16) {
       uint32_t bits;
@@ -445,19 +469,6 @@ Floats Widened(const Floats& values, DType dtype) {
     if (dtype == DType::kF16) value = static_cast<float>(static_cast<_Float16>(value));
   }
   return result;
-}
-
-// `table` as the file would hold it.
-std::vector<char> Stored(const Floats& table, DType dtype) {
-  std::vector<char> bytes(table.size() * BytesOf(dtype));
-  for (size_t i = 0; i < table.size(); ++i) {
-    char* at = bytes.data() + i * BytesOf(dtype);
-    const auto half = static_cast<_Float16>(table[i]);
-    if (dtype == DType::kF32) std::memcpy(at, &table[i], 4);
-    if (dtype == DType::kF16) std::memcpy(at, &half, 2);
-    if (dtype == DType::kBf16) std::memcpy(at, reinterpret_cast<const char*>(&table[i]) + 2, 2);
-  }
-  return bytes;
 }
 
 Floats RunSoft(Backend& backend, const SoftCase& c, const Floats& hidden, int64_t rows,
@@ -489,11 +500,10 @@ Floats RunSoft(Backend& backend, const SoftCase& c, const Floats& hidden, int64_
 }
 
 TEST(SoftEmbedTest, AgreesWithDoubleAndDependsOnNeitherIsaNorThreadsNorBatch) {
-  const std::vector<SoftCase> cases = {{1, 1, DType::kF32, 0, 1, 1},
-                                       {31, 7, DType::kF32, 0, 0.4F, 1},
-                                       {257, 33, DType::kF32, 30, 0.8F, 3},
-                                       {3001, 40, DType::kBf16, 30, 0.4F, 8},
-                                       {9000, 20, DType::kF16, 5, 1, 1}};
+  const std::vector<SoftCase> cases = {
+      {1, 1, DType::kF32, 0, 1, 1},        {31, 7, DType::kF32, 0, 0.4F, 1},
+      {257, 33, DType::kF32, 30, 0.8F, 3}, {3001, 40, DType::kBf16, 30, 0.4F, 8},
+      {9000, 20, DType::kF16, 5, 1, 1},    {600, 64, DType::kQ8_0, 0, 0.8F, 2}};
   for (const SoftCase& c : cases) {
     SCOPED_TRACE(absl::StrCat(c.vocabulary, " x ", c.dim, " ", NameOf(c.dtype)));
     const int64_t rows = 131;
@@ -519,8 +529,10 @@ TEST(SoftEmbedTest, AgreesWithDoubleAndDependsOnNeitherIsaNorThreadsNorBatch) {
         }
       }
       for (int64_t i = 0; i < c.dim; ++i) {
-        // The exponents carry the rounding of float32 logits, over the temperature.
-        ASSERT_NEAR(got[r * c.dim + i], want[i] / mass, 4e-5 * size[i] / mass + 1e-6)
+        // The exponents carry the rounding of float32 logits, or of 15-bit rows, over the
+        // temperature.
+        const double share = IsQuantized(c.dtype) ? 4e-4 : 4e-5;
+        ASSERT_NEAR(got[r * c.dim + i], want[i] / mass, share * size[i] / mass + 1e-6)
             << "row " << r << ", column " << i;
       }
     }
