@@ -66,6 +66,7 @@ What to try next, in another terminal:
   curl -s http://$listen/metrics                  throughput, latency, cost; workers at port $((metrics + 1))
   $cinnabar generate --url http://$listen --prompt 'def ' --gen-length 40 --temperature 0.7 --watch
   $cinnabar bench load --url http://$listen --concurrency 4 --prompt-tokens 32 --canvas-tokens 32
+  $cinnabar up --model DIR --devices 0,1          your own model on NVIDIA GPUs, a worker each (built where nvcc is)
   $cinnabar up --help                             your own model, more workers, other ports
   ./tests/run.sh                                   all tests
 TXT

@@ -519,6 +519,9 @@ class Backend {
   virtual absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) = 0;
   virtual absl::StatusOr<std::unique_ptr<KvMemory>> AllocateKv(const KvShape& shape) = 0;
   virtual int64_t KvBytes(const KvShape& shape) const = 0;
+  // Positions [0, num_positions) of all layers of `to` become those of `from`, in order with the
+  // ops. Both are of one shape but for positions_max. What is behind them in `to` may change.
+  virtual absl::Status CopyKv(const KvMemory& from, int32_t num_positions, KvMemory& to) = 0;
   virtual absl::Status Reserve(const WorkspaceShape& shape) = 0;
   virtual int64_t WorkspaceBytes(const WorkspaceShape& shape) const = 0;
 
@@ -559,14 +562,14 @@ class Backend {
   virtual absl::Status Logits(const LogitsArgs& args) = 0;
   virtual absl::Status SoftEmbed(const SoftEmbedArgs& args) = 0;
 
-  // Brackets the ops of one denoising step, as a hint: a backend may keep what it is given in between
-  // and run it as one (a CUDA graph) at EndStep() or Synchronize(). Results are the same without.
-  // Neither nests; a failed step needs no EndStep().
+  // Brackets the ops of one denoising step, as a hint: a backend may keep what it is given in
+  // between and run it as one (a CUDA graph) at EndStep() or Synchronize(). Results are the same
+  // without. Neither nests; a failed step needs no EndStep().
   virtual absl::Status BeginStep() { return absl::OkStatus(); }
   virtual absl::Status EndStep() { return absl::OkStatus(); }
 
-  // Waits for everything enqueued. A device error surfaces here or at a later call (Unavailable), and
-  // then at every call: make a new Backend.
+  // Waits for everything enqueued. A device error surfaces here or at a later call (Unavailable),
+  // and then at every call: make a new Backend.
   virtual absl::Status Synchronize() = 0;
 };
 

@@ -127,6 +127,23 @@ class PanelKv : public KvMemory {
 
   int64_t memory_bytes() const override { return Bytes(shape_); }
   const KvShape& shape() const { return shape_; }
+  void CopyFrom(const PanelKv& from, int32_t num_positions) {
+    CINNABAR_CHECK(num_positions <= shape_.positions_max &&
+                   num_positions <= from.shape_.positions_max);
+    const int64_t panels = (num_positions + kPanelWidth - 1) / kPanelWidth;
+    for (int32_t layer = 0; layer < shape_.num_layers + shape_.num_other_layers; ++layer) {
+      const int32_t head_dim = shape_.head_dim_of(layer);
+      CINNABAR_CHECK(head_dim == from.shape_.head_dim_of(layer));
+      for (int32_t head = 0; head < shape_.kv_heads_of(layer); ++head) {
+        std::copy_n(from.Keys(layer, head), panels * kPanelWidth * head_dim, Keys(layer, head));
+        for (int64_t column = 0; column < head_dim; column += kPanelWidth) {
+          std::copy_n(from.Values(layer, head) + column * Positions(from.shape_),
+                      panels * kPanelWidth * kPanelWidth,
+                      Values(layer, head) + column * Positions(shape_));
+        }
+      }
+    }
+  }
   float* Keys(int32_t layer, int32_t head) const {
     const int32_t kept = shape_.kept_layer(layer);
     return reinterpret_cast<float*>(memory_.get()) + FloatsBefore(shape_, kept) +
@@ -216,6 +233,10 @@ class CpuBackend : public Backend {
           absl::StrCat("no ", PanelKv::Bytes(shape), " bytes of KV memory"));
     }
     return std::make_unique<PanelKv>(shape, std::move(memory));
+  }
+  absl::Status CopyKv(const KvMemory& from, int32_t num_positions, KvMemory& to) override {
+    dynamic_cast<PanelKv&>(to).CopyFrom(dynamic_cast<const PanelKv&>(from), num_positions);
+    return absl::OkStatus();
   }
   int64_t KvBytes(const KvShape& shape) const override { return PanelKv::Bytes(shape); }
 

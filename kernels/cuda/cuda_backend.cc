@@ -145,6 +145,9 @@ class PagedKv : public KvMemory {
   const KvShape& shape() const { return shape_; }
   const KvLayout& layout() const { return layout_; }
   void* const* device_table() const { return static_cast<void* const*>(table_[0]); }
+  void* page(int32_t layer, int32_t index) const {
+    return pages_[layer * layout_.pages_per_layer + index];
+  }
 
  private:
   KvShape shape_;
@@ -241,6 +244,26 @@ class CudaBackend : public Backend {
     auto kv = std::make_unique<PagedKv>(shape, layout, pools_, std::move(pages), *std::move(table));
     if (!copied.ok()) return copied;
     return kv;
+  }
+  // Whole pages: what lies behind the positions in the last one is written before it is read.
+  absl::Status CopyKv(const KvMemory& from, int32_t num_positions, KvMemory& to) override {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    CINNABAR_RETURN_IF_ERROR(RunCaptured());
+    const auto& source = dynamic_cast<const PagedKv&>(from);
+    const auto& target = dynamic_cast<const PagedKv&>(to);
+    CINNABAR_CHECK(num_positions <= source.shape().positions_max &&
+                   num_positions <= target.shape().positions_max &&
+                   source.layout().page_bytes == target.layout().page_bytes);
+    const int32_t pages = (num_positions + kPagePositions - 1) / kPagePositions;
+    for (int32_t layer = 0; layer < target.shape().num_layers; ++layer) {
+      for (int32_t page = 0; page < pages; ++page) {
+        CINNABAR_RETURN_IF_ERROR(
+            Note(CopyOnDevice(target.page(layer, page), source.page(layer, page),
+                              target.layout().page_bytes, stream_),
+                 "copy a prefix"));
+      }
+    }
+    return absl::OkStatus();
   }
   int64_t KvBytes(const KvShape& shape) const override {
     return LayOutKv(shape, options_.activation).total_bytes;

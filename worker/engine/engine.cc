@@ -137,6 +137,7 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
     return absl::ResourceExhaustedError(
         absl::StrCat(kv_bytes_, " of ", options_.kv_bytes_max, " bytes of KV memory are in use"));
   }
+  prefixes_.ShrinkTo(options_.kv_bytes_max - kv_bytes_ - kv_bytes);
   CINNABAR_ASSIGN_OR_RETURN(sequence->kv, denoiser_.backend().AllocateKv(shape), "KV memory");
   if (copies > 1) {
     CINNABAR_ASSIGN_OR_RETURN(sequence->kv_unconditional, denoiser_.backend().AllocateKv(shape),
@@ -156,9 +157,50 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   sequence->outcome.transfers.reserve(length);
   if (sequence->reuses()) sequence->state.decoding.reused_block.reserve(length);
   if (prediction_bytes > 0) RepeatOpenBlock(*sequence);
+  CINNABAR_RETURN_IF_ERROR(ReusePrefix(*sequence), "take over a prefix");
   kv_bytes_ += kv_bytes;
   active_.push_back(std::move(sequence));
   return active_.back()->id;
+}
+
+bool Engine::SharesPrefixes(const Sequence& sequence) const {
+  return model_.causal_block_length > 0 && options_.block_cache && options_.prefix_reuse &&
+         !sequence.reuses();
+}
+
+// What lies before the open block is final. Whole blocks of it are taken, or with a causal encoder
+// positions, from the sequence that has most of it.
+absl::Status Engine::ReusePrefix(Sequence& sequence) {
+  const SequenceState& state = sequence.state;
+  if (!SharesPrefixes(sequence) || state.decoding.finished) return absl::OkStatus();
+  const int32_t end =
+      BlockAt(state.canvas, model_, state.params.block_length, state.decoding.block_index).begin;
+  const absl::Span<const TokenId> wanted = absl::MakeConstSpan(state.canvas.tokens).first(end);
+  PrefixCache::Match best = prefixes_.Find(wanted);
+  for (const auto& other : active_) {
+    if (!SharesPrefixes(*other)) continue;
+    const int32_t common = CommonPrefix(
+        absl::MakeConstSpan(other->state.canvas.tokens).first(other->kv_final), wanted);
+    if (common > best.num_tokens) best = {.kv = other->kv.get(), .num_tokens = common};
+  }
+  const int32_t unit = model_.causal_encoder ? 1 : model_.causal_block_length;
+  const int32_t taken = best.num_tokens / unit * unit;
+  if (taken == 0) return absl::OkStatus();
+  CINNABAR_RETURN_IF_ERROR(denoiser_.backend().CopyKv(*best.kv, taken, *sequence.kv));
+  sequence.kv_final = taken;
+  counters_.positions_reused += taken;
+  return absl::OkStatus();
+}
+
+// The sequence leaves: its memory is free, or kept for those that begin as it did.
+void Engine::Retire(Sequence& sequence) {
+  kv_bytes_ -= sequence.kv_bytes;
+  if (!SharesPrefixes(sequence) || sequence.kv_final == 0) return;
+  const std::vector<TokenId>& tokens = sequence.state.canvas.tokens;
+  const int64_t bytes = sequence.kv->memory_bytes();
+  prefixes_.Keep({tokens.begin(), tokens.begin() + sequence.kv_final}, std::move(sequence.kv),
+                 bytes);
+  prefixes_.ShrinkTo(options_.kv_bytes_max - kv_bytes_);
 }
 
 bool Engine::Cancel(SequenceId id) {
@@ -179,8 +221,8 @@ absl::StatusOr<SequenceState> Engine::Remove(SequenceId id) {
   for (auto it = active_.begin(); it != active_.end(); ++it) {
     if ((*it)->id != id) continue;
     Restore(**it);
+    Retire(**it);
     SequenceState state = std::move((*it)->state);
-    kv_bytes_ -= (*it)->kv_bytes;
     active_.erase(it);
     return state;
   }
@@ -569,7 +611,7 @@ absl::Status Engine::Step(absl::Time now, StepReport& report) {
   // Sequences that ended leave, in the order of arrival.
   for (const auto& sequence : active_) {
     if (!sequence->ended) continue;
-    kv_bytes_ -= sequence->kv_bytes;
+    Retire(*sequence);
     finished_.emplace_back(sequence->id, std::move(sequence->state));
   }
   std::erase_if(active_, [](const auto& sequence) { return sequence->ended; });

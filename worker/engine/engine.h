@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "worker/decoding/sampler.h"
+#include "worker/engine/prefix_cache.h"
 #include "worker/engine/sequence_state.h"
 #include "worker/model/denoiser.h"
 
@@ -25,6 +26,9 @@ struct EngineOptions {
   // Exact reuse of the keys and values of finished blocks (block-causal models). Off recomputes
   // every position each step, for tests and benchmarks: same bytes, more work.
   bool block_cache = true;
+  // With block_cache: a sequence whose first blocks another has had, or has, takes over their keys
+  // and values. Those of sequences that have ended stay while kv_bytes_max has room. Same bytes.
+  bool prefix_reuse = true;
 };
 
 // Counts since the engine was made. Rows are positions computed in a forward pass.
@@ -33,6 +37,7 @@ struct EngineCounters {
   int64_t rows_computed = 0;
   int64_t rows_answered = 0;     // that went through the vocabulary head
   int64_t rows_prefilled = 0;    // of rows_computed: positions already final, computed for their KV
+  int64_t positions_reused = 0;  // whose KV was taken over from another sequence
   int64_t steps = 0;             // denoising steps, summed over sequences
   int64_t tokens_committed = 0;  // less those that were masked again
   int64_t sequences_finished = 0;
@@ -100,7 +105,7 @@ class Engine {
   // States of sequences that ended in the last Step(), in the order of their events.
   std::vector<std::pair<SequenceId, SequenceState>> TakeFinished();
 
-  int64_t kv_bytes() const { return kv_bytes_; }  // in use
+  int64_t kv_bytes() const { return kv_bytes_; }  // in use, by sequences that run
   int32_t num_sequences() const { return static_cast<int32_t>(active_.size()); }
   const EngineCounters& counters() const { return counters_; }
 
@@ -113,6 +118,9 @@ class Engine {
     int32_t end = 0;
   };
 
+  absl::Status ReusePrefix(Sequence& sequence);
+  bool SharesPrefixes(const Sequence& sequence) const;
+  void Retire(Sequence& sequence);
   void RepeatOpenBlock(Sequence& sequence);
   static void Restore(Sequence& sequence);
   static void KeepPrediction(Sequence& sequence);
@@ -132,6 +140,7 @@ class Engine {
   const EngineOptions options_;
   SequenceId next_id_ = 1;
   int64_t kv_bytes_ = 0;
+  PrefixCache prefixes_;  // with kv_bytes_ within kv_bytes_max
   EngineCounters counters_;
   std::vector<std::unique_ptr<Sequence>> active_;  // in the order of arrival
   std::vector<std::pair<SequenceId, SequenceState>> finished_;

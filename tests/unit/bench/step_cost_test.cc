@@ -62,6 +62,9 @@ class CountingBackend : public Backend {
   absl::StatusOr<std::unique_ptr<KvMemory>> AllocateKv(const KvShape& shape) override {
     return inner_->AllocateKv(shape);
   }
+  absl::Status CopyKv(const KvMemory& from, int32_t num_positions, KvMemory& to) override {
+    return inner_->CopyKv(from, num_positions, to);
+  }
   int64_t KvBytes(const KvShape& shape) const override { return inner_->KvBytes(shape); }
   absl::Status Reserve(const WorkspaceShape& shape) override { return inner_->Reserve(shape); }
   int64_t WorkspaceBytes(const WorkspaceShape& shape) const override {

@@ -307,6 +307,90 @@ TEST(EngineCacheTest, ALongPromptIsEncodedInPieces) {
   EXPECT_EQ(engine.counters().rows_prefilled, 76);
 }
 
+// Requests that begin with the same `shared` tokens, of different lengths behind them.
+std::vector<SequenceState> Siblings(const ModelTraits& model, const char* sampler, int32_t shared,
+                                    int count) {
+  std::vector<SequenceState> result;
+  for (int i = 0; i < count; ++i) {
+    const int32_t given = shared + 3 * i, length = given + 9 + i;
+    std::vector<TokenId> ids(length);
+    for (int32_t p = 0; p < given; ++p) ids[p] = 3 + (p < shared ? p * 7 % 50 : (p + i) % 40);
+    std::vector<bool> flags(length, false);
+    std::fill_n(flags.begin(), given, true);
+    DecodingParams params{.sampler = sampler, .seed = static_cast<uint64_t>(i)};
+    if (model.causal_encoder) {
+      const int32_t block = model.causal_block_length;
+      params.num_steps = 4 * ((length - given + block - 1) / block);
+    }
+    auto state = MakeSequence(ids, flags, params, model);
+    EXPECT_TRUE(state.ok()) << state.status();
+    result.push_back(*std::move(state));
+  }
+  return result;
+}
+
+TEST(EnginePrefixTest, ASharedPrefixIsTakenOverAndChangesNoByte) {
+  for (const auto& [name, sampler] :
+       std::vector<std::pair<const char*, const char*>>{{"sdar_b4", "block_dynamic"},
+                                                        {"sdar_b8", "entropy_bounded"},
+                                                        {"sdar_moe", "threshold"},
+                                                        {"llada2", "joint_threshold"},
+                                                        {"fast_dllm_v2", "fast_dllm_v2"},
+                                                        {"bd3lm", "bd3lm_first_hitting"},
+                                                        {"diffusion_gemma", "gemma_renoise"}}) {
+    SCOPED_TRACE(name);
+    const Loaded loaded = Load(name);
+    const ModelTraits& model = loaded.denoiser->traits();
+    const int32_t shared = 34, unit = model.causal_encoder ? 1 : model.causal_block_length;
+    const std::vector<SequenceState> requests = Siblings(model, sampler, shared, 4);
+    Engine engine(*loaded.denoiser, {.limits = kLimits});
+    // The first has ended when the second comes; the third comes while the second runs, the fourth
+    // when both have ended.
+    std::map<SequenceId, size_t> request_of;
+    std::map<SequenceId, SequenceState> done;
+    StepReport report;
+    const auto add = [&](size_t i) { request_of[*engine.Add(requests[i])] = i; };
+    add(0);
+    done.merge(Finish(engine));
+    add(1);
+    ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    for (auto& [id, state] : engine.TakeFinished()) done[id] = std::move(state);
+    add(2);
+    done.merge(Finish(engine));
+    add(3);
+    done.merge(Finish(engine));
+    ASSERT_EQ(done.size(), 4U);
+    for (const auto& [id, state] : done) {
+      ExpectSameResult(state, RunAlone(*loaded.denoiser, requests[request_of[id]]));
+    }
+    // What is reused: whole blocks of what is shared, or more by chance; never what is not there.
+    EXPECT_GE(engine.counters().positions_reused, 3 * (std::min(shared, 32) / unit * unit));
+    Engine apart(*loaded.denoiser, {.limits = kLimits, .prefix_reuse = false});
+    for (const SequenceState& request : requests) {
+      ASSERT_TRUE(apart.Add(request).ok());
+      Finish(apart);
+    }
+    EXPECT_EQ(apart.counters().positions_reused, 0);
+    EXPECT_EQ(apart.counters().rows_computed,
+              engine.counters().rows_computed + engine.counters().positions_reused);
+  }
+}
+
+TEST(EnginePrefixTest, WhatIsKeptMakesRoomForWhatRuns) {
+  const Loaded loaded = Load("sdar_b4");
+  const std::vector<SequenceState> requests =
+      Siblings(loaded.denoiser->traits(), "block_dynamic", 34, 3);
+  const int64_t room = loaded.backend->KvBytes(
+      loaded.denoiser->SequenceKvShape(requests[2].canvas.length(), KvReuse::kExact));
+  Engine engine(*loaded.denoiser, {.limits = kLimits, .kv_bytes_max = room});
+  for (const SequenceState& request : requests) {
+    const absl::StatusOr<SequenceId> id = engine.Add(request);
+    ASSERT_TRUE(id.ok()) << id.status();
+    ExpectSameResult(Finish(engine).at(*id), RunAlone(*loaded.denoiser, request));
+  }
+  EXPECT_EQ(engine.counters().positions_reused, 0);  // each had to go before the next could come
+}
+
 TEST(EngineStepTest, AllocatesNothingOnceWarm) {
   for (const char* name :
        {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb", "llada2", "diffusion_gemma"}) {

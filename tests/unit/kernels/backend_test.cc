@@ -482,8 +482,8 @@ struct AttentionRun {
   Floats Norm(int seed) const { return RandomFloats(c.heads.head_dim, seed); }
 
   // Runs positions [0, cuts[0]), [cuts[0], cuts[1]) ... one after the other over one KvMemory,
-  // behind `before` rows of another sequence.
-  Floats Run(const std::vector<int32_t>& cuts, int32_t before) const {
+  // behind `before` rows of another sequence; `moving`: over a copy of what the earlier ones left.
+  Floats Run(const std::vector<int32_t>& cuts, int32_t before, bool moving = false) const {
     auto kv = *backend.AllocateKv({1, c.heads.num_kv_heads, c.heads.head_dim, positions});
     auto other_kv = *backend.AllocateKv({1, c.heads.num_kv_heads, c.heads.head_dim, 300});
     const Device cosine(backend, Cosines([](double a) { return std::cos(a); }));
@@ -493,6 +493,12 @@ struct AttentionRun {
     Floats result;
     int32_t begin = 0;
     for (const int32_t cut : cuts) {
+      if (moving && begin > 0) {
+        auto copy =
+            *backend.AllocateKv({1, c.heads.num_kv_heads, c.heads.head_dim, positions + 7 * begin});
+        EXPECT_TRUE(backend.CopyKv(*kv, begin, *copy).ok());
+        kv = std::move(copy);
+      }
       const int32_t rows = before + cut - begin;
       Floats packed = RandomFloats(before * width(), 99);
       packed.insert(packed.end(), qkv.begin() + begin * width(), qkv.begin() + cut * width());
@@ -610,6 +616,8 @@ TEST_P(BackendTest, CachedBlocksAndNeighboursDoNotChangeABit) {
     const Floats whole = run.Run({96}, 0);
     EXPECT_EQ(run.Run({32, 64, 96}, 0), whole);
     EXPECT_EQ(run.Run({64, 96}, 5), whole);
+    EXPECT_EQ(run.Run({32, 64, 96}, 0, /*moving=*/true), whole);
+    EXPECT_EQ(run.Run({c.block_length, 2 * c.block_length, 96}, 3, /*moving=*/true), whole);
   }
   const AttentionCase full;
   const AttentionRun run(*backend_, full, 50, 8);

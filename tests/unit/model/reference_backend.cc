@@ -134,6 +134,18 @@ class ReferenceBackend : public Backend {
   absl::StatusOr<std::unique_ptr<KvMemory>> AllocateKv(const KvShape& shape) override {
     return std::unique_ptr<KvMemory>(new PlainKv(shape));
   }
+  absl::Status CopyKv(const KvMemory& from, int32_t num_positions, KvMemory& to) override {
+    const auto& source = dynamic_cast<const PlainKv&>(from);
+    auto& target = dynamic_cast<PlainKv&>(to);
+    const KvShape& s = target.shape;
+    for (int32_t layer = 0; layer < s.num_layers + s.num_other_layers; ++layer) {
+      const int64_t floats = int64_t{num_positions} * s.kv_heads_of(layer) * s.head_dim_of(layer);
+      const size_t begin = source.At(layer, 0, 0), to_begin = target.At(layer, 0, 0);
+      std::copy_n(source.k.begin() + begin, floats, target.k.begin() + to_begin);
+      std::copy_n(source.v.begin() + begin, floats, target.v.begin() + to_begin);
+    }
+    return absl::OkStatus();
+  }
   int64_t KvBytes(const KvShape& s) const override {
     return 8 * PlainKv::FloatsBefore(s, s.num_layers + s.num_other_layers);
   }
