@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <optional>
 #include <string>
@@ -22,6 +23,7 @@
 #include "common/program/program.h"
 #include "kernels/backend.h"
 #include "kernels/device_name.h"
+#include "worker/engine/warm_up.h"
 #include "worker/model/fingerprint.h"
 #include "worker/model/inspect.h"
 #include "worker/model/load_estimate.h"
@@ -49,6 +51,7 @@ struct Flags {
   int32_t tokens_max = 4096;
   int32_t positions_max = 2048;
   int32_t kv_mib = 0;
+  bool no_prefix_reuse = false;
   int32_t snapshot_every = 8;
   float lease_seconds = 10;
   float drain_seconds = 10;
@@ -87,6 +90,9 @@ struct Flags {
     flags.Add(
         "kv-mib", &kv_mib, "MIB",
         "memory for keys and values; 0 takes what the sequences can need, as far as there is room");
+    flags.Add("no-prefix-reuse", &no_prefix_reuse,
+              "compute a prompt that begins as another did all the same: how soon an answer comes "
+              "then tells nothing of what others asked");
     flags.Section("Reliability");
     flags.Add("snapshot-every", &snapshot_every, "STEPS", "how often the canvas is stored");
     flags.Add("lease-seconds", &lease_seconds, "S",
@@ -196,6 +202,7 @@ absl::Status Serve(Flags flags) {
   options.engine.limits.rows_max =
       std::max(options.engine.limits.rows_max, options.engine.limits.positions_max);
   options.engine.kv_bytes_max = int64_t{flags.kv_mib} << 20;
+  options.engine.prefix_reuse = !flags.no_prefix_reuse;
   const LoadOptions load{.weight_dtype = dtype};
   if (null_device) {
     if (options.engine.kv_bytes_max == 0) options.engine.kv_bytes_max = int64_t{2} << 30;
@@ -225,6 +232,13 @@ absl::Status Serve(Flags flags) {
   } else {
     CINNABAR_ASSIGN_OR_RETURN(
         denoiser, LoadDenoiser(flags.model, *backend, load, options.engine.limits), flags.model);
+  }
+  const absl::Duration load_time = absl::Now() - begin;
+  // A CPU has nothing to load and nothing to record.
+  if (!null_device && device.kind == BackendKind::kCuda) {
+    const absl::Time warm_up_begin = absl::Now();
+    CINNABAR_ASSIGN_OR_RETURN(const int32_t steps, WarmUp(*denoiser, options.engine), "warm-up");
+    Log(LogLevel::kInfo, "warmed_up", {{"steps", steps}, {"ms", absl::Now() - warm_up_begin}});
   }
   CINNABAR_ASSIGN_OR_RETURN(
       options.fingerprint,
@@ -264,7 +278,9 @@ absl::Status Serve(Flags flags) {
        {"boot", options.boot},
        {"model", options.model},
        {"device", options.device},
-       {"load_ms", absl::Now() - begin},
+       {"load_ms", load_time},
+       {"load_gb_s", static_cast<double>(denoiser->memory().weights_bytes) / 1e9 /
+                         std::max(absl::ToDoubleSeconds(load_time), 1e-9)},
        {"weights_mib", denoiser->memory().weights_bytes >> 20},
        {"workspace_mib", denoiser->memory().workspace_bytes >> 20},
        {"kv_mib", options.engine.kv_bytes_max >> 20},
