@@ -70,7 +70,7 @@ Finish FinishOf(Epilogue epilogue) {
     case Epilogue::kSwiGlu:
       return Finish::kSwiGlu;
     case Epilogue::kGeGlu:
-      break;  // DiffusionGemma's, refused by Reserve()
+      return Finish::kGeGlu;
   }
   CINNABAR_CHECK(false) << "not an epilogue of this backend: " << static_cast<int>(epilogue);
   return Finish::kStore;
@@ -138,12 +138,17 @@ class PagedKv : public KvMemory {
   // What is enqueued may still read the pages: whoever gets them next writes later on the same
   // stream.
   ~PagedKv() override {
-    pools_->Of(layout_.page_bytes, kSlabBytes).Give(pages_);
+    const absl::Span<void* const> pages = pages_;
+    pools_->Of(layout_.page_bytes, kSlabBytes).Give(pages.first(layout_.num_pages));
+    if (layout_.num_other_pages > 0) {
+      pools_->Of(layout_.other_page_bytes, kSlabBytes).Give(pages.subspan(layout_.num_pages));
+    }
     pools_->Of(layout_.table_bytes, kTableSlabBytes).Give(table_);
   }
   int64_t memory_bytes() const override { return layout_.total_bytes; }
   const KvShape& shape() const { return shape_; }
   const KvLayout& layout() const { return layout_; }
+  bool one_layer() const { return shape_.num_layers == 1 && shape_.num_other_layers == 0; }
   void* const* device_table() const { return static_cast<void* const*>(table_[0]); }
 
  private:
@@ -162,10 +167,12 @@ struct Geometry {
   const RowFacts* rows = nullptr;
   const SpanFacts* spans = nullptr;
   int32_t keys_max = 0;
-  // Attention tiles for one number of query heads a kv head.
-  int32_t group = 0;
-  std::vector<AttendTile> tiles;
-  const AttendTile* device_tiles = nullptr;
+  // Attention tiles by the number of query heads a kv head, and the window.
+  struct Tiles {
+    std::vector<AttendTile> host;
+    const AttendTile* device = nullptr;
+  };
+  std::map<std::pair<int32_t, int32_t>, Tiles> tiles;
 };
 
 // Device pointers of one layer's experts.
@@ -224,17 +231,28 @@ class CudaBackend : public Backend {
     PagePool& pages_pool = pools_->Of(layout.page_bytes, kSlabBytes);
     CINNABAR_ASSIGN_OR_RETURN(std::vector<void*> pages, pages_pool.Take(layout.num_pages),
                               "take the pages of a sequence");
+    absl::StatusOr<std::vector<void*>> others = std::vector<void*>();
+    if (layout.num_other_pages > 0) {
+      others = pools_->Of(layout.other_page_bytes, kSlabBytes).Take(layout.num_other_pages);
+    }
+    if (!others.ok()) {
+      pages_pool.Give(pages);
+      return others.status();
+    }
     absl::StatusOr<std::vector<void*>> table =
         pools_->Of(layout.table_bytes, kTableSlabBytes).Take(1);
     if (!table.ok()) {
       pages_pool.Give(pages);
+      if (!others->empty()) pools_->Of(layout.other_page_bytes, kSlabBytes).Give(*others);
       return table.status();
     }
+    pages.insert(pages.end(), others->begin(), others->end());
+    const auto num_pages = static_cast<int64_t>(pages.size());
     // In pieces: a table may be longer than what is staged at a time.
     constexpr int64_t kPiece = 4096;
     absl::Status copied = absl::OkStatus();
-    for (int64_t begin = 0; copied.ok() && begin < layout.num_pages; begin += kPiece) {
-      const int64_t count = std::min(kPiece, layout.num_pages - begin);
+    for (int64_t begin = 0; copied.ok() && begin < num_pages; begin += kPiece) {
+      const int64_t count = std::min(kPiece, num_pages - begin);
       copied = CopyThroughStaging(pages.data() + begin, count * 8,
                                   static_cast<void**>((*table)[0]) + begin);
     }
@@ -251,12 +269,6 @@ class CudaBackend : public Backend {
   }
 
   absl::Status Reserve(const WorkspaceShape& wanted) override {
-    if (wanted.soft_rows_max > 0) {
-      return absl::UnimplementedError(
-          "DiffusionGemma's self-conditioning, windows and gated gelu are not computed on CUDA "
-          "yet; "
-          "use --device cpu");
-    }
     CINNABAR_RETURN_IF_ERROR(Synchronize());
     WorkspaceShape shape = shape_;
     shape.rows_max = std::max(shape.rows_max, wanted.rows_max);
@@ -269,6 +281,7 @@ class CudaBackend : public Backend {
     shape.experts_per_row = std::max(shape.experts_per_row, wanted.experts_per_row);
     shape.expert_dim = std::max(shape.expert_dim, wanted.expert_dim);
     shape.expert_mlp_dim = std::max(shape.expert_mlp_dim, wanted.expert_mlp_dim);
+    shape.soft_rows_max = std::max(shape.soft_rows_max, wanted.soft_rows_max);
     return TakeWorkspace(shape, 0);
   }
 
@@ -345,53 +358,40 @@ class CudaBackend : public Backend {
     return Note(LaunchEmbed(task, stream_), "embedding");
   }
 
-  absl::Status Linear(const LinearArgs& args) override {
-    CINNABAR_RETURN_IF_ERROR(Ready());
-    const auto& weight = dynamic_cast<const CudaWeight&>(*args.weight);
-    const bool paired = weight.row_order() == RowOrder::kGatedPairs;
-    CINNABAR_CHECK(paired == (args.epilogue == Epilogue::kSwiGlu))
-        << "gated pairs go with kSwiGlu and nothing else";
-    CINNABAR_CHECK(args.num_rows * weight.cols() <= shape_.rows_max * shape_.cols_max)
-        << args.num_rows << " x " << weight.cols() << " is more than was reserved";
-    if (args.num_rows == 0) return absl::OkStatus();
-    LinearTask task;
-    task.x = ViewOf(args.x);
-    task.num_rows = static_cast<int32_t>(args.num_rows);
-    task.weight = weight.view();
-    task.bias = args.bias;
-    task.finish = FinishOf(args.epilogue);
-    task.out = ViewOf(args.out);
-    task.num_outputs = static_cast<int32_t>(paired ? weight.rows() / 2 : weight.rows());
-    if (args.epilogue == Epilogue::kGatedAdd) {
-      task.gate = ViewOf(args.gate);
-      CINNABAR_ASSIGN_OR_RETURN(const Geometry* geometry, GeometryOf(args.sequences, 0));
-      CINNABAR_CHECK(geometry->num_rows >= args.num_rows) << "rows belong to no sequence";
-      task.rows = geometry->rows;
-    }
-    return Multiply(task);
-  }
+  absl::Status Linear(const LinearArgs& args) override { return Product(args, /*cap=*/0.0F); }
 
   absl::Status Logits(const LogitsArgs& args) override {
+    CINNABAR_CHECK(args.logit_cap == 0.0F || args.bias == nullptr) << "a cap goes with no bias";
     LinearArgs linear;
     linear.x = args.hidden;
     linear.num_rows = args.num_rows;
     linear.weight = args.weight;
     linear.bias = args.bias;
     linear.out = args.out;
-    return Linear(linear);
+    return Product(linear, args.logit_cap);
   }
 
   absl::Status RmsNorm(const RmsNormArgs& args) override {
     CINNABAR_RETURN_IF_ERROR(Ready());
     if (args.num_rows == 0) return absl::OkStatus();
-    CINNABAR_RETURN_IF_ERROR(MakeRoom(StagedBytesOf(args.row_indices)));
     NormTask task;
+    if (args.scales != nullptr) {
+      CINNABAR_ASSIGN_OR_RETURN(const Geometry* geometry,
+                                GeometryOf(args.sequences, StagedBytesOf(args.row_indices)));
+      CINNABAR_CHECK(geometry->num_rows >= args.num_rows) << "rows belong to no sequence";
+      task.rows = geometry->rows;
+    } else {
+      CINNABAR_RETURN_IF_ERROR(MakeRoom(StagedBytesOf(args.row_indices)));
+    }
+    CINNABAR_CHECK(args.add || args.scales == nullptr);
     task.x = ViewOf(args.x);
     task.num_rows = static_cast<int32_t>(args.num_rows);
     task.dim = static_cast<int32_t>(args.dim);
     task.weight = args.weight;
     task.eps = args.eps;
     task.out = ViewOf(args.out);
+    task.add = args.add;
+    task.scales = args.scales;
     CINNABAR_ASSIGN_OR_RETURN(task.index, Stage(args.row_indices));
     return Note(LaunchNorm(task, stream_), "RMS norm");
   }
@@ -441,9 +441,9 @@ class CudaBackend : public Backend {
       const KvShape& kv = dynamic_cast<const PagedKv&>(*span.kv).shape();
       const int64_t end = int64_t{span.first_position} + span.num_rows;
       CINNABAR_CHECK(KeysEnd(span) >= end && KeysEnd(span) <= kv.positions_max &&
-                     (kv.num_layers == 1 || args.layer < kv.num_layers) &&
-                     args.heads.num_kv_heads == kv.num_kv_heads &&
-                     args.heads.head_dim == kv.head_dim)
+                     kv.kept_layer(args.layer) < kv.num_layers + kv.num_other_layers &&
+                     args.heads.num_kv_heads == kv.kv_heads_of(args.layer) &&
+                     args.heads.head_dim == kv.head_dim_of(args.layer))
           << "position " << end - 1 << " of " << kv.positions_max;
       CINNABAR_CHECK(args.rotary.rotary_dim == 0 || end <= args.rotary.positions_max)
           << "position " << end - 1;
@@ -456,6 +456,7 @@ class CudaBackend : public Backend {
     task.head_dim = args.heads.head_dim;
     task.q_norm = args.q_norm;
     task.k_norm = args.k_norm;
+    task.v_norm = args.v_norm;
     task.eps = args.norm_eps;
     task.cosine = args.rotary.cosine;
     task.sine = args.rotary.sine;
@@ -463,7 +464,7 @@ class CudaBackend : public Backend {
     task.rows = geometry->rows;
     task.spans = geometry->spans;
     task.layer = args.layer;
-    task.head_stride = static_cast<int32_t>(RoundUp(args.heads.head_dim, 16));
+    task.head_stride = HeadStride(args.heads.head_dim);
     return Note(LaunchPrepare(task, stream_), "prepare heads");
   }
 
@@ -474,7 +475,9 @@ class CudaBackend : public Backend {
     if (args.num_rows == 0) return absl::OkStatus();
     const int32_t group = args.heads.num_heads / args.heads.num_kv_heads;
     CINNABAR_ASSIGN_OR_RETURN(Geometry * geometry, GeometryOf(args.sequences, 0));
-    CINNABAR_RETURN_IF_ERROR(TilesOf(geometry, args.sequences, group));
+    CINNABAR_CHECK(args.window >= 0) << "a window of " << args.window;
+    CINNABAR_ASSIGN_OR_RETURN(const Geometry::Tiles* tiles,
+                              TilesOf(geometry, args.sequences, group, args.window));
     CINNABAR_CHECK(geometry->keys_max <= std::max(shape_.positions_max, 1))
         << geometry->keys_max << " keys are more than was reserved";
     AttendTask task;
@@ -486,17 +489,18 @@ class CudaBackend : public Backend {
     task.rows = geometry->rows;
     task.spans = geometry->spans;
     task.layer = args.layer;
-    task.head_stride = static_cast<int32_t>(RoundUp(args.heads.head_dim, 16));
+    task.head_stride = HeadStride(args.heads.head_dim);
+    task.window = args.window;
     task.out = ViewOf(args.out);
     task.chunk_sums = At<float>(layout_.chunk_sums);
     task.chunk_totals = At<float>(layout_.chunk_totals);
     const bool tensor =
         options_.activation == DType::kBf16 && args.heads.head_dim <= kAttendTensorDim;
     for (const AttendGroup& part :
-         AttendGroups(args.sequences, geometry->tiles, group, layout_.chunk_parts)) {
+         AttendGroups(args.sequences, tiles->host, group, layout_.chunk_parts)) {
       task.row_base = part.row_begin;
       task.num_rows = part.num_rows;
-      task.tiles = geometry->device_tiles + part.tile_begin;
+      task.tiles = tiles->device + part.tile_begin;
       task.num_tiles = part.num_tiles;
       task.num_chunks = part.num_chunks;
       CINNABAR_RETURN_IF_ERROR(
@@ -526,6 +530,7 @@ class CudaBackend : public Backend {
     task.groups_kept = args.groups_kept;
     task.renormalize = args.renormalize;
     task.scale = args.scale;
+    task.expert_scales = args.expert_scales;
     task.experts = args.experts;
     task.weights = args.weights;
     return Note(LaunchRoute(task, stream_), "routing");
@@ -575,7 +580,7 @@ class CudaBackend : public Backend {
     linear.num_tiles_max =
         static_cast<int32_t>(std::min(num_places, num_places / group.tile_rows + num_experts));
     linear.tile_rows = group.tile_rows;
-    linear.swiglu = true;
+    linear.finish = FinishOf(args.activation);
     linear.out = {At<void>(layout_.expert_inner), RoundUp(mlp_dim, 64), linear.x.element};
     linear.num_outputs = static_cast<int32_t>(mlp_dim);
     CINNABAR_RETURN_IF_ERROR(Note(LaunchExpertLinear(linear, stream_), "experts' gate and up"));
@@ -585,12 +590,13 @@ class CudaBackend : public Backend {
     linear.weights = down;
     linear.weight = CommonView(args.down);
     if (!tensor) linear.weight.segment_bytes = 0;
-    linear.swiglu = false;
+    linear.finish = Finish::kStore;
     linear.out = {At<void>(layout_.expert_outputs), RoundUp(dim, 64), Element::kF32};
     linear.num_outputs = static_cast<int32_t>(dim);
     CINNABAR_RETURN_IF_ERROR(Note(LaunchExpertLinear(linear, stream_), "experts' down"));
 
     CombineTask combine;
+    combine.add = args.add;
     combine.outputs = At<float>(layout_.expert_outputs);
     combine.stride = linear.out.stride;
     combine.where = group.where;
@@ -602,14 +608,44 @@ class CudaBackend : public Backend {
     return Note(LaunchCombine(combine, stream_), "sum of the experts");
   }
 
-  absl::Status SoftEmbed(const SoftEmbedArgs&) override {
-    return absl::UnimplementedError("soft embeddings are not computed on CUDA yet");
+  absl::Status SoftEmbed(const SoftEmbedArgs& args) override {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    const auto& weight = dynamic_cast<const CudaWeight&>(*args.weight);
+    const auto& table = dynamic_cast<const CudaWeight&>(*args.table);
+    CINNABAR_CHECK(args.num_rows <= shape_.soft_rows_max && weight.cols() <= shape_.cols_max &&
+                   weight.rows() <= shape_.vocabulary)
+        << "more rows than were reserved";
+    CINNABAR_CHECK(table.rows() == weight.rows() && table.cols() == weight.cols());
+    CINNABAR_CHECK(args.temperature > 1e-30F) << args.temperature;
+    if (args.num_rows == 0) return absl::OkStatus();
+    SoftEmbedTask task;
+    task.hidden = ViewOf(args.hidden);
+    task.num_rows = static_cast<int32_t>(args.num_rows);
+    task.weight = weight.view();
+    if (!UsesTensorCores(task.hidden, task.weight)) task.weight.segment_bytes = 0;
+    task.cap = args.logit_cap;
+    task.exponent_scale = static_cast<float>(kLog2E / static_cast<double>(args.temperature));
+    task.temperature = args.temperature;
+    task.table = table.view().data;
+    task.table_element = table.view().element;
+    task.table_stride = table.view().row_bytes / BytesOf(task.table_element);
+    task.dim = static_cast<int32_t>(table.cols());
+    task.scale = args.scale;
+    task.out = ViewOf(args.out);
+    task.num_parts = SoftParts(weight.rows());
+    task.logits = At<float>(layout_.soft_logits);
+    if (options_.activation == DType::kBf16 && task.table_element == Element::kBf16) {
+      task.probabilities = At<uint16_t>(layout_.soft_probabilities);
+    }
+    task.tops = At<float>(layout_.soft_tops);
+    task.masses = At<float>(layout_.soft_masses);
+    task.factors = At<float>(layout_.soft_factors);
+    task.sums = At<float>(layout_.soft_sums);
+    captured_shape_ = captured_shape_ * 31 + (task.num_rows <= 32 ? 1 : 2);
+    return Note(LaunchSoftEmbed(task, stream_), "soft embedding");
   }
 
   absl::Status AnswerVocabulary(const VocabularyArgs& args) override {
-    for (const VocabularyQuery& query : args.queries) {
-      CINNABAR_CHECK(!query.want_top) << "asked by DiffusionGemma alone, which Reserve() refuses";
-    }
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_CHECK(args.answers.size() == args.queries.size());
     if (args.queries.empty()) return absl::OkStatus();
@@ -623,7 +659,11 @@ class CudaBackend : public Backend {
     for (size_t i = 0; i < args.queries.size(); ++i) {
       const VocabularyQuery& query = args.queries[i];
       CheckQuery(query, weight.rows());
+      CINNABAR_CHECK(args.logit_cap == 0.0F ||
+                     (args.bias == nullptr && query.unconditional_row < 0))
+          << "a cap goes with neither bias nor guidance";
       const bool filtered = query.top_k > 0 || query.top_p < 1.0F;
+      CINNABAR_CHECK(!query.want_top || !filtered) << "want_top does not go with filters";
       const bool needs_row = filtered || query.pick == PickRule::kUniformTweedie;
       (needs_row ? whole : fused).push_back(static_cast<int32_t>(i));
     }
@@ -670,6 +710,8 @@ class CudaBackend : public Backend {
       answer.entropy = answers[i].entropy;
       answer.log_sum_exp = answers[i].log_sum_exp;
       answer.finite = answers[i].finite != 0;
+      answer.top_token = answers[i].top_token;
+      answer.top_probability = answers[i].top_probability;
     }
     pending_.clear();
     return absl::OkStatus();
@@ -879,6 +921,36 @@ class CudaBackend : public Backend {
                                         std::move(scale_memory), bytes);
   }
 
+  // --- Products
+
+  absl::Status Product(const LinearArgs& args, float cap) {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    const auto& weight = dynamic_cast<const CudaWeight&>(*args.weight);
+    const bool paired = weight.row_order() == RowOrder::kGatedPairs;
+    CINNABAR_CHECK(paired ==
+                   (args.epilogue == Epilogue::kSwiGlu || args.epilogue == Epilogue::kGeGlu))
+        << "gated pairs go with kSwiGlu and kGeGlu alone";
+    CINNABAR_CHECK(args.num_rows * weight.cols() <= shape_.rows_max * shape_.cols_max)
+        << args.num_rows << " x " << weight.cols() << " is more than was reserved";
+    if (args.num_rows == 0) return absl::OkStatus();
+    LinearTask task;
+    task.x = ViewOf(args.x);
+    task.num_rows = static_cast<int32_t>(args.num_rows);
+    task.weight = weight.view();
+    task.bias = args.bias;
+    task.finish = FinishOf(args.epilogue);
+    task.cap = cap;
+    task.out = ViewOf(args.out);
+    task.num_outputs = static_cast<int32_t>(paired ? weight.rows() / 2 : weight.rows());
+    if (args.epilogue == Epilogue::kGatedAdd) {
+      task.gate = ViewOf(args.gate);
+      CINNABAR_ASSIGN_OR_RETURN(const Geometry* geometry, GeometryOf(args.sequences, 0));
+      CINNABAR_CHECK(geometry->num_rows >= args.num_rows) << "rows belong to no sequence";
+      task.rows = geometry->rows;
+    }
+    return Multiply(task);
+  }
+
   // Rows that cp.async can read: bf16, 16-byte aligned.
   static bool UsesTensorCores(const MatrixView& x, const WeightView& weight) {
     return x.element == Element::kBf16 && weight.element == Element::kBf16 && x.stride % 8 == 0 &&
@@ -954,7 +1026,7 @@ class CudaBackend : public Backend {
       if (span.kv != nullptr) {
         const auto& kv = dynamic_cast<const PagedKv&>(*span.kv);
         facts.pages = kv.device_table();
-        facts.pages_per_layer = kv.shape().num_layers == 1 ? 0 : kv.layout().pages_per_layer;
+        facts.pages_per_layer = kv.one_layer() ? 0 : kv.layout().pages_per_layer;
       }
       spans.push_back(facts);
       for (int32_t row = 0; row < span.num_rows; ++row) {
@@ -972,18 +1044,21 @@ class CudaBackend : public Backend {
     return geometries_.back().get();
   }
 
-  // Adds the tiles of attention to *geometry.
-  absl::Status TilesOf(Geometry*& geometry, absl::Span<const SequenceSpan> sequences,
-                       int32_t group) {
-    if (geometry->group == group) return absl::OkStatus();
-    std::vector<AttendTile> tiles = AttendTiles(sequences, group);
-    const int64_t bytes = StagedBytesOf(absl::MakeConstSpan(tiles));
+  // The tiles of attention, kept with *geometry.
+  absl::StatusOr<const Geometry::Tiles*> TilesOf(Geometry*& geometry,
+                                                 absl::Span<const SequenceSpan> sequences,
+                                                 int32_t group, int32_t window) {
+    const std::pair key(group, window);
+    const auto found = geometry->tiles.find(key);
+    if (found != geometry->tiles.end()) return &found->second;
+    std::vector<AttendTile> host = AttendTiles(sequences, group, window);
+    const int64_t bytes = StagedBytesOf(absl::MakeConstSpan(host));
     // Room may cost the geometry itself: then it is made again, with room for the tiles.
     CINNABAR_ASSIGN_OR_RETURN(geometry, GeometryOf(sequences, bytes));
-    geometry->tiles = std::move(tiles);
-    geometry->group = group;
-    CINNABAR_ASSIGN_OR_RETURN(geometry->device_tiles, Stage(absl::MakeConstSpan(geometry->tiles)));
-    return absl::OkStatus();
+    Geometry::Tiles& tiles = geometry->tiles[key];
+    tiles.host = std::move(host);
+    CINNABAR_ASSIGN_OR_RETURN(tiles.device, Stage(absl::MakeConstSpan(tiles.host)));
+    return &tiles;
   }
 
   // --- Experts
@@ -1081,6 +1156,7 @@ class CudaBackend : public Backend {
       q.sigma_step = query.sigma_step;
       q.rules_begin = static_cast<int32_t>(rules.size());
       q.num_rules = static_cast<int32_t>(query.rules.size());
+      q.want_top = query.want_top ? 1 : 0;
       q.num_pickable = static_cast<int32_t>(
           query.pickable_ids > 0 ? std::min<int64_t>(query.pickable_ids, vocabulary) : vocabulary);
       for (const VocabularyRule& rule : query.rules) {
@@ -1114,6 +1190,7 @@ class CudaBackend : public Backend {
       task.num_slots = static_cast<int32_t>(batch.slot_rows.size());
       task.weight = weight.view();
       task.bias = args.bias;
+      task.cap = args.logit_cap;
       task.num_queries = static_cast<int32_t>(batch.queries.size());
       task.summaries = At<ChunkSummary>(layout_.summaries);
       task.answers = At<DeviceAnswer>(layout_.answers) + begin;
@@ -1154,6 +1231,7 @@ class CudaBackend : public Backend {
       linear.num_rows = static_cast<int32_t>(batch.slot_rows.size());
       linear.weight = weight.view();
       linear.bias = args.bias;
+      linear.cap = args.logit_cap;
       linear.out = {At<void>(layout_.whole_logits), RoundUp(weight.rows(), 4), Element::kF32};
       linear.num_outputs = static_cast<int32_t>(weight.rows());
       CINNABAR_ASSIGN_OR_RETURN(linear.x_index, Stage(absl::MakeConstSpan(batch.slot_rows)));

@@ -105,7 +105,10 @@ RouteKernel(RouteTask task) {
       ++count;
     }
     const float factor = task.renormalize ? task.scale / (sum + 1e-20F) : task.scale;
-    for (int i = 0; i < count; ++i) weights[i] *= factor;
+    for (int i = 0; i < count; ++i) {
+      weights[i] *= factor;
+      if (task.expert_scales != nullptr) weights[i] *= task.expert_scales[experts[i]];
+    }
   }
 }
 
@@ -181,7 +184,7 @@ ExpertLinearKernel(ExpertLinearTask task) {
   Product::Run(operands, SharedBytes());
 
   FinishTask finish;
-  finish.finish = task.swiglu ? Finish::kSwiGlu : Finish::kStore;
+  finish.finish = task.finish;
   finish.bias = nullptr;
   finish.weight_scales = nullptr;
   finish.x_scales = nullptr;
@@ -198,7 +201,7 @@ CINNABAR_KERNEL(kCombineThreads, 4)
 CombineKernel(CombineTask task) {
   const int64_t row = BlockX();
   for (int i = ThreadIndex(); i < task.dim; i += kCombineThreads) {
-    float sum = LoadAt(task.out, row, i);
+    float sum = task.add ? LoadAt(task.out, row, i) : 0.0F;
     for (int slot = 0; slot < task.experts_per_row; ++slot) {
       const int64_t place = row * task.experts_per_row + slot;
       sum += task.weights[place] * task.outputs[task.where[place] * task.stride + i];

@@ -75,6 +75,7 @@ LinearKernel(LinearTask task) {
   finish.num_outputs = task.num_outputs;
   finish.gate = task.gate;
   finish.rows = task.rows;
+  finish.cap = task.cap;
   FinishTile<Product>(finish, sums, row_begin, num_rows, output_begin);
 }
 

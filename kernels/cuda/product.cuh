@@ -304,14 +304,16 @@ struct FinishTask {
   int32_t num_outputs;
   MatrixView gate;
   const RowFacts* rows;
+  float cap = 0.0F;  // goes without bias
 };
 
-// y of one sum: scales, then bias.
+// y of one sum: scales, then bias or cap.
 CINNABAR_DEVICE float Scaled(const FinishTask& task, float sum, int row, int tile_output,
                              int output) {
   if (task.weight_scales != nullptr) {
     sum = sum * (task.weight_scales[tile_output] * task.x_scales[row]);
   }
+  if (task.cap > 0.0F) return SoftCap(sum, task.cap);
   return task.bias == nullptr ? sum : sum + task.bias[output];
 }
 
@@ -321,7 +323,7 @@ template <class Product>
 CINNABAR_DEVICE void FinishTile(const FinishTask& task, const float* sums, int64_t row_begin,
                                 int num_rows, int output_begin) {
   constexpr int kSum = Product::kSumStride;
-  if (task.finish == Finish::kSwiGlu) {
+  if (task.finish == Finish::kSwiGlu || task.finish == Finish::kGeGlu) {
     const int first = output_begin / 2;
     for (int i = ThreadIndex(); i < num_rows * (Product::kOutputs / 2); i += NumThreads()) {
       const int row = i / (Product::kOutputs / 2);
@@ -332,7 +334,8 @@ CINNABAR_DEVICE void FinishTile(const FinishTask& task, const float* sums, int64
       const float gate = Scaled(task, sums[row * kSum + gate_at], row, gate_at, output);
       const float up =
           Scaled(task, sums[row * kSum + gate_at + 8], row, gate_at + 8, task.num_outputs + output);
-      StoreAt(task.out, row_begin + row, output, Silu(gate) * up);
+      StoreAt(task.out, row_begin + row, output,
+              (task.finish == Finish::kSwiGlu ? Silu(gate) : GeluTanh(gate)) * up);
     }
     return;
   }
@@ -362,6 +365,7 @@ CINNABAR_DEVICE void FinishTile(const FinishTask& task, const float* sums, int64
         StoreAt(task.out, r, output, GeluTanh(y));
         break;
       case Finish::kSwiGlu:
+      case Finish::kGeGlu:
         break;
     }
   }

@@ -237,7 +237,7 @@ TEST_P(EmulatedDeviceTest, AfterTheFirstStepNothingIsAllocatedAndLittleCrosses) 
   for (int32_t begin = 32; begin < 96; begin += 32) ASSERT_TRUE(step.Run(32, begin, false).ok());
   const simt::EmulatedCounts after = simt::Counts();
   EXPECT_EQ(after.allocations, before.allocations);
-  EXPECT_LE(after.bytes_to_host - before.bytes_to_host, 2 * 32 * 48);
+  EXPECT_LE(after.bytes_to_host - before.bytes_to_host, 2 * 32 * 56);
   EXPECT_LE(after.bytes_to_device - before.bytes_to_device, 2 * 32 * 256);
   EXPECT_LE(after.synchronizations - before.synchronizations, 2);
 }

@@ -361,6 +361,7 @@ struct AttentionCase {
   int32_t block_length = 0;
   int32_t rotary_dim = 0;
   bool norms = false;
+  int32_t window = 0;  // with block_length 1
 };
 
 struct AttentionRun {
@@ -428,6 +429,7 @@ struct AttentionRun {
                                .scale = 0.2F,
                                .sequences = spans,
                                .layer = 1,
+                               .window = c.window,
                                .out = out.rows()});
       EXPECT_TRUE(status.ok()) << status;
       const Floats got = out.Get();
@@ -470,9 +472,11 @@ struct AttentionRun {
         if (c.block_length > 0) {
           visible = std::min(positions, (p / c.block_length + 1) * c.block_length);
         }
-        Doubles scores(visible);
+        const int32_t first = c.window == 0 ? 0 : std::max(p - c.window + 1, 0);
+        Doubles scores(visible, -INFINITY);
         double max = -INFINITY, sum = 0;
-        for (int32_t k = 0; k < visible; ++k) {
+        for (int32_t k = first; k < visible; ++k) {
+          scores[k] = 0;
           for (int32_t i = 0; i < hd; ++i) scores[k] += 0.2 * q[i] * keys[k][i];
           max = std::max(max, scores[k]);
         }
@@ -500,7 +504,9 @@ TEST_P(TensorCoreTest, AttentionAgreesWithDouble) {
       {{.heads = {2, 1, 128}, .block_length = 32}, {130}},
       {{.heads = {2, 2, 160}}, {20}},  // wider than the tensor kernel takes
       {{.heads = {2, 1, 16}}, {530}},  // two chunks of keys
-      {{.heads = {3, 1, 16}, .block_length = 8}, {520}}};
+      {{.heads = {3, 1, 16}, .block_length = 8}, {520}},
+      {{.heads = {2, 1, 16}, .block_length = 1, .window = 40}, {560}},  // late rows: one chunk
+      {{.heads = {1, 1, 16}, .block_length = 1, .window = 540}, {600}}};
   for (const auto& [c, lengths] : cases) {
     for (const int32_t positions : lengths) {
       SCOPED_TRACE(absl::StrCat("heads ", c.heads.num_heads, " of ", c.heads.head_dim, ", block ",
@@ -530,6 +536,9 @@ TEST_P(TensorCoreTest, AttentionBitsDependOnNeitherCutsNorNeighbours) {
   // Across a border of chunks: 16-position blocks, cached up to 496 and then beyond 512.
   const AttentionRun longer(*backend_, {.heads = {2, 1, 16}, .block_length = 16}, 544);
   EXPECT_TRUE(SameBits(longer.Run({496, 528, 544}, 0), longer.Run({544}, 3)));
+  const AttentionRun windowed(*backend_, {.heads = {2, 1, 16}, .block_length = 1, .window = 40},
+                              560);
+  EXPECT_TRUE(SameBits(windowed.Run({495, 496, 530, 560}, 0), windowed.Run({560}, 3)));
 }
 
 // --- Experts
