@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/check.h"
 #include "common/base/status.h"
+#include "kernels/cuda/blocks.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/errors.h"
 #include "kernels/cuda/launch.h"
@@ -17,6 +18,7 @@
 #include "kernels/cuda/page_pool.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/runtime.h"
+#include "kernels/quantized.h"
 
 namespace cinnabar::cuda {
 namespace {
@@ -39,13 +41,17 @@ Element ElementOf(DType dtype) {
     case DType::kBf16:
       return Element::kBf16;
     case DType::kQ8_0:
+      return Element::kQ8_0;
     case DType::kQ4_0:
+      return Element::kQ4_0;
     case DType::kQ4_1:
+      return Element::kQ4_1;
     case DType::kQ4_K:
+      return Element::kQ4_K;
     case DType::kQ6_K:
-      break;  // refused at load
+      return Element::kQ6_K;
   }
-  CINNABAR_CHECK(false) << "not a dtype of this backend: " << static_cast<int>(dtype);
+  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
   return Element::kF32;
 }
 
@@ -87,21 +93,29 @@ class CudaBuffer : public Buffer {
 
 class CudaWeight : public Weight {
  public:
-  CudaWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype, const WeightView& view,
-             DeviceMemory memory, DeviceMemory scales, int64_t bytes)
-      : Weight(rows, cols, row_order, dtype),
-        view_(view),
-        memory_(std::move(memory)),
-        scales_(std::move(scales)),
-        bytes_(bytes) {}
-  int64_t memory_bytes() const override { return bytes_; }
-  const WeightView& view() const { return view_; }
+  // Consecutive rows of one kind.
+  struct Piece {
+    WeightView view;
+    DeviceMemory memory;
+    DeviceMemory scales;
+    int64_t bytes = 0;
+  };
+  CudaWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype, std::vector<Piece> pieces)
+      : Weight(rows, cols, row_order, dtype), pieces_(std::move(pieces)) {}
+  int64_t memory_bytes() const override {
+    int64_t bytes = 0;
+    for (const Piece& piece : pieces_) bytes += piece.bytes;
+    return bytes;
+  }
+  // Several only where parts of different block formats are stacked.
+  const std::vector<Piece>& pieces() const { return pieces_; }
+  const WeightView& view() const {
+    CINNABAR_CHECK(pieces_.size() == 1) << "a weight of several block formats";
+    return pieces_[0].view;
+  }
 
  private:
-  WeightView view_;
-  DeviceMemory memory_;
-  DeviceMemory scales_;
-  int64_t bytes_;
+  std::vector<Piece> pieces_;
 };
 
 // Pools of pages by their size; shared with the sequences, which may go last.
@@ -287,32 +301,37 @@ class CudaBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                      RowOrder row_order, DType dtype) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks(parts, dtype));
     int64_t rows = 0;
     for (const HostMatrix& part : parts) rows += part.rows;
-    const bool fp8 = options_.fp8 && WantsFp8(row_order, rows, parts[0].cols);
-    return Load(parts, row_order, dtype, fp8 ? Element::kE4m3 : ElementOf(dtype));
+    const bool fp8 =
+        options_.fp8 && !IsQuantized(dtype) && WantsFp8(row_order, rows, parts[0].cols);
+    return Load(parts, row_order, dtype, fp8);
   }
   absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
                                                     RowOrder row_order) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks(parts, parts[0].dtype));
-    return Load(parts, row_order, parts[0].dtype, ElementOf(parts[0].dtype));
+    return Load(parts, row_order, parts[0].dtype, /*fp8=*/false);
   }
   absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks({&table, 1}, table.dtype));
-    return Load({&table, 1}, RowOrder::kStacked, table.dtype, ElementOf(table.dtype));
+    return Load({&table, 1}, RowOrder::kStacked, table.dtype, /*fp8=*/false);
   }
 
   absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks({&vector, 1}, vector.dtype));
     const int64_t size = vector.rows * vector.cols;
     CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer, Allocate(size * 4));
-    const Element element = ElementOf(vector.dtype);
+    std::vector<float> values;  // of blocks
+    const void* data = vector.data;
+    Element element = ElementOf(vector.dtype);
+    if (IsBlocks(element)) {
+      values.resize(size);
+      ReadRow({vector.data, vector.dtype, 1, size}, 0, absl::MakeSpan(values));
+      data = values.data();
+      element = Element::kF32;
+    }
     CINNABAR_RETURN_IF_ERROR(Remember(loader_.Load(
         buffer->data(), size, 4,
         [&](int64_t begin, int64_t count, char* to) {
-          ConvertHost(static_cast<const char*>(vector.data) + begin * BytesOf(element), element,
-                      count, Element::kF32, 1.0F, to);
+          ConvertHost(static_cast<const char*>(data) + begin * BytesOf(element), element, count,
+                      Element::kF32, 1.0F, to);
         },
         stream_)));
     return buffer;
@@ -350,7 +369,7 @@ class CudaBackend : public Backend {
     task.table = view.data;
     task.element = view.element;
     task.cols = table.cols();
-    task.row_stride = view.row_bytes / BytesOf(view.element);
+    task.row_bytes = view.row_bytes;
     CINNABAR_ASSIGN_OR_RETURN(task.ids, Stage(ids));
     task.num_rows = static_cast<int32_t>(ids.size());
     task.scale = scale;
@@ -554,7 +573,7 @@ class CudaBackend : public Backend {
     linear.x = ViewOf(args.x);
     linear.weight = CommonView(args.gate_up);
     const bool tensor =
-        UsesTensorCores(linear.x, linear.weight) && CommonView(args.down).element == Element::kBf16;
+        UsesTensorCores(linear.x, linear.weight) && ForTensorCores(CommonView(args.down).element);
     if (!tensor) linear.weight.segment_bytes = 0;
 
     GroupTask group;
@@ -628,7 +647,7 @@ class CudaBackend : public Backend {
     task.temperature = args.temperature;
     task.table = table.view().data;
     task.table_element = table.view().element;
-    task.table_stride = table.view().row_bytes / BytesOf(task.table_element);
+    task.table_row_bytes = table.view().row_bytes;
     task.dim = static_cast<int32_t>(table.cols());
     task.scale = args.scale;
     task.out = ViewOf(args.out);
@@ -826,17 +845,13 @@ class CudaBackend : public Backend {
 
   // --- Weights
 
-  static absl::Status RefuseBlocks(absl::Span<const HostMatrix> parts, DType dtype) {
-    const bool blocks = std::any_of(parts.begin(), parts.end(),
-                                    [](const HostMatrix& part) { return IsQuantized(part.dtype); });
-    if (!blocks && !IsQuantized(dtype)) return absl::OkStatus();
-    return absl::UnimplementedError(
-        "block-quantised weights (Q8_0 to Q6_K) are not computed on CUDA yet; use --device cpu, or "
-        "bfloat16 weights, with --fp8 where 8 bits are wanted");
+  // What a part is kept as where `dtype` is asked for: a block format stays as it is in another.
+  static DType KeptAs(const HostMatrix& part, DType dtype) {
+    return IsQuantized(dtype) && IsQuantized(part.dtype) ? part.dtype : dtype;
   }
 
   absl::StatusOr<std::unique_ptr<Weight>> Load(absl::Span<const HostMatrix> parts,
-                                               RowOrder row_order, DType dtype, Element element) {
+                                               RowOrder row_order, DType dtype, bool fp8) {
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
     CINNABAR_CHECK(!parts.empty());
@@ -844,81 +859,131 @@ class CudaBackend : public Backend {
     int64_t rows = 0;
     for (const HostMatrix& part : parts) {
       CINNABAR_CHECK(part.cols == cols) << "parts of different width";
+      CINNABAR_CHECK(cols % BlockOf(KeptAs(part, dtype)).elements == 0)
+          << cols << " columns are not whole blocks of " << NameOf(KeptAs(part, dtype));
       rows += part.rows;
     }
-    const bool gated = row_order == RowOrder::kGatedPairs;
-    CINNABAR_CHECK(!gated || (parts.size() == 2 && parts[0].rows == parts[1].rows))
-        << "gate and up are of one shape";
+    std::vector<CudaWeight::Piece> pieces;
+    if (row_order == RowOrder::kGatedPairs) {
+      CINNABAR_CHECK(parts.size() == 2 && parts[0].rows == parts[1].rows)
+          << "gate and up are of one shape";
+      // Of two formats: as their products read them.
+      const DType kept = KeptAs(parts[0], dtype) == KeptAs(parts[1], dtype)
+                             ? KeptAs(parts[0], dtype)
+                             : options_.activation;
+      CINNABAR_RETURN_IF_ERROR(LoadPiece(parts, /*gated=*/true, kept, fp8, pieces));
+    } else {
+      for (size_t begin = 0, end = 1; begin < parts.size(); begin = end++) {
+        const DType kept = KeptAs(parts[begin], dtype);
+        while (end < parts.size() && KeptAs(parts[end], dtype) == kept) ++end;
+        CINNABAR_RETURN_IF_ERROR(
+            LoadPiece(parts.subspan(begin, end - begin), /*gated=*/false, kept, fp8, pieces));
+      }
+    }
+    return std::make_unique<CudaWeight>(rows, cols, row_order, dtype, std::move(pieces));
+  }
+
+  // Products of such elements by such rows run on tensor cores.
+  static bool ForTensorCores(Element element) {
+    return element == Element::kBf16 || IsBlocks(element);
+  }
+
+  // Loads parts that are kept as one dtype, or FP8.
+  absl::Status LoadPiece(absl::Span<const HostMatrix> parts, bool gated, DType kept, bool fp8,
+                         std::vector<CudaWeight::Piece>& pieces) {
+    const Element element = fp8 ? Element::kE4m3 : ElementOf(kept);
+    const int64_t cols = parts[0].cols;
+    int64_t rows = 0;
+    for (const HostMatrix& part : parts) rows += part.rows;
     const int64_t memory_rows = gated ? RoundUp(parts[0].rows, 8) * 2 : rows;
     const int64_t padded_rows = RoundUp(memory_rows, kWeightRowUnit);
-    WeightView view;
+    CudaWeight::Piece& piece = pieces.emplace_back();
+    WeightView& view = piece.view;
     view.rows = static_cast<int32_t>(memory_rows);
     view.cols = static_cast<int32_t>(cols);
-    view.row_bytes = RoundUp(cols * BytesOf(element), kWeightRowBytes);
     view.element = element;
-    if (element == Element::kBf16 || element == Element::kE4m3) {
-      view.segment_bytes = SegmentBytes(memory_rows, view.row_bytes);
+    view.row_bytes = IsBlocks(element) ? UnitRowBytes(element, cols)
+                                       : RoundUp(cols * BytesOf(element), kWeightRowBytes);
+    view.k_bytes = IsBlocks(element) ? RoundUp(cols * 2, kWeightRowBytes) : view.row_bytes;
+    if (ForTensorCores(element) || element == Element::kE4m3) {
+      view.segment_bytes = SegmentBytes(memory_rows, view.k_bytes);
       view.num_segments =
-          static_cast<int32_t>((view.row_bytes + view.segment_bytes - 1) / view.segment_bytes);
+          static_cast<int32_t>((view.k_bytes + view.segment_bytes - 1) / view.segment_bytes);
     }
-    // Where memory row `row` comes from; null: padding.
-    const auto source = [&](int64_t row, Element* from) -> const char* {
-      size_t part = 0;
+    // The part of memory row `row`, and its row there; null: padding.
+    const auto source = [&](int64_t& row) -> const HostMatrix* {
       if (gated) {
         const GatedSource pair = GatedSourceOf(row);
-        part = pair.up ? 1 : 0;
         row = pair.output;
-        if (row >= parts[0].rows) return nullptr;
-      } else {
-        while (part < parts.size() && row >= parts[part].rows) row -= parts[part++].rows;
-        if (part == parts.size()) return nullptr;
+        return row < parts[0].rows ? &parts[pair.up ? 1 : 0] : nullptr;
       }
-      *from = ElementOf(parts[part].dtype);
-      return static_cast<const char*>(parts[part].data) + row * cols * BytesOf(*from);
+      for (const HostMatrix& part : parts) {
+        if (row < part.rows) return &part;
+        row -= part.rows;
+      }
+      return nullptr;
     };
-    int64_t bytes = padded_rows * view.row_bytes;
-    CINNABAR_ASSIGN_OR_RETURN(DeviceMemory memory, TakeDeviceMemory(bytes));
-    DeviceMemory scale_memory;
+    piece.bytes = padded_rows * view.row_bytes;
+    CINNABAR_ASSIGN_OR_RETURN(piece.memory, TakeDeviceMemory(piece.bytes));
+    std::vector<float> floats(cols);
     std::vector<float> scales;
     if (element == Element::kE4m3) {
       scales.assign(padded_rows, 1.0F);
       for (int64_t row = 0; row < padded_rows; ++row) {
-        Element from = Element::kF32;
-        const char* values = source(row, &from);
+        int64_t at = row;
+        const HostMatrix* part = source(at);
+        if (part == nullptr) continue;
+        ReadRow(*part, at, absl::MakeSpan(floats));
         float largest = 0.0F;
-        for (int64_t i = 0; values != nullptr && i < cols; ++i) {
-          largest = std::max(largest, std::abs(ReadHost(values, from, i)));
-        }
+        for (const float value : floats) largest = std::max(largest, std::abs(value));
         if (largest > 0.0F && std::isfinite(largest)) scales[row] = largest / kE4m3Max;
       }
-      CINNABAR_ASSIGN_OR_RETURN(scale_memory, TakeDeviceMemory(padded_rows * 4));
-      bytes += padded_rows * 4;
-      view.scales = static_cast<const float*>(scale_memory.get());
+      CINNABAR_ASSIGN_OR_RETURN(piece.scales, TakeDeviceMemory(padded_rows * 4));
+      piece.bytes += padded_rows * 4;
+      view.scales = static_cast<const float*>(piece.scales.get());
       CINNABAR_RETURN_IF_ERROR(Remember(loader_.Load(
-          scale_memory.get(), padded_rows, 4,
+          piece.scales.get(), padded_rows, 4,
           [&](int64_t begin, int64_t count, char* to) {
             std::memcpy(to, scales.data() + begin, count * 4);
           },
           stream_)));
     }
-    view.data = memory.get();
-    CINNABAR_RETURN_IF_ERROR(Remember(loader_.Load(
-        memory.get(), padded_rows, view.row_bytes,
+    view.data = piece.memory.get();
+    // A row of `part` as the device keeps it; returns the bytes written.
+    std::vector<char> blocks;
+    const auto write = [&](const HostMatrix& part, int64_t row, float scale, char* to) {
+      const char* stored =
+          static_cast<const char*>(part.data) + row * cinnabar::BytesOf(part.dtype, cols);
+      if (IsBlocks(element)) {
+        if (part.dtype != kept) {
+          blocks.resize(cinnabar::BytesOf(kept, cols));
+          ReadRow(part, row, absl::MakeSpan(floats));
+          QuantizeRow(floats, kept, blocks.data());
+          stored = blocks.data();
+        }
+        PackUnits(stored, kept, cols, to);
+        return view.row_bytes;
+      }
+      if (IsQuantized(part.dtype)) {
+        ReadRow(part, row, absl::MakeSpan(floats));
+        ConvertHost(floats.data(), Element::kF32, cols, element, scale, to);
+      } else {
+        ConvertHost(stored, ElementOf(part.dtype), cols, element, scale, to);
+      }
+      return cols * BytesOf(element);
+    };
+    return Remember(loader_.Load(
+        piece.memory.get(), padded_rows, view.row_bytes,
         [&](int64_t begin, int64_t count, char* to) {
           for (int64_t row = begin; row < begin + count; ++row, to += view.row_bytes) {
-            Element from = Element::kF32;
-            const char* values = source(row, &from);
-            int64_t written = 0;
-            if (values != nullptr) {
-              ConvertHost(values, from, cols, element, scales.empty() ? 1.0F : scales[row], to);
-              written = cols * BytesOf(element);
-            }
+            int64_t at = row;
+            const HostMatrix* part = source(at);
+            const int64_t written =
+                part == nullptr ? 0 : write(*part, at, scales.empty() ? 1.0F : scales[row], to);
             std::memset(to + written, 0, view.row_bytes - written);
           }
         },
-        stream_)));
-    return std::make_unique<CudaWeight>(rows, cols, row_order, dtype, view, std::move(memory),
-                                        std::move(scale_memory), bytes);
+        stream_));
   }
 
   // --- Products
@@ -936,24 +1001,37 @@ class CudaBackend : public Backend {
     LinearTask task;
     task.x = ViewOf(args.x);
     task.num_rows = static_cast<int32_t>(args.num_rows);
-    task.weight = weight.view();
     task.bias = args.bias;
     task.finish = FinishOf(args.epilogue);
     task.cap = cap;
     task.out = ViewOf(args.out);
-    task.num_outputs = static_cast<int32_t>(paired ? weight.rows() / 2 : weight.rows());
     if (args.epilogue == Epilogue::kGatedAdd) {
       task.gate = ViewOf(args.gate);
       CINNABAR_ASSIGN_OR_RETURN(const Geometry* geometry, GeometryOf(args.sequences, 0));
       CINNABAR_CHECK(geometry->num_rows >= args.num_rows) << "rows belong to no sequence";
       task.rows = geometry->rows;
     }
-    return Multiply(task);
+    for (const CudaWeight::Piece& piece : weight.pieces()) {
+      task.weight = piece.view;
+      task.num_outputs = paired ? static_cast<int32_t>(weight.rows() / 2) : piece.view.rows;
+      CINNABAR_RETURN_IF_ERROR(Multiply(task));
+      if (task.bias != nullptr) task.bias += task.num_outputs;
+      task.out = After(task.out, task.num_outputs);
+      task.gate = After(task.gate, task.num_outputs);
+    }
+    return absl::OkStatus();
+  }
+  // The columns of `rows` from `columns` on.
+  static MatrixView After(MatrixView rows, int64_t columns) {
+    if (rows.data != nullptr) {
+      rows.data = static_cast<char*>(rows.data) + columns * BytesOf(rows.element);
+    }
+    return rows;
   }
 
   // Rows that cp.async can read: bf16, 16-byte aligned.
   static bool UsesTensorCores(const MatrixView& x, const WeightView& weight) {
-    return x.element == Element::kBf16 && weight.element == Element::kBf16 && x.stride % 8 == 0 &&
+    return x.element == Element::kBf16 && ForTensorCores(weight.element) && x.stride % 8 == 0 &&
            reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   }
 
@@ -1068,7 +1146,7 @@ class CudaBackend : public Backend {
     WeightView view = dynamic_cast<const CudaWeight&>(*weights[0]).view();
     view.data = nullptr;
     // Summed in one piece: a row of an expert has but few others beside it anyway.
-    if (view.segment_bytes > 0) view.segment_bytes = view.row_bytes;
+    if (view.segment_bytes > 0) view.segment_bytes = view.k_bytes;
     view.num_segments = 1;
     return view;
   }

@@ -1,4 +1,5 @@
 // Mixtures of experts: routing, grouping, grouped products, the weighted sum.
+#include "kernels/cuda/block_product.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/product.cuh"
 
@@ -179,8 +180,8 @@ ExpertLinearKernel(ExpertLinearTask task) {
   operands.x_first = first;
   operands.num_rows = num_rows;
   operands.cols = task.weight.cols;
-  operands.k_end = task.weight.row_bytes;
-  operands.segment_bytes = task.weight.row_bytes;
+  operands.k_end = task.weight.k_bytes;
+  operands.segment_bytes = task.weight.k_bytes;
   Product::Run(operands, SharedBytes());
 
   FinishTask finish;
@@ -235,6 +236,18 @@ int LaunchGroup(const GroupTask& task, void* stream) {
 
 int LaunchExpertLinear(const ExpertLinearTask& task, void* stream) {
   if (task.weight.segment_bytes == 0) return LaunchExpertTile<PlainProduct>(task, stream);
+  if (IsBlocks(task.weight.element)) {
+    switch (task.tile_rows) {
+      case 16:
+        return LaunchExpertTile<BlockProduct<64, 16, 4, 1, 4, false>>(task, stream);
+      case 32:
+        return LaunchExpertTile<BlockProduct<64, 32, 4, 1, 4, false>>(task, stream);
+      case 64:
+        return LaunchExpertTile<BlockProduct<64, 64, 4, 1, 4, false>>(task, stream);
+      default:
+        return LaunchExpertTile<BlockProduct<128, 128, 4, 2, 3, false>>(task, stream);
+    }
+  }
   switch (task.tile_rows) {
     case 16:
       return LaunchExpertTile<TensorProduct<64, 16, 4, 1, 4, false, false>>(task, stream);

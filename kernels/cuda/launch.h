@@ -8,7 +8,8 @@
 
 namespace cinnabar::cuda {
 
-enum class Element : uint8_t { kF32, kF16, kBf16, kE4m3 };
+// The last five are of weights only, and kept as kernels/cuda/blocks.h says.
+enum class Element : uint8_t { kF32, kF16, kBf16, kE4m3, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K };
 
 // Rows of device memory, as kernels/backend.h has them.
 struct MatrixView {
@@ -55,6 +56,7 @@ struct WeightView {
   int32_t rows = 0;  // as they lie in memory, without the padding
   int32_t cols = 0;
   int64_t row_bytes = 0;
+  int64_t k_bytes = 0;  // of a row in a product: row_bytes, or of a block format those of its bf16
   Element element = Element::kF32;
   // Tensor cores: sums of so many bytes of a row each are made on their own and added in order.
   int64_t segment_bytes = 0;
@@ -102,7 +104,7 @@ struct EmbedTask {
   const void* table = nullptr;
   Element element = Element::kF32;
   int64_t cols = 0;
-  int64_t row_stride = 0;  // elements
+  int64_t row_bytes = 0;
   const int32_t* ids = nullptr;
   int32_t num_rows = 0;
   float scale = 1.0F;
@@ -377,7 +379,7 @@ struct SoftEmbedTask {
   float temperature = 1.0F;
   const void* table = nullptr;
   Element table_element = Element::kF32;
-  int64_t table_stride = 0;  // elements
+  int64_t table_row_bytes = 0;
   int32_t dim = 0;
   float scale = 1.0F;
   MatrixView out;

@@ -2,6 +2,7 @@
 // the bytes of the row, which are read once and written once; a block a row, float32 arithmetic,
 // sums by thread (columns thread, thread + threads ..), then lanes, then warps: an order that
 // depends on the width alone.
+#include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -14,9 +15,10 @@ constexpr int kRowThreads = 256;
 CINNABAR_KERNEL(kRowThreads, 4)
 EmbedKernel(EmbedTask task) {
   const int64_t row = BlockX();
-  const int64_t begin = task.ids[row] * task.row_stride;
+  const unsigned char* from =
+      static_cast<const unsigned char*>(task.table) + task.ids[row] * task.row_bytes;
   for (int64_t i = ThreadIndex(); i < task.cols; i += NumThreads()) {
-    StoreAt(task.out, row, i, LoadElement(task.table, task.element, begin + i) * task.scale);
+    StoreAt(task.out, row, i, LoadWeightElement(from, task.element, i) * task.scale);
   }
 }
 

@@ -15,6 +15,7 @@
 //
 // In bf16 with a bf16 table, the exponentials are rounded to bf16 (in the sum of the masses, too:
 // the weights of a row still add up to 1) and multiplied by tensor cores; else all is float32.
+#include "kernels/cuda/block_product.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/product.cuh"
 
@@ -61,7 +62,7 @@ SoftLogitsKernel(SoftEmbedTask task, int turn) {
   operands.x_first = row_begin;
   operands.num_rows = num_rows;
   operands.cols = task.weight.cols;
-  operands.k_end = task.weight.row_bytes;
+  operands.k_end = task.weight.k_bytes;
   operands.segment_bytes = task.weight.segment_bytes;
   Product::Run(operands, SharedBytes());
 
@@ -159,7 +160,9 @@ SoftSumsPlainKernel(SoftEmbedTask task, int turn) {
       const int column = column_begin + i % kPlainSoftColumns;
       const int64_t id = chunk.first_id + begin + i / kPlainSoftColumns;
       table[i] = column < task.dim
-                     ? LoadElement(task.table, task.table_element, id * task.table_stride + column)
+                     ? LoadWeightElement(static_cast<const unsigned char*>(task.table) +
+                                             id * task.table_row_bytes,
+                                         task.table_element, column)
                      : 0.0F;
     }
     BlockBarrier();
@@ -206,7 +209,7 @@ SoftSumsTensorKernel(SoftEmbedTask task, int turn) {
   const int row_begin = BlockX() * kSoftTile;
   const int column_begin = BlockY() * kSoftTile;
   const int64_t first_place = static_cast<int64_t>(BlockZ()) * task.num_rows + row_begin;
-  const auto* table = static_cast<const uint16_t*>(task.table);
+  const auto* table = static_cast<const unsigned char*>(task.table);
   const auto load = [&](int begin, unsigned char* at) {
     for (int i = ThreadIndex(); i < kSoftTile * 8; i += kTensorSoftThreads) {
       const int row = i / 8;
@@ -215,10 +218,10 @@ SoftSumsTensorKernel(SoftEmbedTask task, int turn) {
                   task.probabilities + (first_place + row) * kSoftChunk + begin + piece * 8,
                   row_begin + row < task.num_rows ? 16 : 0);
       // A row of the table is padded to whole tiles.
-      CopyAsync16(
-          at + kSoftTileBytes + SoftSwizzled(row, piece),
-          table + (chunk.first_id + begin + row) * task.table_stride + column_begin + piece * 8,
-          begin + row < chunk.num_ids ? 16 : 0);
+      CopyAsync16(at + kSoftTileBytes + SoftSwizzled(row, piece),
+                  table + (chunk.first_id + begin + row) * task.table_row_bytes + 2 * column_begin +
+                      16 * piece,
+                  begin + row < chunk.num_ids ? 16 : 0);
     }
   };
   float sums[kSoftTile / 8][4];
@@ -294,12 +297,24 @@ SoftJoinKernel(SoftEmbedTask task) {
 }
 
 template <class Product>
-int LaunchSoftLogits(const SoftEmbedTask& task, int turn, void* stream) {
+int LaunchSoftTile(const SoftEmbedTask& task, int turn, void* stream) {
   return Launch(
       SoftLogitsKernel<Product>,
       {(task.num_rows + Product::kRows - 1) / Product::kRows, kSoftChunk / Product::kOutputs,
        task.num_parts, Product::kThreads, Product::kSharedBytes, stream},
       task, turn);
+}
+
+// Sums are folded in every case: with one segment that adds them to 0.
+int LaunchSoftLogits(const SoftEmbedTask& task, int turn, void* stream) {
+  if (task.weight.segment_bytes == 0) return LaunchSoftTile<PlainProduct>(task, turn, stream);
+  const bool few = task.num_rows <= 32;
+  if (IsBlocks(task.weight.element)) {
+    return few ? LaunchSoftTile<BlockProduct<128, 32, 4, 1, 3, true>>(task, turn, stream)
+               : LaunchSoftTile<BlockProduct<128, 128, 4, 2, 3, true>>(task, turn, stream);
+  }
+  return few ? LaunchSoftTile<TensorProduct<128, 32, 4, 1, 3, true, false>>(task, turn, stream)
+             : LaunchSoftTile<TensorProduct<128, 128, 4, 2, 3, true, false>>(task, turn, stream);
 }
 
 }  // namespace
@@ -309,12 +324,7 @@ int LaunchSoftEmbed(const SoftEmbedTask& task, void* stream) {
   const int num_turns = (num_chunks + task.num_parts - 1) / task.num_parts;
   constexpr int kRows = kExponentialThreads / 32;
   for (int turn = 0; turn < num_turns; ++turn) {
-    // Sums are folded in every case: with one segment that adds them to 0.
-    int error =
-        task.weight.segment_bytes == 0 ? LaunchSoftLogits<PlainProduct>(task, turn, stream)
-        : task.num_rows <= 32
-            ? LaunchSoftLogits<TensorProduct<128, 32, 4, 1, 3, true, false>>(task, turn, stream)
-            : LaunchSoftLogits<TensorProduct<128, 128, 4, 2, 3, true, false>>(task, turn, stream);
+    int error = LaunchSoftLogits(task, turn, stream);
     if (error == 0) {
       error = Launch(
           SoftExponentialsKernel,

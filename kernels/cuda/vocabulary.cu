@@ -9,6 +9,7 @@
 // Every sum has an order that depends on the vocabulary alone, or is of integers; a query reads its
 // own slots only. So an answer's bits do not depend on the other queries.
 // Philox counters, Gumbel numbers and 2^d are the CPU's (math.h), bit for bit.
+#include "kernels/cuda/block_product.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/product.cuh"
 
@@ -206,7 +207,7 @@ VocabularyKernel(VocabularyTask task) {
   operands.x_first = row_begin;
   operands.num_rows = num_rows;
   operands.cols = task.weight.cols;
-  operands.k_end = task.weight.row_bytes;
+  operands.k_end = task.weight.k_bytes;
   operands.segment_bytes = task.weight.segment_bytes;
   Product::Run(operands, shared);
 
@@ -675,6 +676,14 @@ int LaunchTensorChunks(const VocabularyTask& task, void* stream) {
   return 1;  // cudaErrorInvalidValue: the planner gives none such
 }
 
+template <bool kFold>
+int LaunchBlockChunks(const VocabularyTask& task, void* stream) {
+  if (task.tile_rows == 32) {
+    return LaunchChunks<BlockProduct<128, 32, 4, 1, 3, kFold>>(task, stream);
+  }
+  return LaunchChunks<BlockProduct<128, 128, 4, 2, 3, kFold>>(task, stream);
+}
+
 }  // namespace
 
 int LaunchVocabulary(const VocabularyTask& task, void* stream) {
@@ -682,6 +691,8 @@ int LaunchVocabulary(const VocabularyTask& task, void* stream) {
   int error = 0;
   if (task.weight.segment_bytes == 0) {
     error = LaunchChunks<PlainProduct>(task, stream);
+  } else if (IsBlocks(task.weight.element)) {
+    error = fold ? LaunchBlockChunks<true>(task, stream) : LaunchBlockChunks<false>(task, stream);
   } else if (task.hidden.element == Element::kE4m3) {
     error = fold ? LaunchTensorChunks<true, true>(task, stream)
                  : LaunchTensorChunks<false, true>(task, stream);
