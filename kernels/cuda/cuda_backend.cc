@@ -215,6 +215,11 @@ class CudaBackend : public Backend {
                         facts_.compute_capability, ", ", NameOf(options_.activation),
                         options_.fp8 ? " with FP8 products" : "");
   }
+  // Tensor cores of another generation may round inside an instruction in another way.
+  std::string Numerics() const override {
+    return absl::StrCat("cuda/sm_", facts_.compute_capability, "/", NameOf(options_.activation),
+                        options_.fp8 ? "/fp8" : "");
+  }
   DType activation_dtype() const override { return options_.activation; }
 
   // Busy time is not told: it would take two events a step.
@@ -306,6 +311,9 @@ class CudaBackend : public Backend {
     const bool fp8 =
         options_.fp8 && !IsQuantized(dtype) && WantsFp8(row_order, rows, parts[0].cols);
     return Load(parts, row_order, dtype, fp8);
+  }
+  int64_t WeightBytes(DType dtype, int64_t rows, int64_t cols) const override {
+    return rows * RowBytes(ElementOf(dtype), cols);
   }
   absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
                                                     RowOrder row_order) override {
@@ -883,6 +891,11 @@ class CudaBackend : public Backend {
     return std::make_unique<CudaWeight>(rows, cols, row_order, dtype, std::move(pieces));
   }
 
+  static int64_t RowBytes(Element element, int64_t cols) {
+    return IsBlocks(element) ? UnitRowBytes(element, cols)
+                             : RoundUp(cols * BytesOf(element), kWeightRowBytes);
+  }
+
   // Products of such elements by such rows run on tensor cores.
   static bool ForTensorCores(Element element) {
     return element == Element::kBf16 || IsBlocks(element);
@@ -902,8 +915,7 @@ class CudaBackend : public Backend {
     view.rows = static_cast<int32_t>(memory_rows);
     view.cols = static_cast<int32_t>(cols);
     view.element = element;
-    view.row_bytes = IsBlocks(element) ? UnitRowBytes(element, cols)
-                                       : RoundUp(cols * BytesOf(element), kWeightRowBytes);
+    view.row_bytes = RowBytes(element, cols);
     view.k_bytes = IsBlocks(element) ? RoundUp(cols * 2, kWeightRowBytes) : view.row_bytes;
     if (ForTensorCores(element) || element == Element::kE4m3) {
       view.segment_bytes = SegmentBytes(memory_rows, view.k_bytes);
