@@ -466,7 +466,8 @@ struct LogitsArgs {
 
 // The embedding that a row's prediction is on average: out[i] = scale * sum over all ids v of p(v)
 // * table[v], p = softmax(l / temperature) of the row's logits l = hidden[i] W^T under the cap. In
-// float32, tile by tile: a row's probabilities are never there as a whole. Terms of relative size
+// float32 (with rows in bf16 p may be rounded to bf16, and its sum with it), tile by tile: a row's
+// probabilities are never there as a whole. Terms of relative size
 // below 2^-126 count as 0.
 struct SoftEmbedArgs {
   Rows hidden;  // [num_rows, weight.cols()]
@@ -510,6 +511,10 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual std::string Describe() const = 0;  // "cpu avx512, 2 threads"
+  // What the bits of results depend on beside weights and requests: work that one backend began may
+  // go on only on another that says the same. "cpu" (each instruction set gives the same bits),
+  // "cuda/sm_90/BF16".
+  virtual std::string Numerics() const = 0;
   // From any thread, beside the other calls. May take a millisecond: not once a step.
   virtual DeviceStats Stats() const { return {}; }
   virtual DType activation_dtype()
@@ -529,10 +534,16 @@ class Backend {
   // are kept. Floats: narrowing rounds to nearest even, widening is exact; products read the kept
   // values and compute in float32. A block format (rows of whole blocks): parts that are in any
   // block format stay as they are, floats are rounded as kernels/quantized.h says; products of them
-  // may round x to 15 bits for each 32 columns, no further, and sum integers.
+  // may round x to 15 bits for each 32 columns, no further, and sum integers; with rows in bf16
+  // each value of the weight may be rounded to bf16, once.
   virtual absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                              RowOrder row_order, DType dtype) = 0;
-  // The same for a weight of which most passes read nothing (an expert), kept in the dtype of
+  // Device memory of `rows` of a LoadWeight() weight that is kept as `dtype`, padding of rows left
+  // out.
+  virtual int64_t WeightBytes(DType dtype, int64_t rows, int64_t cols) const {
+    return BytesOf(dtype, rows * cols);
+  }
+  // LoadWeight() for a weight of which most passes read nothing (an expert), kept in the dtype of
   // `parts`, which are of one. The CPU backend keeps no copy and computes from where the parts lie,
   // to the same bits: they must outlive the weight.
   virtual absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
@@ -585,7 +596,8 @@ struct BackendOptions {
   // CPU: float32 arithmetic throughout, whatever the weights are kept in, and slow.
   DType activation = DType::kBf16;
   // CUDA: LoadWeight() keeps large matrices as FP8 (e4m3, a scale an output), and their products
-  // round each row of x to FP8 with a scale of its own. Not the vocabulary head, routers, experts.
+  // round each row of x to FP8 with a scale of its own. Not the vocabulary head, routers, experts,
+  // and nothing in a block format.
   bool fp8 = false;
 };
 

@@ -294,6 +294,29 @@ void WriteBlock(const float* x, DType dtype, uint8_t* out) {
 
 }  // namespace
 
+const char* NameOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "F32";
+    case DType::kF16:
+      return "F16";
+    case DType::kBf16:
+      return "BF16";
+    case DType::kQ8_0:
+      return "Q8_0";
+    case DType::kQ4_0:
+      return "Q4_0";
+    case DType::kQ4_1:
+      return "Q4_1";
+    case DType::kQ4_K:
+      return "Q4_K";
+    case DType::kQ6_K:
+      return "Q6_K";
+  }
+  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
+  return "";
+}
+
 float WidenHalf(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000U) << 16;
   const uint32_t exponent = (half >> 10) & 0x1FU;

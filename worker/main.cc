@@ -80,7 +80,10 @@ struct Flags {
               "of the weights in memory: auto, float32, bfloat16, q8_0, q4_k");
     flags.Add("activations", &activations, "TYPE",
               "of what flows between the weights: auto, float32, bfloat16 (cuda)");
-    flags.Add("fp8", &fp8, "keep large matrices in FP8 and compute in it (cuda, Ada and newer)");
+    flags.Add(
+        "fp8", &fp8,
+        "keep large matrices that are not in 8 or 4 bits in FP8 and compute in it (cuda, Ada and "
+        "newer)");
     flags.Add("isa", &isa, "ISA", "auto, avx512, avx2 or generic: the same bits");
     flags.Add("threads", &threads, "N", "0 takes every core");
     flags.Section("Room");
@@ -242,12 +245,10 @@ absl::Status Serve(Flags flags) {
   }
   CINNABAR_ASSIGN_OR_RETURN(
       options.fingerprint,
-      ModelFingerprint(
-          flags.model,
-          // Bytes depend on the kind of device and on both types, not on which device of its kind.
-          absl::StrCat(null_device ? "null" : NameOf(device.kind), "/", flags.dtype,
-                       flags.activations == "auto" ? "" : absl::StrCat("/", NameOf(activation)),
-                       flags.fp8 ? "/fp8" : "")));
+      ModelFingerprint(flags.model,
+                       // Bytes depend on how the backend computes and on the weights' type, not on
+                       // which device of its kind.
+                       absl::StrCat(null_device ? "null" : backend->Numerics(), "/", flags.dtype)));
   options.queue = flags.program.Queue();
   options.name = flags.program.name;
   options.boot = NewBoot(options.name);

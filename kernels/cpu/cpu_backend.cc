@@ -217,6 +217,7 @@ class CpuBackend : public Backend {
     return absl::StrCat("cpu ", isa_.name, ", ", pool_.num_threads(),
                         pool_.num_threads() == 1 ? " thread" : " threads");
   }
+  std::string Numerics() const override { return "cpu"; }
   DType activation_dtype() const override { return DType::kF32; }
 
   absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {
@@ -274,6 +275,9 @@ class CpuBackend : public Backend {
   absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                      RowOrder row_order, DType dtype) override {
     return PackedWeight::Pack(parts, row_order, dtype, pool_);
+  }
+  int64_t WeightBytes(DType dtype, int64_t rows, int64_t cols) const override {
+    return PackedWeight::BytesOfRows(dtype, rows, cols);
   }
   absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
                                                     RowOrder row_order) override {

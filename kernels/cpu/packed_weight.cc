@@ -301,6 +301,10 @@ PackedWeight::PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType
   }
 }
 
+int64_t PackedWeight::BytesOfRows(DType dtype, int64_t rows, int64_t cols) {
+  return rows * PanelBytes(dtype, cols) / kPanelWidth;
+}
+
 absl::StatusOr<std::unique_ptr<PackedWeight>> PackedWeight::Pack(absl::Span<const HostMatrix> parts,
                                                                  RowOrder row_order, DType dtype,
                                                                  ThreadPool& pool) {

@@ -37,6 +37,9 @@ class PackedWeight : public Weight {
   // The same outputs of `parts`, of one dtype, that stay where they are and outlive this.
   static std::unique_ptr<PackedWeight> Map(absl::Span<const HostMatrix> parts, RowOrder row_order);
 
+  // Of `rows` rows in whole panels of one dtype.
+  static int64_t BytesOfRows(DType dtype, int64_t rows, int64_t cols);
+
   int64_t memory_bytes() const override { return memory_bytes_; }
   bool mapped() const { return !parts_.empty(); }
   int64_t num_panels() const { return static_cast<int64_t>(panels_.size()); }

@@ -1,20 +1,32 @@
 // Attention over paged keys and values, with an online softmax.
 //
 // Batch invariance, for both kernels. A row's keys are walked in tiles of kPagePositions absolute
-// positions, ascending, and in chunks of kAttendChunk positions: how many of each depends on the
-// row's own num_keys. A chunk's sums begin at 0 and end unnormalised beside the chunk's largest
-// score and sum of exponentials; a row of one chunk is finished at once, chunks are merged in order
-// by another kernel. Keys beyond num_keys are read as zeros and get the score -inf, hence the
-// weight exp(-inf) = 0 exactly: a tile in which a row sees nothing leaves its largest score as it
-// is, multiplies its sums by exp(0) = 1 and adds zeros. So it does not matter what the rows beside
-// it see, nor in which block or lane a row is.
+// positions, ascending, and in chunks of kAttendChunk positions: which of each depends on the
+// row's own num_keys and, with a window, on its own first key. A chunk's sums begin at 0 and end
+// unnormalised beside the chunk's largest score and sum of exponentials; a row of one chunk is
+// finished at once, chunks are merged in order by another kernel. Keys that a row does not see get
+// the score -inf, hence the weight exp(-inf) = 0 exactly: a tile in which a row sees nothing leaves
+// its largest score as it is, multiplies its sums by exp(0) = 1 and adds zeros (what is read in the
+// place of such keys is finite: zeros beyond the last, keys of earlier positions before a window).
+// So it does not matter what the rows beside it see, nor in which block or lane a row is.
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/launch.h"
 
 namespace cinnabar::cuda {
 namespace {
 
-CINNABAR_DEVICE int NumChunks(int num_keys) { return (num_keys + kAttendChunk - 1) / kAttendChunk; }
+// The first position that a row sees.
+CINNABAR_DEVICE int FirstKey(const AttendTask& task, const RowFacts& row) {
+  const SpanFacts& span = task.spans[row.span];
+  const int last = span.block_length == 0 ? span.first_position : row.position;
+  return task.window == 0 || last < task.window ? 0 : last - task.window + 1;
+}
+CINNABAR_DEVICE int FirstChunk(const AttendTask& task, const RowFacts& row) {
+  return FirstKey(task, row) / kAttendChunk;
+}
+CINNABAR_DEVICE int NumChunks(const AttendTask& task, const RowFacts& row) {
+  return (row.num_keys + kAttendChunk - 1) / kAttendChunk - FirstChunk(task, row);
+}
 
 // Where page `index` of the span lies.
 CINNABAR_DEVICE const unsigned char* PageOf(const AttendTask& task, const SpanFacts& span,
@@ -22,7 +34,7 @@ CINNABAR_DEVICE const unsigned char* PageOf(const AttendTask& task, const SpanFa
   return static_cast<const unsigned char*>(span.pages[task.layer * span.pages_per_layer + index]);
 }
 
-// Which of the partial results belongs to a chunk, row and head.
+// Which of the partial results belongs to a row's chunk, counted from its first, and a head.
 CINNABAR_DEVICE int64_t PartOf(const AttendTask& task, int chunk, int row, int head) {
   return (static_cast<int64_t>(chunk) * task.num_rows + row - task.row_base) * task.num_heads +
          head;
@@ -71,8 +83,12 @@ AttendTensorKernel(AttendTask task) {
   const int last_item =
       tile.first + kAttendItems < num_items ? tile.first + kAttendItems - 1 : num_items - 1;
   const int tile_keys = task.rows[span.row_begin + last_item / group].num_keys;
-  const int key_begin = tile.chunk * kAttendChunk;
-  const int key_end = tile_keys < key_begin + kAttendChunk ? tile_keys : key_begin + kAttendChunk;
+  // The first row of a tile sees furthest back, the last one furthest ahead.
+  const int tile_first = FirstKey(task, task.rows[span.row_begin + tile.first / group]);
+  const int chunk_begin = tile.chunk * kAttendChunk;
+  const int chunk_end = chunk_begin + kAttendChunk;
+  const int key_begin = tile_first > chunk_begin ? tile_first : chunk_begin;
+  const int key_end = tile_keys < chunk_end ? tile_keys : chunk_end;
   const int first_page = key_begin / kPagePositions;
   const int end_page = (key_end + kPagePositions - 1) / kPagePositions;
   const int head_bytes = kPagePositions * task.head_stride * 2;
@@ -115,14 +131,15 @@ AttendTensorKernel(AttendTask task) {
 
   // Items of this thread: rows lane / 4 and lane / 4 + 8 of the warp's 16.
   int num_keys[2];
+  int first_key[2];
   int64_t rows[2];
   int heads[2];
   for (int half = 0; half < 2; ++half) {
     const int item = tile.first + warp * 16 + lane / 4 + 8 * half;
-    const int in_span = item < num_items ? item / group : num_items - 1;
     rows[half] = item < num_items ? span.row_begin + item / group : -1;
     heads[half] = kv_head * group + item % group;
-    num_keys[half] = item < num_items ? task.rows[span.row_begin + in_span].num_keys : 0;
+    num_keys[half] = item < num_items ? task.rows[rows[half]].num_keys : 0;
+    first_key[half] = item < num_items ? FirstKey(task, task.rows[rows[half]]) : 0;
   }
 
   float sums[kDim / 8][4];
@@ -170,7 +187,8 @@ AttendTensorKernel(AttendTask task) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int key = page * kPagePositions + 8 * j + 2 * (lane % 4) + c % 2;
-        const float score = key < num_keys[c / 2] ? scores[j][c] * task.scale : -kInfinityF;
+        const bool seen = key >= first_key[c / 2] && key < num_keys[c / 2];
+        const float score = seen ? scores[j][c] * task.scale : -kInfinityF;
         scores[j][c] = score;
         tile_largest[c / 2] = fmaxf(tile_largest[c / 2], score);
       }
@@ -231,10 +249,12 @@ AttendTensorKernel(AttendTask task) {
     total += ShuffleXor(total, 1);
     total += ShuffleXor(total, 2);
     const int64_t row = rows[half];
-    if (row < 0 || key_begin >= num_keys[half]) continue;
-    const bool whole = NumChunks(num_keys[half]) == 1;
+    if (row < 0 || chunk_begin >= num_keys[half] || chunk_end <= first_key[half]) continue;
+    const RowFacts& facts = task.rows[row];
+    const bool whole = NumChunks(task, facts) == 1;
     const float reciprocal = 1.0F / total;
-    const int64_t part = PartOf(task, tile.chunk, static_cast<int32_t>(row), heads[half]);
+    const int64_t part =
+        PartOf(task, tile.chunk - FirstChunk(task, facts), static_cast<int32_t>(row), heads[half]);
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
 #pragma unroll
@@ -272,9 +292,10 @@ AttendPlainKernel(AttendTask task) {
   float* scratch = weights + kPagePositions;
   const int row = task.row_base + BlockX();
   const int head = BlockY();
-  const int chunk = BlockZ();
   const RowFacts facts = task.rows[row];
-  if (chunk * kAttendChunk >= facts.num_keys) return;
+  const int num_chunks = NumChunks(task, facts);
+  if (BlockZ() >= num_chunks) return;
+  const int chunk = FirstChunk(task, facts) + BlockZ();
   const SpanFacts span = task.spans[facts.span];
   const Element element = task.q.element;
   const int kv_head = head / (task.num_heads / task.num_kv_heads);
@@ -289,13 +310,17 @@ AttendPlainKernel(AttendTask task) {
   for (int i = 0; i < kPlainColumns; ++i) sums[i] = 0.0F;
   float largest = -kInfinityF;
   float total = 0.0F;
+  const int first_key = FirstKey(task, facts);
   const int key_end =
       facts.num_keys < (chunk + 1) * kAttendChunk ? facts.num_keys : (chunk + 1) * kAttendChunk;
-  for (int begin = chunk * kAttendChunk; begin < key_end; begin += kPagePositions) {
+  int begin = chunk * kAttendChunk;
+  if (first_key > begin) begin = first_key / kPagePositions * kPagePositions;
+  for (; begin < key_end; begin += kPagePositions) {
+    const int first = first_key > begin ? first_key - begin : 0;
     const int count = key_end - begin < kPagePositions ? key_end - begin : kPagePositions;
     const unsigned char* page = PageOf(task, span, begin / kPagePositions);
     BlockBarrier();
-    for (int key = ThreadIndex() / 32; key < count; key += kPlainThreads / 32) {
+    for (int key = first + ThreadIndex() / 32; key < count; key += kPlainThreads / 32) {
       float score = 0.0F;
       for (int i = ThreadIndex() % 32; i < task.head_dim; i += 32) {
         score = fmaf(query[i],
@@ -308,14 +333,14 @@ AttendPlainKernel(AttendTask task) {
     }
     BlockBarrier();
     float tile_largest = -kInfinityF;
-    for (int key = ThreadIndex(); key < count; key += kPlainThreads) {
+    for (int key = first + ThreadIndex(); key < count; key += kPlainThreads) {
       tile_largest = fmaxf(tile_largest, weights[key]);
     }
     const float now = fmaxf(largest, BlockMax(tile_largest, scratch));
     const float factor = largest == -kInfinityF ? 1.0F : expf(largest - now);
     largest = now;
     float tile_total = 0.0F;
-    for (int key = ThreadIndex(); key < count; key += kPlainThreads) {
+    for (int key = first + ThreadIndex(); key < count; key += kPlainThreads) {
       weights[key] = expf(weights[key] - largest);
       tile_total += weights[key];
     }
@@ -325,7 +350,7 @@ AttendPlainKernel(AttendTask task) {
       const int column = ThreadIndex() + i * kPlainThreads;
       if (column >= task.head_dim) continue;
       float sum = sums[i] * factor;
-      for (int key = 0; key < count; ++key) {
+      for (int key = first; key < count; ++key) {
         sum =
             fmaf(weights[key],
                  LoadElement(page, element,
@@ -335,8 +360,8 @@ AttendPlainKernel(AttendTask task) {
       sums[i] = sum;
     }
   }
-  const bool whole = NumChunks(facts.num_keys) == 1;
-  const int64_t part = PartOf(task, chunk, row, head);
+  const bool whole = num_chunks == 1;
+  const int64_t part = PartOf(task, BlockZ(), row, head);
 #pragma unroll
   for (int i = 0; i < kPlainColumns; ++i) {
     const int column = ThreadIndex() + i * kPlainThreads;
@@ -359,7 +384,7 @@ constexpr int kMergeThreads = 128;
 CINNABAR_KERNEL(kMergeThreads, 8)
 MergeChunksKernel(AttendTask task) {
   const int row = task.row_base + BlockX();
-  const int num_chunks = NumChunks(task.rows[row].num_keys);
+  const int num_chunks = NumChunks(task, task.rows[row]);
   if (num_chunks == 1) return;
   const int lane = ThreadIndex() % 32;
   for (int head = ThreadIndex() / 32; head < task.num_heads; head += kMergeThreads / 32) {

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/base/check.h"
 #include "common/base/status.h"
+#include "kernels/cuda/blocks.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/errors.h"
 #include "kernels/cuda/launch.h"
@@ -17,6 +18,7 @@
 #include "kernels/cuda/page_pool.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/runtime.h"
+#include "kernels/quantized.h"
 
 namespace cinnabar::cuda {
 namespace {
@@ -39,13 +41,17 @@ Element ElementOf(DType dtype) {
     case DType::kBf16:
       return Element::kBf16;
     case DType::kQ8_0:
+      return Element::kQ8_0;
     case DType::kQ4_0:
+      return Element::kQ4_0;
     case DType::kQ4_1:
+      return Element::kQ4_1;
     case DType::kQ4_K:
+      return Element::kQ4_K;
     case DType::kQ6_K:
-      break;  // refused at load
+      return Element::kQ6_K;
   }
-  CINNABAR_CHECK(false) << "not a dtype of this backend: " << static_cast<int>(dtype);
+  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
   return Element::kF32;
 }
 
@@ -70,7 +76,7 @@ Finish FinishOf(Epilogue epilogue) {
     case Epilogue::kSwiGlu:
       return Finish::kSwiGlu;
     case Epilogue::kGeGlu:
-      break;  // DiffusionGemma's, refused by Reserve()
+      return Finish::kGeGlu;
   }
   CINNABAR_CHECK(false) << "not an epilogue of this backend: " << static_cast<int>(epilogue);
   return Finish::kStore;
@@ -87,21 +93,29 @@ class CudaBuffer : public Buffer {
 
 class CudaWeight : public Weight {
  public:
-  CudaWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype, const WeightView& view,
-             DeviceMemory memory, DeviceMemory scales, int64_t bytes)
-      : Weight(rows, cols, row_order, dtype),
-        view_(view),
-        memory_(std::move(memory)),
-        scales_(std::move(scales)),
-        bytes_(bytes) {}
-  int64_t memory_bytes() const override { return bytes_; }
-  const WeightView& view() const { return view_; }
+  // Consecutive rows of one kind.
+  struct Piece {
+    WeightView view;
+    DeviceMemory memory;
+    DeviceMemory scales;
+    int64_t bytes = 0;
+  };
+  CudaWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype, std::vector<Piece> pieces)
+      : Weight(rows, cols, row_order, dtype), pieces_(std::move(pieces)) {}
+  int64_t memory_bytes() const override {
+    int64_t bytes = 0;
+    for (const Piece& piece : pieces_) bytes += piece.bytes;
+    return bytes;
+  }
+  // Several only where parts of different block formats are stacked.
+  const std::vector<Piece>& pieces() const { return pieces_; }
+  const WeightView& view() const {
+    CINNABAR_CHECK(pieces_.size() == 1) << "a weight of several block formats";
+    return pieces_[0].view;
+  }
 
  private:
-  WeightView view_;
-  DeviceMemory memory_;
-  DeviceMemory scales_;
-  int64_t bytes_;
+  std::vector<Piece> pieces_;
 };
 
 // Pools of pages by their size; shared with the sequences, which may go last.
@@ -138,12 +152,17 @@ class PagedKv : public KvMemory {
   // What is enqueued may still read the pages: whoever gets them next writes later on the same
   // stream.
   ~PagedKv() override {
-    pools_->Of(layout_.page_bytes, kSlabBytes).Give(pages_);
+    const absl::Span<void* const> pages = pages_;
+    pools_->Of(layout_.page_bytes, kSlabBytes).Give(pages.first(layout_.num_pages));
+    if (layout_.num_other_pages > 0) {
+      pools_->Of(layout_.other_page_bytes, kSlabBytes).Give(pages.subspan(layout_.num_pages));
+    }
     pools_->Of(layout_.table_bytes, kTableSlabBytes).Give(table_);
   }
   int64_t memory_bytes() const override { return layout_.total_bytes; }
   const KvShape& shape() const { return shape_; }
   const KvLayout& layout() const { return layout_; }
+  bool one_layer() const { return shape_.num_layers == 1 && shape_.num_other_layers == 0; }
   void* const* device_table() const { return static_cast<void* const*>(table_[0]); }
   void* page(int32_t layer, int32_t index) const {
     return pages_[layer * layout_.pages_per_layer + index];
@@ -165,10 +184,12 @@ struct Geometry {
   const RowFacts* rows = nullptr;
   const SpanFacts* spans = nullptr;
   int32_t keys_max = 0;
-  // Attention tiles for one number of query heads a kv head.
-  int32_t group = 0;
-  std::vector<AttendTile> tiles;
-  const AttendTile* device_tiles = nullptr;
+  // Attention tiles by the number of query heads a kv head, and the window.
+  struct Tiles {
+    std::vector<AttendTile> host;
+    const AttendTile* device = nullptr;
+  };
+  std::map<std::pair<int32_t, int32_t>, Tiles> tiles;
 };
 
 // Device pointers of one layer's experts.
@@ -196,6 +217,11 @@ class CudaBackend : public Backend {
     return absl::StrCat("cuda ", facts_.name, ", device ", options_.device, ", sm_",
                         facts_.compute_capability, ", ", NameOf(options_.activation),
                         options_.fp8 ? " with FP8 products" : "");
+  }
+  // Tensor cores of another generation may round inside an instruction in another way.
+  std::string Numerics() const override {
+    return absl::StrCat("cuda/sm_", facts_.compute_capability, "/", NameOf(options_.activation),
+                        options_.fp8 ? "/fp8" : "");
   }
   DType activation_dtype() const override { return options_.activation; }
 
@@ -227,17 +253,28 @@ class CudaBackend : public Backend {
     PagePool& pages_pool = pools_->Of(layout.page_bytes, kSlabBytes);
     CINNABAR_ASSIGN_OR_RETURN(std::vector<void*> pages, pages_pool.Take(layout.num_pages),
                               "take the pages of a sequence");
+    absl::StatusOr<std::vector<void*>> others = std::vector<void*>();
+    if (layout.num_other_pages > 0) {
+      others = pools_->Of(layout.other_page_bytes, kSlabBytes).Take(layout.num_other_pages);
+    }
+    if (!others.ok()) {
+      pages_pool.Give(pages);
+      return others.status();
+    }
     absl::StatusOr<std::vector<void*>> table =
         pools_->Of(layout.table_bytes, kTableSlabBytes).Take(1);
     if (!table.ok()) {
       pages_pool.Give(pages);
+      if (!others->empty()) pools_->Of(layout.other_page_bytes, kSlabBytes).Give(*others);
       return table.status();
     }
+    pages.insert(pages.end(), others->begin(), others->end());
+    const auto num_pages = static_cast<int64_t>(pages.size());
     // In pieces: a table may be longer than what is staged at a time.
     constexpr int64_t kPiece = 4096;
     absl::Status copied = absl::OkStatus();
-    for (int64_t begin = 0; copied.ok() && begin < layout.num_pages; begin += kPiece) {
-      const int64_t count = std::min(kPiece, layout.num_pages - begin);
+    for (int64_t begin = 0; copied.ok() && begin < num_pages; begin += kPiece) {
+      const int64_t count = std::min(kPiece, num_pages - begin);
       copied = CopyThroughStaging(pages.data() + begin, count * 8,
                                   static_cast<void**>((*table)[0]) + begin);
     }
@@ -251,15 +288,18 @@ class CudaBackend : public Backend {
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
     const auto& source = dynamic_cast<const PagedKv&>(from);
     const auto& target = dynamic_cast<const PagedKv&>(to);
+    const KvShape& shape = target.shape();
+    const KvLayout& layout = target.layout();
     CINNABAR_CHECK(num_positions <= source.shape().positions_max &&
-                   num_positions <= target.shape().positions_max &&
-                   source.layout().page_bytes == target.layout().page_bytes);
+                   num_positions <= shape.positions_max &&
+                   source.layout().page_bytes == layout.page_bytes &&
+                   source.layout().other_page_bytes == layout.other_page_bytes);
     const int32_t pages = (num_positions + kPagePositions - 1) / kPagePositions;
-    for (int32_t layer = 0; layer < target.shape().num_layers; ++layer) {
+    for (int32_t layer = 0; layer < shape.num_layers + shape.num_other_layers; ++layer) {
+      const int64_t bytes = shape.is_other(layer) ? layout.other_page_bytes : layout.page_bytes;
       for (int32_t page = 0; page < pages; ++page) {
         CINNABAR_RETURN_IF_ERROR(
-            Note(CopyOnDevice(target.page(layer, page), source.page(layer, page),
-                              target.layout().page_bytes, stream_),
+            Note(CopyOnDevice(target.page(layer, page), source.page(layer, page), bytes, stream_),
                  "copy a prefix"));
       }
     }
@@ -274,12 +314,6 @@ class CudaBackend : public Backend {
   }
 
   absl::Status Reserve(const WorkspaceShape& wanted) override {
-    if (wanted.soft_rows_max > 0) {
-      return absl::UnimplementedError(
-          "DiffusionGemma's self-conditioning, windows and gated gelu are not computed on CUDA "
-          "yet; "
-          "use --device cpu");
-    }
     CINNABAR_RETURN_IF_ERROR(Synchronize());
     WorkspaceShape shape = shape_;
     shape.rows_max = std::max(shape.rows_max, wanted.rows_max);
@@ -292,37 +326,46 @@ class CudaBackend : public Backend {
     shape.experts_per_row = std::max(shape.experts_per_row, wanted.experts_per_row);
     shape.expert_dim = std::max(shape.expert_dim, wanted.expert_dim);
     shape.expert_mlp_dim = std::max(shape.expert_mlp_dim, wanted.expert_mlp_dim);
+    shape.soft_rows_max = std::max(shape.soft_rows_max, wanted.soft_rows_max);
     return TakeWorkspace(shape, 0);
   }
 
   absl::StatusOr<std::unique_ptr<Weight>> LoadWeight(absl::Span<const HostMatrix> parts,
                                                      RowOrder row_order, DType dtype) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks(parts, dtype));
     int64_t rows = 0;
     for (const HostMatrix& part : parts) rows += part.rows;
-    const bool fp8 = options_.fp8 && WantsFp8(row_order, rows, parts[0].cols);
-    return Load(parts, row_order, dtype, fp8 ? Element::kE4m3 : ElementOf(dtype));
+    const bool fp8 =
+        options_.fp8 && !IsQuantized(dtype) && WantsFp8(row_order, rows, parts[0].cols);
+    return Load(parts, row_order, dtype, fp8);
+  }
+  int64_t WeightBytes(DType dtype, int64_t rows, int64_t cols) const override {
+    return rows * RowBytes(ElementOf(dtype), cols);
   }
   absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
                                                     RowOrder row_order) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks(parts, parts[0].dtype));
-    return Load(parts, row_order, parts[0].dtype, ElementOf(parts[0].dtype));
+    return Load(parts, row_order, parts[0].dtype, /*fp8=*/false);
   }
   absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks({&table, 1}, table.dtype));
-    return Load({&table, 1}, RowOrder::kStacked, table.dtype, ElementOf(table.dtype));
+    return Load({&table, 1}, RowOrder::kStacked, table.dtype, /*fp8=*/false);
   }
 
   absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) override {
-    CINNABAR_RETURN_IF_ERROR(RefuseBlocks({&vector, 1}, vector.dtype));
     const int64_t size = vector.rows * vector.cols;
     CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> buffer, Allocate(size * 4));
-    const Element element = ElementOf(vector.dtype);
+    std::vector<float> values;  // of blocks
+    const void* data = vector.data;
+    Element element = ElementOf(vector.dtype);
+    if (IsBlocks(element)) {
+      values.resize(size);
+      ReadRow({vector.data, vector.dtype, 1, size}, 0, absl::MakeSpan(values));
+      data = values.data();
+      element = Element::kF32;
+    }
     CINNABAR_RETURN_IF_ERROR(Remember(loader_.Load(
         buffer->data(), size, 4,
         [&](int64_t begin, int64_t count, char* to) {
-          ConvertHost(static_cast<const char*>(vector.data) + begin * BytesOf(element), element,
-                      count, Element::kF32, 1.0F, to);
+          ConvertHost(static_cast<const char*>(data) + begin * BytesOf(element), element, count,
+                      Element::kF32, 1.0F, to);
         },
         stream_)));
     return buffer;
@@ -360,7 +403,7 @@ class CudaBackend : public Backend {
     task.table = view.data;
     task.element = view.element;
     task.cols = table.cols();
-    task.row_stride = view.row_bytes / BytesOf(view.element);
+    task.row_bytes = view.row_bytes;
     CINNABAR_ASSIGN_OR_RETURN(task.ids, Stage(ids));
     task.num_rows = static_cast<int32_t>(ids.size());
     task.scale = scale;
@@ -368,53 +411,40 @@ class CudaBackend : public Backend {
     return Note(LaunchEmbed(task, stream_), "embedding");
   }
 
-  absl::Status Linear(const LinearArgs& args) override {
-    CINNABAR_RETURN_IF_ERROR(Ready());
-    const auto& weight = dynamic_cast<const CudaWeight&>(*args.weight);
-    const bool paired = weight.row_order() == RowOrder::kGatedPairs;
-    CINNABAR_CHECK(paired == (args.epilogue == Epilogue::kSwiGlu))
-        << "gated pairs go with kSwiGlu and nothing else";
-    CINNABAR_CHECK(args.num_rows * weight.cols() <= shape_.rows_max * shape_.cols_max)
-        << args.num_rows << " x " << weight.cols() << " is more than was reserved";
-    if (args.num_rows == 0) return absl::OkStatus();
-    LinearTask task;
-    task.x = ViewOf(args.x);
-    task.num_rows = static_cast<int32_t>(args.num_rows);
-    task.weight = weight.view();
-    task.bias = args.bias;
-    task.finish = FinishOf(args.epilogue);
-    task.out = ViewOf(args.out);
-    task.num_outputs = static_cast<int32_t>(paired ? weight.rows() / 2 : weight.rows());
-    if (args.epilogue == Epilogue::kGatedAdd) {
-      task.gate = ViewOf(args.gate);
-      CINNABAR_ASSIGN_OR_RETURN(const Geometry* geometry, GeometryOf(args.sequences, 0));
-      CINNABAR_CHECK(geometry->num_rows >= args.num_rows) << "rows belong to no sequence";
-      task.rows = geometry->rows;
-    }
-    return Multiply(task);
-  }
+  absl::Status Linear(const LinearArgs& args) override { return Product(args, /*cap=*/0.0F); }
 
   absl::Status Logits(const LogitsArgs& args) override {
+    CINNABAR_CHECK(args.logit_cap == 0.0F || args.bias == nullptr) << "a cap goes with no bias";
     LinearArgs linear;
     linear.x = args.hidden;
     linear.num_rows = args.num_rows;
     linear.weight = args.weight;
     linear.bias = args.bias;
     linear.out = args.out;
-    return Linear(linear);
+    return Product(linear, args.logit_cap);
   }
 
   absl::Status RmsNorm(const RmsNormArgs& args) override {
     CINNABAR_RETURN_IF_ERROR(Ready());
     if (args.num_rows == 0) return absl::OkStatus();
-    CINNABAR_RETURN_IF_ERROR(MakeRoom(StagedBytesOf(args.row_indices)));
     NormTask task;
+    if (args.scales != nullptr) {
+      CINNABAR_ASSIGN_OR_RETURN(const Geometry* geometry,
+                                GeometryOf(args.sequences, StagedBytesOf(args.row_indices)));
+      CINNABAR_CHECK(geometry->num_rows >= args.num_rows) << "rows belong to no sequence";
+      task.rows = geometry->rows;
+    } else {
+      CINNABAR_RETURN_IF_ERROR(MakeRoom(StagedBytesOf(args.row_indices)));
+    }
+    CINNABAR_CHECK(args.add || args.scales == nullptr);
     task.x = ViewOf(args.x);
     task.num_rows = static_cast<int32_t>(args.num_rows);
     task.dim = static_cast<int32_t>(args.dim);
     task.weight = args.weight;
     task.eps = args.eps;
     task.out = ViewOf(args.out);
+    task.add = args.add;
+    task.scales = args.scales;
     CINNABAR_ASSIGN_OR_RETURN(task.index, Stage(args.row_indices));
     return Note(LaunchNorm(task, stream_), "RMS norm");
   }
@@ -464,9 +494,9 @@ class CudaBackend : public Backend {
       const KvShape& kv = dynamic_cast<const PagedKv&>(*span.kv).shape();
       const int64_t end = int64_t{span.first_position} + span.num_rows;
       CINNABAR_CHECK(KeysEnd(span) >= end && KeysEnd(span) <= kv.positions_max &&
-                     (kv.num_layers == 1 || args.layer < kv.num_layers) &&
-                     args.heads.num_kv_heads == kv.num_kv_heads &&
-                     args.heads.head_dim == kv.head_dim)
+                     kv.kept_layer(args.layer) < kv.num_layers + kv.num_other_layers &&
+                     args.heads.num_kv_heads == kv.kv_heads_of(args.layer) &&
+                     args.heads.head_dim == kv.head_dim_of(args.layer))
           << "position " << end - 1 << " of " << kv.positions_max;
       CINNABAR_CHECK(args.rotary.rotary_dim == 0 || end <= args.rotary.positions_max)
           << "position " << end - 1;
@@ -479,6 +509,7 @@ class CudaBackend : public Backend {
     task.head_dim = args.heads.head_dim;
     task.q_norm = args.q_norm;
     task.k_norm = args.k_norm;
+    task.v_norm = args.v_norm;
     task.eps = args.norm_eps;
     task.cosine = args.rotary.cosine;
     task.sine = args.rotary.sine;
@@ -486,7 +517,7 @@ class CudaBackend : public Backend {
     task.rows = geometry->rows;
     task.spans = geometry->spans;
     task.layer = args.layer;
-    task.head_stride = static_cast<int32_t>(RoundUp(args.heads.head_dim, 16));
+    task.head_stride = HeadStride(args.heads.head_dim);
     return Note(LaunchPrepare(task, stream_), "prepare heads");
   }
 
@@ -497,7 +528,9 @@ class CudaBackend : public Backend {
     if (args.num_rows == 0) return absl::OkStatus();
     const int32_t group = args.heads.num_heads / args.heads.num_kv_heads;
     CINNABAR_ASSIGN_OR_RETURN(Geometry * geometry, GeometryOf(args.sequences, 0));
-    CINNABAR_RETURN_IF_ERROR(TilesOf(geometry, args.sequences, group));
+    CINNABAR_CHECK(args.window >= 0) << "a window of " << args.window;
+    CINNABAR_ASSIGN_OR_RETURN(const Geometry::Tiles* tiles,
+                              TilesOf(geometry, args.sequences, group, args.window));
     CINNABAR_CHECK(geometry->keys_max <= std::max(shape_.positions_max, 1))
         << geometry->keys_max << " keys are more than was reserved";
     AttendTask task;
@@ -509,17 +542,18 @@ class CudaBackend : public Backend {
     task.rows = geometry->rows;
     task.spans = geometry->spans;
     task.layer = args.layer;
-    task.head_stride = static_cast<int32_t>(RoundUp(args.heads.head_dim, 16));
+    task.head_stride = HeadStride(args.heads.head_dim);
+    task.window = args.window;
     task.out = ViewOf(args.out);
     task.chunk_sums = At<float>(layout_.chunk_sums);
     task.chunk_totals = At<float>(layout_.chunk_totals);
     const bool tensor =
         options_.activation == DType::kBf16 && args.heads.head_dim <= kAttendTensorDim;
     for (const AttendGroup& part :
-         AttendGroups(args.sequences, geometry->tiles, group, layout_.chunk_parts)) {
+         AttendGroups(args.sequences, tiles->host, group, layout_.chunk_parts)) {
       task.row_base = part.row_begin;
       task.num_rows = part.num_rows;
-      task.tiles = geometry->device_tiles + part.tile_begin;
+      task.tiles = tiles->device + part.tile_begin;
       task.num_tiles = part.num_tiles;
       task.num_chunks = part.num_chunks;
       CINNABAR_RETURN_IF_ERROR(
@@ -549,6 +583,7 @@ class CudaBackend : public Backend {
     task.groups_kept = args.groups_kept;
     task.renormalize = args.renormalize;
     task.scale = args.scale;
+    task.expert_scales = args.expert_scales;
     task.experts = args.experts;
     task.weights = args.weights;
     return Note(LaunchRoute(task, stream_), "routing");
@@ -572,7 +607,7 @@ class CudaBackend : public Backend {
     linear.x = ViewOf(args.x);
     linear.weight = CommonView(args.gate_up);
     const bool tensor =
-        UsesTensorCores(linear.x, linear.weight) && CommonView(args.down).element == Element::kBf16;
+        UsesTensorCores(linear.x, linear.weight) && ForTensorCores(CommonView(args.down).element);
     if (!tensor) linear.weight.segment_bytes = 0;
 
     GroupTask group;
@@ -598,7 +633,7 @@ class CudaBackend : public Backend {
     linear.num_tiles_max =
         static_cast<int32_t>(std::min(num_places, num_places / group.tile_rows + num_experts));
     linear.tile_rows = group.tile_rows;
-    linear.swiglu = true;
+    linear.finish = FinishOf(args.activation);
     linear.out = {At<void>(layout_.expert_inner), RoundUp(mlp_dim, 64), linear.x.element};
     linear.num_outputs = static_cast<int32_t>(mlp_dim);
     CINNABAR_RETURN_IF_ERROR(Note(LaunchExpertLinear(linear, stream_), "experts' gate and up"));
@@ -608,12 +643,13 @@ class CudaBackend : public Backend {
     linear.weights = down;
     linear.weight = CommonView(args.down);
     if (!tensor) linear.weight.segment_bytes = 0;
-    linear.swiglu = false;
+    linear.finish = Finish::kStore;
     linear.out = {At<void>(layout_.expert_outputs), RoundUp(dim, 64), Element::kF32};
     linear.num_outputs = static_cast<int32_t>(dim);
     CINNABAR_RETURN_IF_ERROR(Note(LaunchExpertLinear(linear, stream_), "experts' down"));
 
     CombineTask combine;
+    combine.add = args.add;
     combine.outputs = At<float>(layout_.expert_outputs);
     combine.stride = linear.out.stride;
     combine.where = group.where;
@@ -625,14 +661,44 @@ class CudaBackend : public Backend {
     return Note(LaunchCombine(combine, stream_), "sum of the experts");
   }
 
-  absl::Status SoftEmbed(const SoftEmbedArgs&) override {
-    return absl::UnimplementedError("soft embeddings are not computed on CUDA yet");
+  absl::Status SoftEmbed(const SoftEmbedArgs& args) override {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    const auto& weight = dynamic_cast<const CudaWeight&>(*args.weight);
+    const auto& table = dynamic_cast<const CudaWeight&>(*args.table);
+    CINNABAR_CHECK(args.num_rows <= shape_.soft_rows_max && weight.cols() <= shape_.cols_max &&
+                   weight.rows() <= shape_.vocabulary)
+        << "more rows than were reserved";
+    CINNABAR_CHECK(table.rows() == weight.rows() && table.cols() == weight.cols());
+    CINNABAR_CHECK(args.temperature > 1e-30F) << args.temperature;
+    if (args.num_rows == 0) return absl::OkStatus();
+    SoftEmbedTask task;
+    task.hidden = ViewOf(args.hidden);
+    task.num_rows = static_cast<int32_t>(args.num_rows);
+    task.weight = weight.view();
+    if (!UsesTensorCores(task.hidden, task.weight)) task.weight.segment_bytes = 0;
+    task.cap = args.logit_cap;
+    task.exponent_scale = static_cast<float>(kLog2E / static_cast<double>(args.temperature));
+    task.temperature = args.temperature;
+    task.table = table.view().data;
+    task.table_element = table.view().element;
+    task.table_row_bytes = table.view().row_bytes;
+    task.dim = static_cast<int32_t>(table.cols());
+    task.scale = args.scale;
+    task.out = ViewOf(args.out);
+    task.num_parts = SoftParts(weight.rows());
+    task.logits = At<float>(layout_.soft_logits);
+    if (options_.activation == DType::kBf16 && task.table_element == Element::kBf16) {
+      task.probabilities = At<uint16_t>(layout_.soft_probabilities);
+    }
+    task.tops = At<float>(layout_.soft_tops);
+    task.masses = At<float>(layout_.soft_masses);
+    task.factors = At<float>(layout_.soft_factors);
+    task.sums = At<float>(layout_.soft_sums);
+    captured_shape_ = captured_shape_ * 31 + (task.num_rows <= 32 ? 1 : 2);
+    return Note(LaunchSoftEmbed(task, stream_), "soft embedding");
   }
 
   absl::Status AnswerVocabulary(const VocabularyArgs& args) override {
-    for (const VocabularyQuery& query : args.queries) {
-      CINNABAR_CHECK(!query.want_top) << "asked by DiffusionGemma alone, which Reserve() refuses";
-    }
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_CHECK(args.answers.size() == args.queries.size());
     if (args.queries.empty()) return absl::OkStatus();
@@ -646,7 +712,11 @@ class CudaBackend : public Backend {
     for (size_t i = 0; i < args.queries.size(); ++i) {
       const VocabularyQuery& query = args.queries[i];
       CheckQuery(query, weight.rows());
+      CINNABAR_CHECK(args.logit_cap == 0.0F ||
+                     (args.bias == nullptr && query.unconditional_row < 0))
+          << "a cap goes with neither bias nor guidance";
       const bool filtered = query.top_k > 0 || query.top_p < 1.0F;
+      CINNABAR_CHECK(!query.want_top || !filtered) << "want_top does not go with filters";
       const bool needs_row = filtered || query.pick == PickRule::kUniformTweedie;
       (needs_row ? whole : fused).push_back(static_cast<int32_t>(i));
     }
@@ -693,6 +763,8 @@ class CudaBackend : public Backend {
       answer.entropy = answers[i].entropy;
       answer.log_sum_exp = answers[i].log_sum_exp;
       answer.finite = answers[i].finite != 0;
+      answer.top_token = answers[i].top_token;
+      answer.top_probability = answers[i].top_probability;
     }
     pending_.clear();
     return absl::OkStatus();
@@ -807,17 +879,13 @@ class CudaBackend : public Backend {
 
   // --- Weights
 
-  static absl::Status RefuseBlocks(absl::Span<const HostMatrix> parts, DType dtype) {
-    const bool blocks = std::any_of(parts.begin(), parts.end(),
-                                    [](const HostMatrix& part) { return IsQuantized(part.dtype); });
-    if (!blocks && !IsQuantized(dtype)) return absl::OkStatus();
-    return absl::UnimplementedError(
-        "block-quantised weights (Q8_0 to Q6_K) are not computed on CUDA yet; use --device cpu, or "
-        "bfloat16 weights, with --fp8 where 8 bits are wanted");
+  // What a part is kept as where `dtype` is asked for: a block format stays as it is in another.
+  static DType KeptAs(const HostMatrix& part, DType dtype) {
+    return IsQuantized(dtype) && IsQuantized(part.dtype) ? part.dtype : dtype;
   }
 
   absl::StatusOr<std::unique_ptr<Weight>> Load(absl::Span<const HostMatrix> parts,
-                                               RowOrder row_order, DType dtype, Element element) {
+                                               RowOrder row_order, DType dtype, bool fp8) {
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
     CINNABAR_CHECK(!parts.empty());
@@ -825,86 +893,183 @@ class CudaBackend : public Backend {
     int64_t rows = 0;
     for (const HostMatrix& part : parts) {
       CINNABAR_CHECK(part.cols == cols) << "parts of different width";
+      CINNABAR_CHECK(cols % BlockOf(KeptAs(part, dtype)).elements == 0)
+          << cols << " columns are not whole blocks of " << NameOf(KeptAs(part, dtype));
       rows += part.rows;
     }
-    const bool gated = row_order == RowOrder::kGatedPairs;
-    CINNABAR_CHECK(!gated || (parts.size() == 2 && parts[0].rows == parts[1].rows))
-        << "gate and up are of one shape";
+    std::vector<CudaWeight::Piece> pieces;
+    if (row_order == RowOrder::kGatedPairs) {
+      CINNABAR_CHECK(parts.size() == 2 && parts[0].rows == parts[1].rows)
+          << "gate and up are of one shape";
+      // Of two formats: as their products read them.
+      const DType kept = KeptAs(parts[0], dtype) == KeptAs(parts[1], dtype)
+                             ? KeptAs(parts[0], dtype)
+                             : options_.activation;
+      CINNABAR_RETURN_IF_ERROR(LoadPiece(parts, /*gated=*/true, kept, fp8, pieces));
+    } else {
+      for (size_t begin = 0, end = 1; begin < parts.size(); begin = end++) {
+        const DType kept = KeptAs(parts[begin], dtype);
+        while (end < parts.size() && KeptAs(parts[end], dtype) == kept) ++end;
+        CINNABAR_RETURN_IF_ERROR(
+            LoadPiece(parts.subspan(begin, end - begin), /*gated=*/false, kept, fp8, pieces));
+      }
+    }
+    return std::make_unique<CudaWeight>(rows, cols, row_order, dtype, std::move(pieces));
+  }
+
+  static int64_t RowBytes(Element element, int64_t cols) {
+    return IsBlocks(element) ? UnitRowBytes(element, cols)
+                             : RoundUp(cols * BytesOf(element), kWeightRowBytes);
+  }
+
+  // Products of such elements by such rows run on tensor cores.
+  static bool ForTensorCores(Element element) {
+    return element == Element::kBf16 || IsBlocks(element);
+  }
+
+  // Loads parts that are kept as one dtype, or FP8.
+  absl::Status LoadPiece(absl::Span<const HostMatrix> parts, bool gated, DType kept, bool fp8,
+                         std::vector<CudaWeight::Piece>& pieces) {
+    const Element element = fp8 ? Element::kE4m3 : ElementOf(kept);
+    const int64_t cols = parts[0].cols;
+    int64_t rows = 0;
+    for (const HostMatrix& part : parts) rows += part.rows;
     const int64_t memory_rows = gated ? RoundUp(parts[0].rows, 8) * 2 : rows;
     const int64_t padded_rows = RoundUp(memory_rows, kWeightRowUnit);
-    WeightView view;
+    CudaWeight::Piece& piece = pieces.emplace_back();
+    WeightView& view = piece.view;
     view.rows = static_cast<int32_t>(memory_rows);
     view.cols = static_cast<int32_t>(cols);
-    view.row_bytes = RoundUp(cols * BytesOf(element), kWeightRowBytes);
     view.element = element;
-    if (element == Element::kBf16 || element == Element::kE4m3) {
-      view.segment_bytes = SegmentBytes(memory_rows, view.row_bytes);
+    view.row_bytes = RowBytes(element, cols);
+    view.k_bytes = IsBlocks(element) ? RoundUp(cols * 2, kWeightRowBytes) : view.row_bytes;
+    if (ForTensorCores(element) || element == Element::kE4m3) {
+      view.segment_bytes = SegmentBytes(memory_rows, view.k_bytes);
       view.num_segments =
-          static_cast<int32_t>((view.row_bytes + view.segment_bytes - 1) / view.segment_bytes);
+          static_cast<int32_t>((view.k_bytes + view.segment_bytes - 1) / view.segment_bytes);
     }
-    // Where memory row `row` comes from; null: padding.
-    const auto source = [&](int64_t row, Element* from) -> const char* {
-      size_t part = 0;
+    // The part of memory row `row`, and its row there; null: padding.
+    const auto source = [&](int64_t& row) -> const HostMatrix* {
       if (gated) {
         const GatedSource pair = GatedSourceOf(row);
-        part = pair.up ? 1 : 0;
         row = pair.output;
-        if (row >= parts[0].rows) return nullptr;
-      } else {
-        while (part < parts.size() && row >= parts[part].rows) row -= parts[part++].rows;
-        if (part == parts.size()) return nullptr;
+        return row < parts[0].rows ? &parts[pair.up ? 1 : 0] : nullptr;
       }
-      *from = ElementOf(parts[part].dtype);
-      return static_cast<const char*>(parts[part].data) + row * cols * BytesOf(*from);
+      for (const HostMatrix& part : parts) {
+        if (row < part.rows) return &part;
+        row -= part.rows;
+      }
+      return nullptr;
     };
-    int64_t bytes = padded_rows * view.row_bytes;
-    CINNABAR_ASSIGN_OR_RETURN(DeviceMemory memory, TakeDeviceMemory(bytes));
-    DeviceMemory scale_memory;
+    piece.bytes = padded_rows * view.row_bytes;
+    CINNABAR_ASSIGN_OR_RETURN(piece.memory, TakeDeviceMemory(piece.bytes));
+    std::vector<float> floats(cols);
     std::vector<float> scales;
     if (element == Element::kE4m3) {
       scales.assign(padded_rows, 1.0F);
       for (int64_t row = 0; row < padded_rows; ++row) {
-        Element from = Element::kF32;
-        const char* values = source(row, &from);
+        int64_t at = row;
+        const HostMatrix* part = source(at);
+        if (part == nullptr) continue;
+        ReadRow(*part, at, absl::MakeSpan(floats));
         float largest = 0.0F;
-        for (int64_t i = 0; values != nullptr && i < cols; ++i) {
-          largest = std::max(largest, std::abs(ReadHost(values, from, i)));
-        }
+        for (const float value : floats) largest = std::max(largest, std::abs(value));
         if (largest > 0.0F && std::isfinite(largest)) scales[row] = largest / kE4m3Max;
       }
-      CINNABAR_ASSIGN_OR_RETURN(scale_memory, TakeDeviceMemory(padded_rows * 4));
-      bytes += padded_rows * 4;
-      view.scales = static_cast<const float*>(scale_memory.get());
+      CINNABAR_ASSIGN_OR_RETURN(piece.scales, TakeDeviceMemory(padded_rows * 4));
+      piece.bytes += padded_rows * 4;
+      view.scales = static_cast<const float*>(piece.scales.get());
       CINNABAR_RETURN_IF_ERROR(Remember(loader_.Load(
-          scale_memory.get(), padded_rows, 4,
+          piece.scales.get(), padded_rows, 4,
           [&](int64_t begin, int64_t count, char* to) {
             std::memcpy(to, scales.data() + begin, count * 4);
           },
           stream_)));
     }
-    view.data = memory.get();
-    CINNABAR_RETURN_IF_ERROR(Remember(loader_.Load(
-        memory.get(), padded_rows, view.row_bytes,
+    view.data = piece.memory.get();
+    // A row of `part` as the device keeps it; returns the bytes written.
+    std::vector<char> blocks;
+    const auto write = [&](const HostMatrix& part, int64_t row, float scale, char* to) {
+      const char* stored =
+          static_cast<const char*>(part.data) + row * cinnabar::BytesOf(part.dtype, cols);
+      if (IsBlocks(element)) {
+        if (part.dtype != kept) {
+          blocks.resize(cinnabar::BytesOf(kept, cols));
+          ReadRow(part, row, absl::MakeSpan(floats));
+          QuantizeRow(floats, kept, blocks.data());
+          stored = blocks.data();
+        }
+        PackUnits(stored, kept, cols, to);
+        return view.row_bytes;
+      }
+      if (IsQuantized(part.dtype)) {
+        ReadRow(part, row, absl::MakeSpan(floats));
+        ConvertHost(floats.data(), Element::kF32, cols, element, scale, to);
+      } else {
+        ConvertHost(stored, ElementOf(part.dtype), cols, element, scale, to);
+      }
+      return cols * BytesOf(element);
+    };
+    return Remember(loader_.Load(
+        piece.memory.get(), padded_rows, view.row_bytes,
         [&](int64_t begin, int64_t count, char* to) {
           for (int64_t row = begin; row < begin + count; ++row, to += view.row_bytes) {
-            Element from = Element::kF32;
-            const char* values = source(row, &from);
-            int64_t written = 0;
-            if (values != nullptr) {
-              ConvertHost(values, from, cols, element, scales.empty() ? 1.0F : scales[row], to);
-              written = cols * BytesOf(element);
-            }
+            int64_t at = row;
+            const HostMatrix* part = source(at);
+            const int64_t written =
+                part == nullptr ? 0 : write(*part, at, scales.empty() ? 1.0F : scales[row], to);
             std::memset(to + written, 0, view.row_bytes - written);
           }
         },
-        stream_)));
-    return std::make_unique<CudaWeight>(rows, cols, row_order, dtype, view, std::move(memory),
-                                        std::move(scale_memory), bytes);
+        stream_));
+  }
+
+  // --- Products
+
+  absl::Status Product(const LinearArgs& args, float cap) {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    const auto& weight = dynamic_cast<const CudaWeight&>(*args.weight);
+    const bool paired = weight.row_order() == RowOrder::kGatedPairs;
+    CINNABAR_CHECK(paired ==
+                   (args.epilogue == Epilogue::kSwiGlu || args.epilogue == Epilogue::kGeGlu))
+        << "gated pairs go with kSwiGlu and kGeGlu alone";
+    CINNABAR_CHECK(args.num_rows * weight.cols() <= shape_.rows_max * shape_.cols_max)
+        << args.num_rows << " x " << weight.cols() << " is more than was reserved";
+    if (args.num_rows == 0) return absl::OkStatus();
+    LinearTask task;
+    task.x = ViewOf(args.x);
+    task.num_rows = static_cast<int32_t>(args.num_rows);
+    task.bias = args.bias;
+    task.finish = FinishOf(args.epilogue);
+    task.cap = cap;
+    task.out = ViewOf(args.out);
+    if (args.epilogue == Epilogue::kGatedAdd) {
+      task.gate = ViewOf(args.gate);
+      CINNABAR_ASSIGN_OR_RETURN(const Geometry* geometry, GeometryOf(args.sequences, 0));
+      CINNABAR_CHECK(geometry->num_rows >= args.num_rows) << "rows belong to no sequence";
+      task.rows = geometry->rows;
+    }
+    for (const CudaWeight::Piece& piece : weight.pieces()) {
+      task.weight = piece.view;
+      task.num_outputs = paired ? static_cast<int32_t>(weight.rows() / 2) : piece.view.rows;
+      CINNABAR_RETURN_IF_ERROR(Multiply(task));
+      if (task.bias != nullptr) task.bias += task.num_outputs;
+      task.out = After(task.out, task.num_outputs);
+      task.gate = After(task.gate, task.num_outputs);
+    }
+    return absl::OkStatus();
+  }
+  // The columns of `rows` from `columns` on.
+  static MatrixView After(MatrixView rows, int64_t columns) {
+    if (rows.data != nullptr) {
+      rows.data = static_cast<char*>(rows.data) + columns * BytesOf(rows.element);
+    }
+    return rows;
   }
 
   // Rows that cp.async can read: bf16, 16-byte aligned.
   static bool UsesTensorCores(const MatrixView& x, const WeightView& weight) {
-    return x.element == Element::kBf16 && weight.element == Element::kBf16 && x.stride % 8 == 0 &&
+    return x.element == Element::kBf16 && ForTensorCores(weight.element) && x.stride % 8 == 0 &&
            reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   }
 
@@ -977,7 +1142,7 @@ class CudaBackend : public Backend {
       if (span.kv != nullptr) {
         const auto& kv = dynamic_cast<const PagedKv&>(*span.kv);
         facts.pages = kv.device_table();
-        facts.pages_per_layer = kv.shape().num_layers == 1 ? 0 : kv.layout().pages_per_layer;
+        facts.pages_per_layer = kv.one_layer() ? 0 : kv.layout().pages_per_layer;
       }
       spans.push_back(facts);
       for (int32_t row = 0; row < span.num_rows; ++row) {
@@ -995,18 +1160,21 @@ class CudaBackend : public Backend {
     return geometries_.back().get();
   }
 
-  // Adds the tiles of attention to *geometry.
-  absl::Status TilesOf(Geometry*& geometry, absl::Span<const SequenceSpan> sequences,
-                       int32_t group) {
-    if (geometry->group == group) return absl::OkStatus();
-    std::vector<AttendTile> tiles = AttendTiles(sequences, group);
-    const int64_t bytes = StagedBytesOf(absl::MakeConstSpan(tiles));
+  // The tiles of attention, kept with *geometry.
+  absl::StatusOr<const Geometry::Tiles*> TilesOf(Geometry*& geometry,
+                                                 absl::Span<const SequenceSpan> sequences,
+                                                 int32_t group, int32_t window) {
+    const std::pair key(group, window);
+    const auto found = geometry->tiles.find(key);
+    if (found != geometry->tiles.end()) return &found->second;
+    std::vector<AttendTile> host = AttendTiles(sequences, group, window);
+    const int64_t bytes = StagedBytesOf(absl::MakeConstSpan(host));
     // Room may cost the geometry itself: then it is made again, with room for the tiles.
     CINNABAR_ASSIGN_OR_RETURN(geometry, GeometryOf(sequences, bytes));
-    geometry->tiles = std::move(tiles);
-    geometry->group = group;
-    CINNABAR_ASSIGN_OR_RETURN(geometry->device_tiles, Stage(absl::MakeConstSpan(geometry->tiles)));
-    return absl::OkStatus();
+    Geometry::Tiles& tiles = geometry->tiles[key];
+    tiles.host = std::move(host);
+    CINNABAR_ASSIGN_OR_RETURN(tiles.device, Stage(absl::MakeConstSpan(tiles.host)));
+    return &tiles;
   }
 
   // --- Experts
@@ -1016,7 +1184,7 @@ class CudaBackend : public Backend {
     WeightView view = dynamic_cast<const CudaWeight&>(*weights[0]).view();
     view.data = nullptr;
     // Summed in one piece: a row of an expert has but few others beside it anyway.
-    if (view.segment_bytes > 0) view.segment_bytes = view.row_bytes;
+    if (view.segment_bytes > 0) view.segment_bytes = view.k_bytes;
     view.num_segments = 1;
     return view;
   }
@@ -1104,6 +1272,7 @@ class CudaBackend : public Backend {
       q.sigma_step = query.sigma_step;
       q.rules_begin = static_cast<int32_t>(rules.size());
       q.num_rules = static_cast<int32_t>(query.rules.size());
+      q.want_top = query.want_top ? 1 : 0;
       q.num_pickable = static_cast<int32_t>(
           query.pickable_ids > 0 ? std::min<int64_t>(query.pickable_ids, vocabulary) : vocabulary);
       for (const VocabularyRule& rule : query.rules) {
@@ -1137,6 +1306,7 @@ class CudaBackend : public Backend {
       task.num_slots = static_cast<int32_t>(batch.slot_rows.size());
       task.weight = weight.view();
       task.bias = args.bias;
+      task.cap = args.logit_cap;
       task.num_queries = static_cast<int32_t>(batch.queries.size());
       task.summaries = At<ChunkSummary>(layout_.summaries);
       task.answers = At<DeviceAnswer>(layout_.answers) + begin;
@@ -1177,6 +1347,7 @@ class CudaBackend : public Backend {
       linear.num_rows = static_cast<int32_t>(batch.slot_rows.size());
       linear.weight = weight.view();
       linear.bias = args.bias;
+      linear.cap = args.logit_cap;
       linear.out = {At<void>(layout_.whole_logits), RoundUp(weight.rows(), 4), Element::kF32};
       linear.num_outputs = static_cast<int32_t>(weight.rows());
       CINNABAR_ASSIGN_OR_RETURN(linear.x_index, Stage(absl::MakeConstSpan(batch.slot_rows)));

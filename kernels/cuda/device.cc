@@ -97,8 +97,14 @@ int64_t BytesOf(Element element) {
       return 2;
     case Element::kE4m3:
       return 1;
+    case Element::kQ8_0:
+    case Element::kQ4_0:
+    case Element::kQ4_1:
+    case Element::kQ4_K:
+    case Element::kQ6_K:
+      break;  // PackUnits()
   }
-  CINNABAR_CHECK(false) << "not an element";
+  CINNABAR_CHECK(false) << "not an element by itself";
   return 0;
 }
 
@@ -136,6 +142,12 @@ void ConvertHost(const void* from, Element from_element, int64_t count, Element 
       case Element::kE4m3:
         static_cast<uint8_t*>(to)[i] = ToE4m3(value / scale);
         break;
+      case Element::kQ8_0:
+      case Element::kQ4_0:
+      case Element::kQ4_1:
+      case Element::kQ4_K:
+      case Element::kQ6_K:
+        break;  // PackUnits()
     }
   }
 }

@@ -19,6 +19,12 @@ CINNABAR_DEVICE float LoadElement(const void* data, Element element, int64_t ind
       return FromBf16(static_cast<const uint16_t*>(data)[index]);
     case Element::kE4m3:
       return FromE4m3(static_cast<const uint8_t*>(data)[index]);
+    case Element::kQ8_0:
+    case Element::kQ4_0:
+    case Element::kQ4_1:
+    case Element::kQ4_K:
+    case Element::kQ6_K:
+      break;  // LoadWeightElement()
   }
   return 0.0F;
 }

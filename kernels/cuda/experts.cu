@@ -1,4 +1,5 @@
 // Mixtures of experts: routing, grouping, grouped products, the weighted sum.
+#include "kernels/cuda/block_product.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/product.cuh"
 
@@ -105,7 +106,10 @@ RouteKernel(RouteTask task) {
       ++count;
     }
     const float factor = task.renormalize ? task.scale / (sum + 1e-20F) : task.scale;
-    for (int i = 0; i < count; ++i) weights[i] *= factor;
+    for (int i = 0; i < count; ++i) {
+      weights[i] *= factor;
+      if (task.expert_scales != nullptr) weights[i] *= task.expert_scales[experts[i]];
+    }
   }
 }
 
@@ -176,12 +180,12 @@ ExpertLinearKernel(ExpertLinearTask task) {
   operands.x_first = first;
   operands.num_rows = num_rows;
   operands.cols = task.weight.cols;
-  operands.k_end = task.weight.row_bytes;
-  operands.segment_bytes = task.weight.row_bytes;
+  operands.k_end = task.weight.k_bytes;
+  operands.segment_bytes = task.weight.k_bytes;
   Product::Run(operands, SharedBytes());
 
   FinishTask finish;
-  finish.finish = task.swiglu ? Finish::kSwiGlu : Finish::kStore;
+  finish.finish = task.finish;
   finish.bias = nullptr;
   finish.weight_scales = nullptr;
   finish.x_scales = nullptr;
@@ -198,7 +202,7 @@ CINNABAR_KERNEL(kCombineThreads, 4)
 CombineKernel(CombineTask task) {
   const int64_t row = BlockX();
   for (int i = ThreadIndex(); i < task.dim; i += kCombineThreads) {
-    float sum = LoadAt(task.out, row, i);
+    float sum = task.add ? LoadAt(task.out, row, i) : 0.0F;
     for (int slot = 0; slot < task.experts_per_row; ++slot) {
       const int64_t place = row * task.experts_per_row + slot;
       sum += task.weights[place] * task.outputs[task.where[place] * task.stride + i];
@@ -232,6 +236,18 @@ int LaunchGroup(const GroupTask& task, void* stream) {
 
 int LaunchExpertLinear(const ExpertLinearTask& task, void* stream) {
   if (task.weight.segment_bytes == 0) return LaunchExpertTile<PlainProduct>(task, stream);
+  if (IsBlocks(task.weight.element)) {
+    switch (task.tile_rows) {
+      case 16:
+        return LaunchExpertTile<BlockProduct<64, 16, 4, 1, 4, false>>(task, stream);
+      case 32:
+        return LaunchExpertTile<BlockProduct<64, 32, 4, 1, 4, false>>(task, stream);
+      case 64:
+        return LaunchExpertTile<BlockProduct<64, 64, 4, 1, 4, false>>(task, stream);
+      default:
+        return LaunchExpertTile<BlockProduct<128, 128, 4, 2, 3, false>>(task, stream);
+    }
+  }
   switch (task.tile_rows) {
     case 16:
       return LaunchExpertTile<TensorProduct<64, 16, 4, 1, 4, false, false>>(task, stream);

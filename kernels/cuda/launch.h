@@ -8,7 +8,8 @@
 
 namespace cinnabar::cuda {
 
-enum class Element : uint8_t { kF32, kF16, kBf16, kE4m3 };
+// The last five are of weights only, and kept as kernels/cuda/blocks.h says.
+enum class Element : uint8_t { kF32, kF16, kBf16, kE4m3, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K };
 
 // Rows of device memory, as kernels/backend.h has them.
 struct MatrixView {
@@ -23,7 +24,7 @@ struct RowFacts {
   int32_t position = 0;
   int32_t modulation_row = 0;
   int32_t span = 0;
-  int32_t num_keys = 0;  // positions 0 .. num_keys - 1 are seen
+  int32_t num_keys = 0;  // positions 0 .. num_keys - 1 are seen, or those of them in the window
 };
 
 // Positions of a KV page. A page holds one layer's keys, then its values: each
@@ -37,12 +38,12 @@ struct SpanFacts {
   int32_t first_position = 0;
   int32_t block_length = 0;
   void* const* pages = nullptr;  // [layers][pages_per_layer]
-  int32_t pages_per_layer = 0;  // 0: one layer, which all use in turn
+  int32_t pages_per_layer = 0;   // 0: one layer, which all use in turn
 };
 
 // --- Linear
 
-enum class Finish : uint8_t { kStore, kAdd, kGatedAdd, kSilu, kGeluTanh, kSwiGlu };
+enum class Finish : uint8_t { kStore, kAdd, kGatedAdd, kSilu, kGeluTanh, kSwiGlu, kGeGlu };
 
 // Rows are the weight's, with gated pairs interleaved: 8 gates, their 8 ups, the next 8 gates ..
 // Padded with zeros to kWeightRowUnit rows and kWeightRowBytes bytes a row.
@@ -55,6 +56,7 @@ struct WeightView {
   int32_t rows = 0;  // as they lie in memory, without the padding
   int32_t cols = 0;
   int64_t row_bytes = 0;
+  int64_t k_bytes = 0;  // of a row in a product: row_bytes, or of a block format those of its bf16
   Element element = Element::kF32;
   // Tensor cores: sums of so many bytes of a row each are made on their own and added in order.
   int64_t segment_bytes = 0;
@@ -76,6 +78,7 @@ struct LinearTask {
   int32_t num_outputs = 0;  // columns of out
   MatrixView gate;
   const RowFacts* rows = nullptr;
+  float cap = 0.0F;            // of logits: SoftCap() of a sum; 0: none
   int32_t tile_rows = 16;      // plan.h
   bool split = false;          // segments side by side, through `partials`
   float* partials = nullptr;   // [tiles][segments][tile]
@@ -101,7 +104,7 @@ struct EmbedTask {
   const void* table = nullptr;
   Element element = Element::kF32;
   int64_t cols = 0;
-  int64_t row_stride = 0;  // elements
+  int64_t row_bytes = 0;
   const int32_t* ids = nullptr;
   int32_t num_rows = 0;
   float scale = 1.0F;
@@ -120,6 +123,8 @@ struct NormTask {
   bool modulated = false;  // LayerNormModulate; else RmsNorm
   MatrixView shift;
   MatrixView scale;
+  bool add = false;               // RmsNorm only: out = (out + y) * scales[modulation row]
+  const float* scales = nullptr;  // null: 1
   const RowFacts* rows = nullptr;
 };
 int LaunchNorm(const NormTask& task, void* stream);
@@ -141,6 +146,7 @@ struct PrepareTask {
   int32_t head_dim = 0;
   const float* q_norm = nullptr;
   const float* k_norm = nullptr;
+  const float* v_norm = nullptr;
   float eps = 0.0F;
   const float* cosine = nullptr;
   const float* sine = nullptr;
@@ -160,7 +166,7 @@ struct AttendTile {
   int32_t span = 0;
   int32_t first = 0;
   int32_t chunk = 0;
-  int32_t num_chunks = 0;  // of this tile
+  int32_t num_chunks = 0;  // most that a row of this tile has
 };
 inline constexpr int32_t kAttendItems = 64;
 // Keys whose softmax is made on its own before the chunks are merged in order.
@@ -178,11 +184,12 @@ struct AttendTask {
   const SpanFacts* spans = nullptr;
   int32_t layer = 0;
   int32_t head_stride = 0;
+  int32_t window = 0;  // 0: none
   MatrixView out;
   const AttendTile* tiles = nullptr;
   int32_t num_tiles = 0;
-  // Where more than one chunk is seen: [chunk][row - row_base][head] of head_dim sums, and of two
-  // floats (largest score, sum of exponentials).
+  // Where more than one chunk is seen: [chunk - the row's first][row - row_base][head] of head_dim
+  // sums, and of two floats (largest score, sum of exponentials).
   float* chunk_sums = nullptr;
   float* chunk_totals = nullptr;
   int32_t num_chunks = 1;  // most that a row has
@@ -207,6 +214,7 @@ struct RouteTask {
   int32_t groups_kept = 1;
   bool renormalize = false;
   float scale = 1.0F;
+  const float* expert_scales = nullptr;
   int32_t* experts = nullptr;
   float* weights = nullptr;
 };
@@ -239,14 +247,16 @@ struct ExpertLinearTask {
   const int32_t* places = nullptr;
   int32_t num_tiles_max = 0;
   int32_t tile_rows = 16;
-  bool swiglu = false;
+  Finish finish = Finish::kStore;
   MatrixView out;
   int32_t num_outputs = 0;
 };
 int LaunchExpertLinear(const ExpertLinearTask& task, void* stream);
 
-// out[r] += sum over slots, in order, of weights[r, slot] * outputs[where the place lies].
+// out[r] += sum over slots, in order, of weights[r, slot] * outputs[where the place lies]; without
+// `add` what was there counts as 0.
 struct CombineTask {
+  bool add = true;
   const float* outputs = nullptr;  // [num_places, dim], in the order of `places`
   int64_t stride = 0;
   const int32_t* where = nullptr;
@@ -293,6 +303,7 @@ struct DeviceQuery {
   int32_t rules_begin = 0;
   int32_t num_rules = 0;
   int32_t num_pickable = 0;  // ids from here on are not picked
+  int32_t want_top = 0;
 };
 
 // One chunk of one query; exponents d = (l - largest) * statistics_scale, in units of ln 2.
@@ -305,6 +316,8 @@ struct ChunkSummary {
   float score;
   float pick_logit;
   int32_t pick_id;  // -1: none
+  float top_logit;  // of the largest pickable, where a query wants it
+  int32_t top_id;   // -1: none
   int32_t finite;
 };
 
@@ -315,7 +328,9 @@ struct DeviceAnswer {
   double margin;
   double entropy;
   double log_sum_exp;
-  int64_t finite;
+  double top_probability;
+  int32_t top_token;
+  int32_t finite;
 };
 
 struct VocabularyTask {
@@ -326,6 +341,7 @@ struct VocabularyTask {
   int32_t num_slots = 0;
   WeightView weight;
   const float* bias = nullptr;
+  float cap = 0.0F;  // as in LinearTask
   const DeviceQuery* queries = nullptr;
   const DeviceRule* rules = nullptr;
   int32_t num_queries = 0;
@@ -347,6 +363,37 @@ struct SelectTask {
   DeviceAnswer* answers = nullptr;
 };
 int LaunchSelect(const SelectTask& task, void* stream);
+
+// --- Soft embeddings
+
+// Sums over the vocabulary are made in parts, and in a part chunk after chunk: soft_embed.cu.
+inline constexpr int32_t kSoftChunk = 256;
+inline constexpr int32_t kSoftPartsMax = 16;
+
+struct SoftEmbedTask {
+  MatrixView hidden;
+  int32_t num_rows = 0;
+  WeightView weight;
+  float cap = 0.0F;
+  float exponent_scale = 0.0F;  // log2(e) / temperature
+  float temperature = 1.0F;
+  const void* table = nullptr;
+  Element table_element = Element::kF32;
+  int64_t table_row_bytes = 0;
+  int32_t dim = 0;
+  float scale = 1.0F;
+  MatrixView out;
+  int32_t num_parts = 1;
+  float* logits = nullptr;  // [parts][rows][kSoftChunk]: of one chunk of each part
+  // The exponentials in bf16, for tensor cores, in the same shape; null: in the place of the
+  // logits.
+  uint16_t* probabilities = nullptr;
+  float* tops = nullptr;     // [parts][rows]: largest logit so far
+  float* masses = nullptr;   // [parts][rows]: sum of exponentials relative to it
+  float* factors = nullptr;  // [parts][rows]: what sums of the chunks before are multiplied by
+  float* sums = nullptr;     // [parts][rows][dim]
+};
+int LaunchSoftEmbed(const SoftEmbedTask& task, void* stream);
 
 }  // namespace cinnabar::cuda
 

@@ -1,6 +1,7 @@
 // Linear: a grid of tiles, [row tiles] x [output tiles] (x [segments] when split). Row tiles run
 // fastest, so that the blocks that share a tile of the weight read it together and device memory
 // gives it once.
+#include "kernels/cuda/block_product.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/product.cuh"
 
@@ -32,7 +33,7 @@ LinearKernel(LinearTask task) {
   operands.cols = task.weight.cols;
   operands.segment_bytes = task.weight.segment_bytes;
   operands.k_begin = task.split ? BlockZ() * task.weight.segment_bytes : 0;
-  operands.k_end = task.weight.row_bytes;
+  operands.k_end = task.weight.k_bytes;
   if (task.split && operands.k_begin + task.weight.segment_bytes < operands.k_end) {
     operands.k_end = operands.k_begin + task.weight.segment_bytes;
   }
@@ -75,6 +76,7 @@ LinearKernel(LinearTask task) {
   finish.num_outputs = task.num_outputs;
   finish.gate = task.gate;
   finish.rows = task.rows;
+  finish.cap = task.cap;
   FinishTile<Product>(finish, sums, row_begin, num_rows, output_begin);
 }
 
@@ -103,6 +105,20 @@ int LaunchTensor(const LinearTask& task, void* stream) {
         return LaunchTile<TensorProduct<128, 128, 4, 2, 3, kFold, false>>(task, stream);
       }
       return 1;  // cudaErrorInvalidValue: the planner gives none such
+  }
+}
+
+template <bool kFold>
+int LaunchBlocks(const LinearTask& task, void* stream) {
+  switch (task.tile_rows) {
+    case 16:
+      return LaunchTile<BlockProduct<64, 16, 4, 1, 4, kFold>>(task, stream);
+    case 32:
+      return LaunchTile<BlockProduct<64, 32, 4, 1, 4, kFold>>(task, stream);
+    case 64:
+      return LaunchTile<BlockProduct<64, 64, 4, 1, 4, kFold>>(task, stream);
+    default:
+      return LaunchTile<BlockProduct<128, 128, 4, 2, 3, kFold>>(task, stream);
   }
 }
 
@@ -136,6 +152,9 @@ int LaunchLinear(const LinearTask& task, void* stream) {
   }
   if (task.weight.segment_bytes == 0) {
     return LaunchTile<PlainProduct>(task, stream);
+  }
+  if (IsBlocks(task.weight.element)) {
+    return fold ? LaunchBlocks<true>(task, stream) : LaunchBlocks<false>(task, stream);
   }
   return fold ? LaunchTensor<true, false>(task, stream) : LaunchTensor<false, false>(task, stream);
 }

@@ -139,6 +139,14 @@ CINNABAR_BOTH void SplitExponent(float x, float* n, float* f) {
   *n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
   *f = FloatOfBits((bits & 0x007FFFFFU) + root) - 1.0F;
 }
+// cap * tanh(x / cap); cap > 0. A NaN stays one.
+CINNABAR_BOTH float SoftCap(float x, float cap) {
+  const float size = x < 0.0F ? 0.0F - x : x;
+  const float t = Exp2(fmaxf(size * (-2.88539008F / cap), -126.0F));  // 2 log2(e)
+  const float capped = cap * ((1.0F - t) / (1.0F + t));
+  return x != x ? x : x < 0.0F ? 0.0F - capped : capped;
+}
+
 // -ln(-ln u), u = (word + 0.5) / 2^32.
 CINNABAR_BOTH float Gumbel(uint32_t word) {
   const bool high = (word >> 31) != 0;

@@ -71,16 +71,34 @@ int32_t VisibleKeys(const SequenceSpan& span, int32_t row_in_span) {
   return static_cast<int32_t>(std::min(all, (block + 1) * span.block_length));
 }
 
+int32_t FirstKey(const SequenceSpan& span, int32_t row_in_span, int32_t window) {
+  if (window == 0) return 0;
+  const int32_t last = span.first_position + (span.block_length == 0 ? 0 : row_in_span);
+  return std::max(last - window + 1, 0);
+}
+
 int32_t NumAttendChunks(int32_t num_keys) { return (num_keys + kAttendChunk - 1) / kAttendChunk; }
 
-std::vector<AttendTile> AttendTiles(absl::Span<const SequenceSpan> sequences, int32_t group) {
+std::vector<AttendTile> AttendTiles(absl::Span<const SequenceSpan> sequences, int32_t group,
+                                    int32_t window) {
   std::vector<AttendTile> tiles;
   for (size_t s = 0; s < sequences.size(); ++s) {
     const int32_t num_items = sequences[s].num_rows * group;
     for (int32_t first = 0; first < num_items; first += kAttendItems) {
-      const int32_t last = std::min(first + kAttendItems, num_items) - 1;
-      const int32_t num_chunks = NumAttendChunks(VisibleKeys(sequences[s], last / group));
-      for (int32_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int32_t first_row = first / group;
+      const int32_t last_row = (std::min(first + kAttendItems, num_items) - 1) / group;
+      // The first row sees furthest back, the last one furthest ahead.
+      const int32_t begin = FirstKey(sequences[s], first_row, window) / kAttendChunk;
+      const int32_t end = NumAttendChunks(VisibleKeys(sequences[s], last_row));
+      int32_t num_chunks = end;
+      if (window > 0) {
+        num_chunks = 1;
+        for (int32_t row = first_row; row <= last_row; ++row) {
+          num_chunks = std::max(num_chunks, NumAttendChunks(VisibleKeys(sequences[s], row)) -
+                                                FirstKey(sequences[s], row, window) / kAttendChunk);
+        }
+      }
+      for (int32_t chunk = begin; chunk < end; ++chunk) {
         tiles.push_back({static_cast<int32_t>(s), first, chunk, num_chunks});
       }
     }
@@ -103,8 +121,7 @@ std::vector<AttendGroup> AttendGroups(absl::Span<const SequenceSpan> sequences,
     rows_of(tiles[i], &begin, &end);
     const int32_t num_chunks = std::max(open.num_chunks, tiles[i].num_chunks);
     // A row may lie in two tiles (group does not divide kAttendItems): both go together.
-    const bool may_cut =
-        tiles[i].chunk == 0 && open.num_tiles > 0 && begin >= open.row_begin + open.num_rows;
+    const bool may_cut = open.num_tiles > 0 && begin >= open.row_begin + open.num_rows;
     if (may_cut && num_chunks > 1 && int64_t{end - open.row_begin} * num_chunks > room_parts) {
       groups.push_back(open);
       open = AttendGroup();
@@ -121,16 +138,26 @@ std::vector<AttendGroup> AttendGroups(absl::Span<const SequenceSpan> sequences,
   return groups;
 }
 
+int32_t SoftParts(int64_t vocabulary) {
+  const int64_t chunks = (vocabulary + kSoftChunk - 1) / kSoftChunk;
+  return static_cast<int32_t>(std::clamp<int64_t>(chunks / 4, 1, kSoftPartsMax));
+}
+
 KvLayout LayOutKv(const KvShape& shape, DType dtype) {
   KvLayout layout;
-  layout.head_stride = static_cast<int32_t>(RoundUp(shape.head_dim, 16));
-  layout.page_bytes = RoundUp(
-      int64_t{2} * shape.num_kv_heads * kPagePositions * layout.head_stride * BytesOf(dtype),
-      kAlignment);
+  const auto page_bytes = [&](int32_t num_kv_heads, int32_t head_dim) {
+    return RoundUp(
+        int64_t{2} * num_kv_heads * kPagePositions * HeadStride(head_dim) * BytesOf(dtype),
+        kAlignment);
+  };
+  layout.page_bytes = page_bytes(shape.num_kv_heads, shape.head_dim);
+  layout.other_page_bytes = page_bytes(shape.other_kv_heads, shape.other_head_dim);
   layout.pages_per_layer = (shape.positions_max + kPagePositions - 1) / kPagePositions;
   layout.num_pages = int64_t{shape.num_layers} * layout.pages_per_layer;
-  layout.table_bytes = RoundUp(layout.num_pages * 8, kAlignment);
-  layout.total_bytes = layout.num_pages * layout.page_bytes + layout.table_bytes;
+  layout.num_other_pages = int64_t{shape.num_other_layers} * layout.pages_per_layer;
+  layout.table_bytes = RoundUp((layout.num_pages + layout.num_other_pages) * 8, kAlignment);
+  layout.total_bytes = layout.num_pages * layout.page_bytes +
+                       layout.num_other_pages * layout.other_page_bytes + layout.table_bytes;
   return layout;
 }
 
@@ -198,6 +225,16 @@ WorkspaceLayout LayOutWorkspace(const WorkspaceShape& shape, const WorkspaceFact
         static_cast<int32_t>(std::clamp<int64_t>(kWholeLogitsBytesMax / (shape.vocabulary * 4), 2,
                                                  std::min<int64_t>(kWholeRowsMax, 2 * queries)));
     layout.whole_logits = take(layout.whole_rows * RoundUp(shape.vocabulary, 4) * 4);
+  }
+  if (shape.soft_rows_max > 0) {
+    layout.soft_parts = SoftParts(shape.vocabulary);
+    const int64_t places = layout.soft_parts * shape.soft_rows_max;
+    layout.soft_logits = take(places * kSoftChunk * 4);
+    layout.soft_probabilities = take(places * kSoftChunk * 2);
+    layout.soft_tops = take(places * 4);
+    layout.soft_masses = take(places * 4);
+    layout.soft_factors = take(places * 4);
+    layout.soft_sums = take(places * shape.cols_max * 4);
   }
   layout.total_bytes = next;
   return layout;

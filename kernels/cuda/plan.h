@@ -55,9 +55,12 @@ GatedSource GatedSourceOf(int64_t row);
 // --- Attention
 
 // The blocks of Attend() for the sequences of a batch, by span, row and chunk. `group`: query heads
-// of a kv head. Tiles of kAttendItems items; a tile has as many chunks as its last row.
-std::vector<AttendTile> AttendTiles(absl::Span<const SequenceSpan> sequences, int32_t group);
-// Number of positions that row `row_in_span` sees, from 0 on.
+// of a kv head. Tiles of kAttendItems items, with the chunks that any of their rows sees something
+// of; `window` as in AttendArgs.
+std::vector<AttendTile> AttendTiles(absl::Span<const SequenceSpan> sequences, int32_t group,
+                                    int32_t window);
+// Row `row_in_span` sees no position before the first and none from the second on.
+int32_t FirstKey(const SequenceSpan& span, int32_t row_in_span, int32_t window);
 int32_t VisibleKeys(const SequenceSpan& span, int32_t row_in_span);
 int32_t NumAttendChunks(int32_t num_keys);
 
@@ -76,17 +79,25 @@ std::vector<AttendGroup> AttendGroups(absl::Span<const SequenceSpan> sequences,
                                       absl::Span<const AttendTile> tiles, int32_t group,
                                       int64_t room_parts);
 
+// --- Soft embeddings
+
+// Parts of the vocabulary whose sums are kept apart: a function of its size, as on the CPU.
+int32_t SoftParts(int64_t vocabulary);
+
 // --- Memory
 
 struct KvLayout {
-  int32_t head_stride = 0;  // elements of a row: head_dim rounded up to 16
-  int64_t page_bytes = 0;   // one layer, kPagePositions positions
+  int64_t page_bytes = 0;        // one layer, kPagePositions positions
+  int64_t other_page_bytes = 0;  // of KvShape's other layers
   int32_t pages_per_layer = 0;
-  int64_t num_pages = 0;    // all layers
-  int64_t table_bytes = 0;  // pointers to them, on the device
+  int64_t num_pages = 0;        // all layers but the others
+  int64_t num_other_pages = 0;  // behind them in the table
+  int64_t table_bytes = 0;      // pointers to them, on the device
   int64_t total_bytes = 0;
 };
 KvLayout LayOutKv(const KvShape& shape, DType dtype);
+// Elements of a row of a page.
+constexpr int32_t HeadStride(int32_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // Byte offsets into the workspace; 256-byte aligned.
 struct WorkspaceLayout {
@@ -112,7 +123,14 @@ struct WorkspaceLayout {
   int64_t whole_logits = 0;  // [whole_rows][vocabulary] float32
   int32_t whole_rows = 0;
   int32_t group_queries = 0;  // queries of one fused pass
-  int64_t total_bytes = 0;    // of the device
+  int32_t soft_parts = 0;     // as SoftEmbedTask has them
+  int64_t soft_logits = 0;
+  int64_t soft_probabilities = 0;
+  int64_t soft_tops = 0;
+  int64_t soft_masses = 0;
+  int64_t soft_factors = 0;
+  int64_t soft_sums = 0;
+  int64_t total_bytes = 0;  // of the device
 };
 struct WorkspaceFacts {
   int32_t num_multiprocessors = 1;

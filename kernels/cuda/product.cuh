@@ -27,7 +27,7 @@
 #ifndef CINNABAR_KERNELS_CUDA_PRODUCT_CUH_
 #define CINNABAR_KERNELS_CUDA_PRODUCT_CUH_
 
-#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/blocks.cuh"
 
 namespace cinnabar::cuda {
 
@@ -155,7 +155,8 @@ struct TensorProduct {
       BlockBarrier();
       if (stage + kStages - 1 < num_stages) load(stage + kStages - 1, shared + next * kStageBytes);
       CopyCommit();
-      Multiply(shared + at * kStageBytes, warp_output, warp_row, lane, sums);
+      const unsigned char* slot = shared + at * kStageBytes;
+      Multiply(slot, slot + kOutputs * kStageDepth, warp_output, warp_row, lane, sums);
       at = at + 1 == kStages ? 0 : at + 1;
       next = next + 1 == kStages ? 0 : next + 1;
       if constexpr (kFold) {
@@ -197,17 +198,17 @@ struct TensorProduct {
     BlockBarrier();
   }
 
- private:
-  CINNABAR_DEVICE static void Multiply(const unsigned char* stage, int warp_output, int warp_row,
-                                       int lane, float (&sums)[kTilesOut][kTilesRow][4]) {
-    const unsigned char* x = stage + kOutputs * kStageDepth;
+  // Adds the products of a stage: tiles of the weight and of rows, both swizzled.
+  CINNABAR_DEVICE static void Multiply(const unsigned char* weight, const unsigned char* x,
+                                       int warp_output, int warp_row, int lane,
+                                       float (&sums)[kTilesOut][kTilesRow][4]) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {  // 32 bytes of k: one mma
       uint32_t a[kTilesOut][4];
 #pragma unroll
       for (int i = 0; i < kTilesOut; ++i) {
         const int row = warp_output + 16 * i + lane % 16;
-        LoadMatrix4(a[i], stage + Swizzled(row, 2 * step + lane / 16));
+        LoadMatrix4(a[i], weight + Swizzled(row, 2 * step + lane / 16));
       }
 #pragma unroll
       for (int j = 0; j < kTilesRow; j += 2) {
@@ -256,9 +257,9 @@ struct PlainProduct {
         const int column = k + i % kDepth;
         const int output = i / kDepth;
         weights[i % kDepth * (kOutputs + 1) + output] =
-            column < o.cols
-                ? LoadElement(o.weight + output * o.weight_row_bytes, o.weight_element, column)
-                : 0.0F;
+            column < o.cols ? LoadWeightElement(o.weight + output * o.weight_row_bytes,
+                                                o.weight_element, column)
+                            : 0.0F;
       }
       for (int i = thread; i < kRows * kDepth; i += kThreads) {
         const int column = k + i % kDepth;
@@ -304,14 +305,16 @@ struct FinishTask {
   int32_t num_outputs;
   MatrixView gate;
   const RowFacts* rows;
+  float cap = 0.0F;  // goes without bias
 };
 
-// y of one sum: scales, then bias.
+// y of one sum: scales, then bias or cap.
 CINNABAR_DEVICE float Scaled(const FinishTask& task, float sum, int row, int tile_output,
                              int output) {
   if (task.weight_scales != nullptr) {
     sum = sum * (task.weight_scales[tile_output] * task.x_scales[row]);
   }
+  if (task.cap > 0.0F) return SoftCap(sum, task.cap);
   return task.bias == nullptr ? sum : sum + task.bias[output];
 }
 
@@ -321,7 +324,7 @@ template <class Product>
 CINNABAR_DEVICE void FinishTile(const FinishTask& task, const float* sums, int64_t row_begin,
                                 int num_rows, int output_begin) {
   constexpr int kSum = Product::kSumStride;
-  if (task.finish == Finish::kSwiGlu) {
+  if (task.finish == Finish::kSwiGlu || task.finish == Finish::kGeGlu) {
     const int first = output_begin / 2;
     for (int i = ThreadIndex(); i < num_rows * (Product::kOutputs / 2); i += NumThreads()) {
       const int row = i / (Product::kOutputs / 2);
@@ -332,7 +335,8 @@ CINNABAR_DEVICE void FinishTile(const FinishTask& task, const float* sums, int64
       const float gate = Scaled(task, sums[row * kSum + gate_at], row, gate_at, output);
       const float up =
           Scaled(task, sums[row * kSum + gate_at + 8], row, gate_at + 8, task.num_outputs + output);
-      StoreAt(task.out, row_begin + row, output, Silu(gate) * up);
+      StoreAt(task.out, row_begin + row, output,
+              (task.finish == Finish::kSwiGlu ? Silu(gate) : GeluTanh(gate)) * up);
     }
     return;
   }
@@ -362,6 +366,7 @@ CINNABAR_DEVICE void FinishTile(const FinishTask& task, const float* sums, int64
         StoreAt(task.out, r, output, GeluTanh(y));
         break;
       case Finish::kSwiGlu:
+      case Finish::kGeGlu:
         break;
     }
   }

@@ -2,6 +2,7 @@
 // the bytes of the row, which are read once and written once; a block a row, float32 arithmetic,
 // sums by thread (columns thread, thread + threads ..), then lanes, then warps: an order that
 // depends on the width alone.
+#include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -14,9 +15,10 @@ constexpr int kRowThreads = 256;
 CINNABAR_KERNEL(kRowThreads, 4)
 EmbedKernel(EmbedTask task) {
   const int64_t row = BlockX();
-  const int64_t begin = task.ids[row] * task.row_stride;
+  const unsigned char* from =
+      static_cast<const unsigned char*>(task.table) + task.ids[row] * task.row_bytes;
   for (int64_t i = ThreadIndex(); i < task.cols; i += NumThreads()) {
-    StoreAt(task.out, row, i, LoadElement(task.table, task.element, begin + i) * task.scale);
+    StoreAt(task.out, row, i, LoadWeightElement(from, task.element, i) * task.scale);
   }
 }
 
@@ -41,11 +43,13 @@ NormKernel(NormTask task) {
   squares = BlockSum(squares, scratch);
   const float factor = 1.0F / sqrtf(squares / static_cast<float>(task.dim) + task.eps);
   const int64_t modulation = task.modulated ? task.rows[source].modulation_row : 0;
+  const float scale = task.scales == nullptr ? 1.0F : task.scales[task.rows[row].modulation_row];
   for (int i = ThreadIndex(); i < task.dim; i += NumThreads()) {
     float y = (LoadAt(task.x, source, i) - mean) * factor * task.weight[i];
     if (task.modulated) {
       y = fmaf(y, 1.0F + LoadAt(task.scale, modulation, i), LoadAt(task.shift, modulation, i));
     }
+    if (task.add) y = (LoadAt(task.out, row, i) + y) * scale;
     StoreAt(task.out, row, i, y);
   }
 }
@@ -86,13 +90,13 @@ PrepareKernel(PrepareTask task) {
     }
     squares = WarpSum(squares);
     WarpBarrier();
+    const float* norm = is_query ? task.q_norm : is_value ? task.v_norm : task.k_norm;
+    if (norm != nullptr) {
+      const float factor = 1.0F / sqrtf(squares / static_cast<float>(task.head_dim) + task.eps);
+      for (int i = lane; i < task.head_dim; i += 32) x[i] = x[i] * factor * norm[i];
+      WarpBarrier();
+    }
     if (!is_value) {
-      const float* norm = is_query ? task.q_norm : task.k_norm;
-      if (norm != nullptr) {
-        const float factor = 1.0F / sqrtf(squares / static_cast<float>(task.head_dim) + task.eps);
-        for (int i = lane; i < task.head_dim; i += 32) x[i] = x[i] * factor * norm[i];
-        WarpBarrier();
-      }
       for (int i = lane; i < half; i += 32) {
         const float c = task.cosine[static_cast<int64_t>(facts.position) * half + i];
         const float s = task.sine[static_cast<int64_t>(facts.position) * half + i];

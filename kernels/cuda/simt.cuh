@@ -96,6 +96,19 @@ CINNABAR_DEVICE void MmaE4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 #endif
 }
 
+// IEEE half, exactly.
+CINNABAR_DEVICE float WidenHalf(uint16_t half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(value) : "h"(half));
+  return value;
+}
+// Two floats as bf16, to nearest even; `low` in the low half.
+CINNABAR_DEVICE uint32_t RoundToBf16Pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // Integers only: their sum does not depend on the order.
 CINNABAR_DEVICE int32_t AtomicAdd(int32_t* at, int32_t value) { return atomicAdd(at, value); }
 CINNABAR_DEVICE uint32_t AtomicAdd(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }

@@ -9,6 +9,7 @@
 // Every sum has an order that depends on the vocabulary alone, or is of integers; a query reads its
 // own slots only. So an answer's bits do not depend on the other queries.
 // Philox counters, Gumbel numbers and 2^d are the CPU's (math.h), bit for bit.
+#include "kernels/cuda/block_product.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/product.cuh"
 
@@ -166,6 +167,19 @@ CINNABAR_DEVICE ChunkSummary Summarise(const VocabularyTask& task, const FinishT
   summary.score = best.score;
   summary.pick_logit = best.logit;
   summary.pick_id = best.id == kNoId ? -1 : best.id;
+  summary.top_logit = 0.0F;
+  summary.top_id = -1;
+  if (query.want_top != 0) {
+    Best top = {0.0F, 0.0F, kNoId};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!pickable[i] || l[i] == -kInfinityF) continue;
+      Take(top, {l[i], l[i], first_id + 4 * lane + i});
+    }
+    top = WarpBest(top);
+    summary.top_logit = top.logit;
+    summary.top_id = top.id == kNoId ? -1 : top.id;
+  }
   return summary;
 }
 
@@ -193,12 +207,13 @@ VocabularyKernel(VocabularyTask task) {
   operands.x_first = row_begin;
   operands.num_rows = num_rows;
   operands.cols = task.weight.cols;
-  operands.k_end = task.weight.row_bytes;
+  operands.k_end = task.weight.k_bytes;
   operands.segment_bytes = task.weight.segment_bytes;
   Product::Run(operands, shared);
 
   FinishTask scaling = {};
   scaling.bias = task.bias;
+  scaling.cap = task.cap;
   scaling.weight_scales = Product::kIsFp8 ? task.weight.scales + first_id : nullptr;
   scaling.x_scales = Product::kIsFp8 ? task.x_scales + row_begin : nullptr;
   const int num_chunks = (task.weight.rows + kVocabularyChunk - 1) / kVocabularyChunk;
@@ -227,12 +242,14 @@ CINNABAR_DEVICE double Exponent(float logit, float largest, float temperature) {
          static_cast<double>(temperature);
 }
 
-CINNABAR_DEVICE DeviceAnswer AnswerFrom(const Totals& totals, const Best& best,
+// `top`: what want_top asks for; kNoId where nothing does.
+CINNABAR_DEVICE DeviceAnswer AnswerFrom(const Totals& totals, const Best& best, const Best& top,
                                         const DeviceQuery& query) {
   DeviceAnswer answer = {};
   answer.finite = 1;
   answer.token = best.id == kNoId ? -1 : best.id;
   answer.token_logit = best.id == kNoId ? 0.0F : best.logit;
+  answer.top_token = top.id == kNoId ? -1 : top.id;
   if (totals.largest == -kInfinityF) {
     answer.log_sum_exp = -static_cast<double>(kInfinityF);
     return answer;
@@ -246,10 +263,12 @@ CINNABAR_DEVICE DeviceAnswer AnswerFrom(const Totals& totals, const Best& best,
     answer.margin = -expm1(Exponent(totals.second, totals.largest, query.temperature)) / mass;
   }
   answer.entropy = fmax(0.0, log1p(totals.rest) - totals.slope / mass);
-  if (best.id != kNoId) {
-    answer.probability =
-        fmin(1.0, exp(Exponent(best.logit, totals.largest, query.temperature)) / mass);
-  }
+  const auto probability = [&](const Best& of) {
+    if (of.id == kNoId) return 0.0;
+    return fmin(1.0, exp(Exponent(of.logit, totals.largest, query.temperature)) / mass);
+  };
+  answer.probability = probability(best);
+  answer.top_probability = probability(top);
   return answer;
 }
 
@@ -268,6 +287,7 @@ MergeSummariesKernel(VocabularyTask task) {
 
   Totals totals = {-kInfinityF, -kInfinityF, 0.0, 0.0};
   Best best = {0.0F, 0.0F, kNoId};
+  Best top = {0.0F, 0.0F, kNoId};
   bool bad = false;
   for (int chunk = lane; chunk < num_chunks; chunk += 32) {
     const ChunkSummary& summary = summaries[chunk];
@@ -276,6 +296,7 @@ MergeSummariesKernel(VocabularyTask task) {
         fmaxf(fmaxf(totals.second, summary.second), fminf(totals.largest, summary.largest));
     totals.largest = fmaxf(totals.largest, summary.largest);
     if (summary.pick_id >= 0) Take(best, {summary.score, summary.pick_logit, summary.pick_id});
+    if (summary.top_id >= 0) Take(top, {summary.top_logit, summary.top_logit, summary.top_id});
   }
   for (int mask = 16; mask > 0; mask /= 2) {
     const float other_largest = ShuffleXor(totals.largest, mask);
@@ -284,6 +305,7 @@ MergeSummariesKernel(VocabularyTask task) {
     totals.largest = fmaxf(totals.largest, other_largest);
   }
   best = WarpBest(best);
+  top = WarpBest(top);
   bad = Ballot(bad) != 0;
 
   // The first chunk that holds the largest logit leaves its 1 out of the sum: next to a one-hot
@@ -312,7 +334,7 @@ MergeSummariesKernel(VocabularyTask task) {
   totals.rest = WarpSum(totals.rest);
   totals.slope = WarpSum(totals.slope);
   if (lane != 0) return;
-  DeviceAnswer answer = AnswerFrom(totals, best, query);
+  DeviceAnswer answer = AnswerFrom(totals, best, top, query);
   answer.finite = bad ? 0 : 1;
   task.answers[query_index] = answer;
 }
@@ -527,7 +549,13 @@ SelectKernel(SelectTask task) {
     const Totals totals = SumRow(
         row, [&](int id) { return IsCounted(task, query, id); }, shared);
     const Best best = PickTweedie(task, query, l, shared);
-    if (ThreadIndex() == 0) task.answers[BlockX()] = AnswerFrom(totals, best, query);
+    Best top = {0.0F, 0.0F, kNoId};
+    for (int id = ThreadIndex(); query.want_top != 0 && id < task.vocabulary;
+         id += kSelectThreads) {
+      if (l[id] > -kInfinityF && IsPickable(task, query, id)) Take(top, {l[id], l[id], id});
+    }
+    top = BlockBest(top, shared->best);
+    if (ThreadIndex() == 0) task.answers[BlockX()] = AnswerFrom(totals, best, top, query);
     return;
   }
 
@@ -541,7 +569,7 @@ SelectKernel(SelectTask task) {
       row, [](int) { return true; }, shared);
   if (all.largest == -kInfinityF) {
     if (ThreadIndex() == 0) {
-      task.answers[BlockX()] = AnswerFrom(all, {0.0F, 0.0F, kNoId}, query);
+      task.answers[BlockX()] = AnswerFrom(all, {0.0F, 0.0F, kNoId}, {0.0F, 0.0F, kNoId}, query);
     }
     return;
   }
@@ -572,9 +600,11 @@ SelectKernel(SelectTask task) {
       const uint64_t more = (limit - stop.mass_above) / each;
       // Inside of the limit alone there may be none of them; the largest id stays all the same.
       const bool largest = stop.mass_above == 0;
-      const uint64_t kept_ties = query.top_p_inside == 0 || (largest && more == 0) ? more + 1 : more;
+      const uint64_t kept_ties =
+          query.top_p_inside == 0 || (largest && more == 0) ? more + 1 : more;
       threshold = kept_ties > 0 ? stop.key : stop.key + 1;
-      ties = kept_ties > 0 && kept_ties < stop.count_at ? static_cast<uint32_t>(kept_ties) : 0xFFFFFFFFU;
+      ties = kept_ties > 0 && kept_ties < stop.count_at ? static_cast<uint32_t>(kept_ties)
+                                                        : 0xFFFFFFFFU;
     }
   }
   int32_t cutoff = kNoId;
@@ -618,7 +648,7 @@ SelectKernel(SelectTask task) {
   }
   best = BlockBest(best, shared->best);
   if (ThreadIndex() == 0) {
-    DeviceAnswer answer = AnswerFrom(totals, best, query);
+    DeviceAnswer answer = AnswerFrom(totals, best, {0.0F, 0.0F, kNoId}, query);
     // Of every counted id, kept or not.
     answer.log_sum_exp =
         static_cast<double>(all.largest) / static_cast<double>(query.temperature) + log1p(all.rest);
@@ -646,6 +676,14 @@ int LaunchTensorChunks(const VocabularyTask& task, void* stream) {
   return 1;  // cudaErrorInvalidValue: the planner gives none such
 }
 
+template <bool kFold>
+int LaunchBlockChunks(const VocabularyTask& task, void* stream) {
+  if (task.tile_rows == 32) {
+    return LaunchChunks<BlockProduct<128, 32, 4, 1, 3, kFold>>(task, stream);
+  }
+  return LaunchChunks<BlockProduct<128, 128, 4, 2, 3, kFold>>(task, stream);
+}
+
 }  // namespace
 
 int LaunchVocabulary(const VocabularyTask& task, void* stream) {
@@ -653,6 +691,8 @@ int LaunchVocabulary(const VocabularyTask& task, void* stream) {
   int error = 0;
   if (task.weight.segment_bytes == 0) {
     error = LaunchChunks<PlainProduct>(task, stream);
+  } else if (IsBlocks(task.weight.element)) {
+    error = fold ? LaunchBlockChunks<true>(task, stream) : LaunchBlockChunks<false>(task, stream);
   } else if (task.hidden.element == Element::kE4m3) {
     error = fold ? LaunchTensorChunks<true, true>(task, stream)
                  : LaunchTensorChunks<false, true>(task, stream);

@@ -40,6 +40,13 @@ DType StoredAs(absl::Span<const HostMatrix> parts) {
 
 }  // namespace
 
+DType KeptDType(DType stored, int64_t cols, std::optional<DType> wanted) {
+  const DType dtype = wanted.value_or(stored);
+  if (IsQuantized(stored) && IsQuantized(dtype)) return stored;
+  if (cols % BlockOf(dtype).elements == 0) return dtype;
+  return cols % BlockOf(DType::kQ8_0).elements == 0 ? DType::kQ8_0 : stored;
+}
+
 // --- Loading
 // ---------------------------------------------------------------------------------------------
 
@@ -62,9 +69,7 @@ absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::Load(const std::vector<std
     CINNABAR_ASSIGN_OR_RETURN(const HostMatrix part, checkpoint_.Matrix(name));
     parts.push_back(part);
   }
-  const auto fits = [&](DType dtype) { return parts[0].cols % BlockOf(dtype).elements == 0; };
-  DType dtype = wanted.value_or(StoredAs(parts));
-  if (!fits(dtype)) dtype = fits(DType::kQ8_0) ? DType::kQ8_0 : StoredAs(parts);
+  const DType dtype = KeptDType(StoredAs(parts), parts[0].cols, wanted);
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Weight> weight,
                             backend_.LoadWeight(parts, row_order, dtype), "load ", names[0]);
   for (const std::string& name : names) checkpoint_.Release(name);
@@ -77,10 +82,10 @@ absl::StatusOr<std::unique_ptr<Weight>> WeightLoader::ExpertMatrix(
   std::vector<HostMatrix> parts;
   for (const std::string& name : names) {
     CINNABAR_ASSIGN_OR_RETURN(const HostMatrix part, checkpoint_.Matrix(name));
-    if (part.dtype != dtype_.value_or(parts.empty() ? part.dtype : parts[0].dtype)) {
+    parts.push_back(part);
+    if (part.dtype != parts[0].dtype || part.dtype != KeptDType(part.dtype, part.cols, dtype_)) {
       return Matrix(names, row_order);
     }
-    parts.push_back(part);
   }
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Weight> weight, backend_.MapWeight(parts, row_order),
                             "load ", names[0]);
@@ -92,7 +97,8 @@ absl::StatusOr<std::vector<std::unique_ptr<Weight>>> WeightLoader::StackedExpert
     const std::string& name, int32_t num_experts, int32_t num_parts, RowOrder row_order) {
   CINNABAR_ASSIGN_OR_RETURN(const HostMatrix all, checkpoint_.StackedMatrix(name));
   const int64_t part_rows = all.rows / num_experts / num_parts;
-  const bool mapped = all.dtype == dtype_.value_or(all.dtype);
+  const DType kept = KeptDType(all.dtype, all.cols, dtype_);
+  const bool mapped = kept == all.dtype;
   std::vector<std::unique_ptr<Weight>> experts;
   for (int32_t expert = 0; expert < num_experts; ++expert) {
     std::vector<HostMatrix> parts(num_parts, all);
@@ -102,8 +108,7 @@ absl::StatusOr<std::vector<std::unique_ptr<Weight>>> WeightLoader::StackedExpert
       parts[part].data = static_cast<const char*>(all.data) + BytesOf(all.dtype, row * all.cols);
     }
     absl::StatusOr<std::unique_ptr<Weight>> weight =
-        mapped ? backend_.MapWeight(parts, row_order)
-               : backend_.LoadWeight(parts, row_order, *dtype_);
+        mapped ? backend_.MapWeight(parts, row_order) : backend_.LoadWeight(parts, row_order, kept);
     CINNABAR_RETURN_IF_ERROR(weight.status(), "load ", name, " of expert ", expert);
     loaded_bytes_ += (*weight)->memory_bytes();
     experts.push_back(*std::move(weight));
@@ -215,9 +220,15 @@ WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits) 
           .soft_rows_max = spec.traits.causal_encoder ? spec.traits.causal_block_length : 0};
 }
 
-int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, const Backend& backend) {
-  const int64_t bytes = backend.KvBytes(KvShapeOf(spec, positions_max, KvReuse::kExact));
+int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, KvReuse reuse,
+                           const Backend& backend) {
+  const int64_t bytes = backend.KvBytes(KvShapeOf(spec, positions_max, reuse));
   return (bytes + positions_max - 1) / positions_max;
+}
+
+int64_t PredictionBytes(const ModelSpec& spec, const Backend& backend) {
+  if (!spec.traits.causal_encoder) return 0;
+  return int64_t{spec.traits.causal_block_length} * spec.dim * BytesOf(backend.activation_dtype());
 }
 
 int32_t LogitsRows(const ModelSpec& spec, const ForwardLimits& limits) {
@@ -518,7 +529,11 @@ double Body::OutputOffset(float sigma) const {
 Denoiser::Memory Body::memory() const {
   return {.weights_bytes = weights_bytes_,
           .workspace_bytes = buffers_bytes_ + backend_.WorkspaceBytes(WorkspaceFor(spec_, limits_)),
-          .kv_bytes_per_position = KvBytesPerPosition(spec_, limits_.positions_max, backend_)};
+          .kv_bytes_per_position =
+              KvBytesPerPosition(spec_, limits_.positions_max, KvReuse::kExact, backend_),
+          .reused_kv_bytes_per_position =
+              KvBytesPerPosition(spec_, limits_.positions_max, KvReuse::kPrefix, backend_),
+          .prediction_bytes = 2 * PredictionBytes(spec_, backend_)};
 }
 
 }  // namespace cinnabar

@@ -19,6 +19,11 @@
 
 namespace cinnabar {
 
+// What matrices stored as `stored`, with rows of `cols`, are kept as where `wanted` is asked for
+// (empty: as stored): blocks stay in their format where any block format is; one that rows do not
+// fill gives way to Q8_0, and that to how they are stored.
+DType KeptDType(DType stored, int64_t cols, std::optional<DType> wanted);
+
 // Moves tensors of a checkpoint into a backend, letting go of the file's pages as it goes. Errors
 // name the tensor.
 class WeightLoader {
@@ -26,9 +31,8 @@ class WeightLoader {
   WeightLoader(const Checkpoint& checkpoint, Backend& backend, std::optional<DType> dtype)
       : checkpoint_(checkpoint), backend_(backend), dtype_(dtype) {}
 
-  // The matrices `names` as one weight. Kept as dtype_, else as stored (F32 where they differ and
-  // are not all in block formats). A block format that their rows do not fill gives way to Q8_0,
-  // and that to how they are stored.
+  // The matrices `names` as one weight, kept as KeptDType() says (F32 where they are not stored
+  // alike and not all in block formats).
   absl::StatusOr<std::unique_ptr<Weight>> Matrix(const std::vector<std::string>& names,
                                                  RowOrder row_order = RowOrder::kStacked);
   // As Matrix(), for small ones on which much hangs (a router): dtype_ does not quantise them.
@@ -168,7 +172,9 @@ class Body : public Denoiser {
 // What a body takes of its backend, from its spec alone. `limits` is within what the model allows.
 WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits);
 // Of one sequence, rounded up; those of the longest one over its positions.
-int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, const Backend& backend);
+int64_t KvBytesPerPosition(const ModelSpec& spec, int32_t positions_max, KvReuse reuse,
+                           const Backend& backend);
+int64_t PredictionBytes(const ModelSpec& spec, const Backend& backend);  // one SelfConditioning's
 // Rows of logits that come out at a time, and their bytes.
 int32_t LogitsRows(const ModelSpec& spec, const ForwardLimits& limits);
 int64_t LogitsBytes(const ModelSpec& spec, const ForwardLimits& limits);

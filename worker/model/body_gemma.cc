@@ -61,10 +61,7 @@ class GemmaBody : public Body {
   GemmaBody(ModelSpec spec, Checkpoint checkpoint, Backend& backend, const ForwardLimits& limits)
       : Body(std::move(spec), std::move(checkpoint), backend, limits) {}
 
-  int64_t SelfConditioningBytes() const override {
-    return traits().causal_block_length * int64_t{spec().dim} *
-           BytesOf(backend().activation_dtype());
-  }
+  int64_t SelfConditioningBytes() const override { return PredictionBytes(spec(), backend()); }
 
  protected:
   absl::Status LoadLayers(WeightLoader& loader) override {

@@ -92,7 +92,9 @@ class Denoiser {
   struct Memory {
     int64_t weights_bytes = 0;
     int64_t workspace_bytes = 0;        // activations and scratch for the limits given at load
-    int64_t kv_bytes_per_position = 0;  // one sequence
+    int64_t kv_bytes_per_position = 0;  // one sequence; with guidance there are two
+    int64_t reused_kv_bytes_per_position = 0;  // one with any KvReuse but the exact one
+    int64_t prediction_bytes = 0;              // beside them: both SelfConditioning buffers
   };
   virtual Memory memory() const = 0;
 };

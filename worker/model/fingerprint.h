@@ -12,7 +12,7 @@ namespace cinnabar {
 // 32 hexadecimal digits of a SHA-256 over config.json, the names, sizes and headers of the weight
 // files, and pages spread over their data (a whole checkpoint would take minutes): another training
 // run, another quantisation and a file that was cut all show. `variant` tells apart what computes
-// differently from the same files: device and weight type. NotFound: no such folder, or no weights
+// differently from the same files: Backend::Numerics() and weight type. NotFound: no such folder, or no weights
 // in it.
 absl::StatusOr<std::string> ModelFingerprint(const std::string& directory,
                                              absl::string_view variant);

@@ -12,6 +12,18 @@
 #include "worker/model/safetensors.h"
 
 namespace cinnabar {
+namespace {
+
+// WeightLoader::SmallMatrix()'s.
+bool IsSmall(const ModelSpec& spec, absl::string_view name) {
+  if (spec.body == BodyKind::kDiT) {
+    return absl::StrContains(name, "sigma_map.") || absl::StrContains(name, "adaLN_modulation");
+  }
+  return spec.body == BodyKind::kDecoder && spec.experts.num_experts > 0 &&
+         absl::StrContains(name, absl::StrCat(".", spec.names.router, ".weight"));
+}
+
+}  // namespace
 
 absl::StatusOr<Denoiser::Memory> EstimateLoad(const std::string& directory, const Backend& backend,
                                               const BackendHabits& habits,
@@ -34,22 +46,27 @@ absl::StatusOr<Denoiser::Memory> EstimateLoad(const std::string& directory, cons
   Denoiser::Memory memory;
   for (const ExpectedTensor& tensor : ExpectedTensors(spec)) {
     const TensorEntry& entry = *checkpoint.Find(tensor.name);
-    const int64_t stored_bytes = entry.end_byte - entry.begin_byte;
-    const int64_t kept_bytes = options.weight_dtype.has_value()
-                                   ? entry.num_elements * BytesOf(*options.weight_dtype)
-                                   : stored_bytes;
+    if (tensor.shape.size() == 1) {
+      memory.weights_bytes += entry.num_elements * BytesOf(DType::kF32);
+      continue;
+    }
+    const int64_t cols = tensor.shape.back(), rows = entry.num_elements / cols;
+    const DType stored = *UsableDType(entry.dtype);
     const bool expert =
         spec.experts.num_experts > 0 && absl::StrContains(tensor.name, spec.names.experts);
+    const bool small = IsSmall(spec, tensor.name);
+    const bool quantises = options.weight_dtype.has_value() && IsQuantized(*options.weight_dtype);
+    const DType kept =
+        KeptDType(stored, cols, small && quantises ? std::nullopt : options.weight_dtype);
+    const int64_t kept_bytes = backend.WeightBytes(kept, rows, cols);
     if (tensor.name == embedding) {
       // Looked up as stored; a tied head is a second copy, in the layout of products.
-      memory.weights_bytes +=
-          (habits.in_place ? 0 : stored_bytes) + (spec.tied_head ? kept_bytes : 0);
-    } else if (tensor.shape.size() == 1) {
-      memory.weights_bytes += entry.num_elements * BytesOf(DType::kF32);
-    } else if (habits.fp8 && !expert && absl::StartsWith(tensor.name, layers) &&
-               !absl::StrContains(tensor.name, "." + spec.names.router + ".weight")) {
-      memory.weights_bytes += entry.num_elements + tensor.shape[0] * BytesOf(DType::kF32);
-    } else if (!expert || !habits.in_place || kept_bytes != stored_bytes) {
+      if (!habits.in_place) memory.weights_bytes += backend.WeightBytes(stored, rows, cols);
+      if (spec.tied_head) memory.weights_bytes += kept_bytes;
+    } else if (habits.fp8 && !IsQuantized(kept) && !expert && !small &&
+               absl::StartsWith(tensor.name, layers)) {
+      memory.weights_bytes += entry.num_elements + rows * BytesOf(DType::kF32);
+    } else if (!expert || !habits.in_place || kept != stored) {
       memory.weights_bytes += kept_bytes;
     }
   }
@@ -57,7 +74,11 @@ absl::StatusOr<Denoiser::Memory> EstimateLoad(const std::string& directory, cons
       ActivationBytes(spec, within.rows_max, within.sequences_max, within.positions_max,
                       BytesOf(backend.activation_dtype())) +
       LogitsBytes(spec, within) + backend.WorkspaceBytes(WorkspaceFor(spec, within));
-  memory.kv_bytes_per_position = KvBytesPerPosition(spec, within.positions_max, backend);
+  memory.kv_bytes_per_position =
+      KvBytesPerPosition(spec, within.positions_max, KvReuse::kExact, backend);
+  memory.reused_kv_bytes_per_position =
+      KvBytesPerPosition(spec, within.positions_max, KvReuse::kPrefix, backend);
+  memory.prediction_bytes = 2 * PredictionBytes(spec, backend);
   return memory;
 }
 

@@ -30,8 +30,12 @@ absl::StatusOr<RoomPlan> PlanRoom(absl::string_view model, absl::string_view dev
                                   const Denoiser::Memory& needs, const RoomWanted& wanted,
                                   const DeviceRoom& room) {
   CINNABAR_CHECK(wanted.sequences_max > 0 && wanted.positions_max > 0 && wanted.kv_bytes_max >= 0);
-  const int64_t sequence_bytes =
-      std::max<int64_t>(needs.kv_bytes_per_position * wanted.positions_max, 1);
+  const auto bytes_of = [&](int64_t bytes_per_position) {
+    return std::max<int64_t>(bytes_per_position * wanted.positions_max + needs.prediction_bytes, 1);
+  };
+  const int64_t sequence_bytes = bytes_of(needs.kv_bytes_per_position);
+  const int64_t largest_bytes =
+      bytes_of(std::max(needs.kv_bytes_per_position, needs.reused_kv_bytes_per_position));
   const std::string sum = Sum(needs, sequence_bytes, wanted.positions_max);
   if (wanted.kv_bytes_max > 0 && sequence_bytes > wanted.kv_bytes_max) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -53,7 +57,7 @@ absl::StatusOr<RoomPlan> PlanRoom(absl::string_view model, absl::string_view dev
     }
   }
   int64_t kv_bytes =
-      wanted.kv_bytes_max > 0 ? wanted.kv_bytes_max : sequence_bytes * wanted.sequences_max;
+      wanted.kv_bytes_max > 0 ? wanted.kv_bytes_max : largest_bytes * wanted.sequences_max;
   if (room.free_bytes >= 0) {
     const int64_t spare = std::max<int64_t>(room.total_bytes, 0) / kLeftAlone;
     const int64_t left = room.free_bytes - spare - fixed_bytes;

@@ -23,7 +23,8 @@ struct RoomWanted {
   int64_t kv_bytes_max = 0;  // 0: what the sequences above can need, as far as there is room
 };
 
-// Any `sequences_max` sequences of `positions_max` fit in `kv_bytes_max`.
+// Any `sequences_max` sequences of `positions_max` fit in `kv_bytes_max`, but for those that reuse
+// keys and values other than exactly, or are guided: of these as many as there is room for.
 struct RoomPlan {
   int32_t sequences_max = 0;  // at least 1, at most what was wanted
   int64_t kv_bytes_max = 0;

@@ -19,6 +19,7 @@ void SetOrder(Order order);
 // Every call of the runtime returns this CUDA error from now on; 0: none.
 void FailFromNowOn(int error);
 void LimitDeviceMemory(int64_t bytes);  // -1: no limit
+void SetComputeCapability(int sm);      // of devices opened from now on; 90 at first
 int64_t DeviceMemoryUsed();
 
 struct EmulatedCounts {

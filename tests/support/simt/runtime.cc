@@ -19,7 +19,8 @@ using Work = std::vector<std::function<void()>>;
 struct State {
   bool capturing = false;
   Work captured;
-  int error = 0;              // what every call returns from now on
+  int error = 0;  // what every call returns from now on
+  int compute_capability = 90;
   int64_t memory_limit = -1;  // device bytes that may be taken; -1: no limit
   int64_t memory_used = 0;
   simt::EmulatedCounts counts;
@@ -65,7 +66,7 @@ int CountDevices(int* count) {
 int UseDevice(int /*index*/) { return state.error; }
 int OpenDevice(int /*index*/, DeviceFacts* facts) {
   std::strcpy(facts->name, "emulated on the host");
-  facts->compute_capability = 90;
+  facts->compute_capability = state.compute_capability;
   facts->num_multiprocessors = 4;
   facts->shared_bytes_max = 227 << 10;
   facts->memory_bytes = int64_t{1} << 30;
@@ -170,6 +171,7 @@ const char* TextOfError(int /*error*/) { return "an emulated error"; }
 namespace cinnabar::simt {
 
 void FailFromNowOn(int error) { cuda::state.error = error; }
+void SetComputeCapability(int sm) { cuda::state.compute_capability = sm; }
 void LimitDeviceMemory(int64_t bytes) { cuda::state.memory_limit = bytes; }
 int64_t DeviceMemoryUsed() { return cuda::state.memory_used; }
 EmulatedCounts Counts() { return cuda::state.counts; }

@@ -129,6 +129,21 @@ inline void MmaE4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   simt::MmaE4m3(c, a, b);
 }
 
+inline float WidenHalf(uint16_t half) {
+  _Float16 value;
+  std::memcpy(&value, &half, sizeof(value));
+  return static_cast<float>(value);
+}
+inline uint32_t RoundToBf16Pair(float low, float high) {
+  const auto rounded = [](float value) -> uint32_t {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return 0x7FFFU;
+    return (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
+  };
+  return rounded(high) << 16 | rounded(low);
+}
+
 // Threads run one at a time, so plain arithmetic is atomic.
 template <typename T>
 T AtomicAdd(T* at, T value) {

@@ -55,6 +55,7 @@ class CountingBackend : public Backend {
   }
 
   std::string Describe() const override { return inner_->Describe(); }
+  std::string Numerics() const override { return inner_->Numerics(); }
   DType activation_dtype() const override { return inner_->activation_dtype(); }
   absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {
     return inner_->Allocate(size_bytes);

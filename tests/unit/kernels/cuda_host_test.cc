@@ -243,21 +243,29 @@ TEST(PlanTest, VisibleKeysFollowTheContract) {
 }
 
 TEST(PlanTest, AttentionTilesCoverEveryItemAndChunkOnce) {
-  for (const int32_t block_length : {0, 8, 32}) {
+  for (const auto& [block_length, window] :
+       std::vector<std::pair<int32_t, int32_t>>{{0, 0}, {8, 0}, {32, 0}, {0, 700}, {1, 700}}) {
     for (const int32_t group : {1, 3, 7, 8}) {
       const auto spans = RandomSpans(group, block_length);
       std::map<std::pair<int32_t, int32_t>, std::set<int32_t>> chunks;  // by span and first item
-      for (const AttendTile& tile : AttendTiles(spans, group)) {
+      for (const AttendTile& tile : AttendTiles(spans, group, window)) {
         EXPECT_EQ(tile.first % kAttendItems, 0);
         EXPECT_TRUE(chunks[std::make_pair(tile.span, tile.first)].insert(tile.chunk).second);
-        EXPECT_LT(tile.chunk, tile.num_chunks);
+        EXPECT_TRUE(window > 0 || tile.chunk < tile.num_chunks);
+        // 700 positions touch three chunks at most; a span of full attention adds its own.
+        EXPECT_TRUE(window == 0 || block_length == 0 || tile.num_chunks <= 3);
+        EXPECT_GE(tile.num_chunks, 1);
       }
       for (size_t s = 0; s < spans.size(); ++s) {
         for (int32_t row = 0; row < spans[s].num_rows; ++row) {
           for (int32_t head = 0; head < group; ++head) {
             const int32_t first = (row * group + head) / kAttendItems * kAttendItems;
             const auto& of = chunks[std::make_pair(static_cast<int32_t>(s), first)];
-            EXPECT_GE(static_cast<int32_t>(of.size()), NumAttendChunks(VisibleKeys(spans[s], row)));
+            const int32_t end = NumAttendChunks(VisibleKeys(spans[s], row));
+            for (int32_t chunk = FirstKey(spans[s], row, window) / kAttendChunk; chunk < end;
+                 ++chunk) {
+              EXPECT_EQ(of.count(chunk), 1U);
+            }
           }
         }
       }
@@ -268,7 +276,7 @@ TEST(PlanTest, AttentionTilesCoverEveryItemAndChunkOnce) {
 TEST(PlanTest, AttentionGroupsFitAndTearNoRow) {
   for (const int32_t group : {1, 3, 7}) {
     const auto spans = RandomSpans(20 + group, 32);
-    const auto tiles = AttendTiles(spans, group);
+    const auto tiles = AttendTiles(spans, group, /*window=*/0);
     for (const int64_t room : {int64_t{200}, int64_t{500}, int64_t{100000}}) {
       const auto groups = AttendGroups(spans, tiles, group, room);
       int32_t next_tile = 0;
@@ -303,18 +311,29 @@ TEST(PlanTest, AttentionGroupsFitAndTearNoRow) {
 TEST(PlanTest, KvPagesHoldEveryPosition) {
   for (const int32_t positions : {1, 63, 64, 65, 1000}) {
     for (const int32_t head_dim : {2, 24, 64, 100, 128}) {
-      const KvShape shape = {3, 2, head_dim, positions};
+      KvShape shape = {3, 2, head_dim, positions};
       const KvLayout bf16 = LayOutKv(shape, DType::kBf16);
       const KvLayout f32 = LayOutKv(shape, DType::kF32);
-      EXPECT_GE(bf16.head_stride, head_dim);
-      EXPECT_EQ(bf16.head_stride % 16, 0);
+      EXPECT_GE(HeadStride(head_dim), head_dim);
+      EXPECT_EQ(HeadStride(head_dim) % 16, 0);
       EXPECT_GE(bf16.pages_per_layer * kPagePositions, positions);
       EXPECT_LT((bf16.pages_per_layer - 1) * kPagePositions, positions);
-      EXPECT_GE(bf16.page_bytes, int64_t{2} * 2 * kPagePositions * bf16.head_stride * 2);
+      EXPECT_GE(bf16.page_bytes, int64_t{2} * 2 * kPagePositions * HeadStride(head_dim) * 2);
       EXPECT_EQ(bf16.num_pages, 3 * bf16.pages_per_layer);
       EXPECT_GE(bf16.table_bytes, bf16.num_pages * 8);
       EXPECT_EQ(bf16.total_bytes, bf16.num_pages * bf16.page_bytes + bf16.table_bytes);
       EXPECT_GE(f32.page_bytes, bf16.page_bytes);
+      // Layers with heads of their own.
+      shape.num_other_layers = 2;
+      shape.other_kv_heads = 1;
+      shape.other_head_dim = 40;
+      const KvLayout two = LayOutKv(shape, DType::kBf16);
+      EXPECT_EQ(two.num_pages, bf16.num_pages);
+      EXPECT_EQ(two.num_other_pages, 2 * two.pages_per_layer);
+      EXPECT_GE(two.other_page_bytes, int64_t{2} * kPagePositions * HeadStride(40) * 2);
+      EXPECT_GE(two.table_bytes, (two.num_pages + two.num_other_pages) * 8);
+      EXPECT_EQ(two.total_bytes, two.num_pages * two.page_bytes +
+                                     two.num_other_pages * two.other_page_bytes + two.table_bytes);
     }
   }
 }

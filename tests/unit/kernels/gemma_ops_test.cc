@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/backend.h"
 #include "kernels/quantized.h"
+#include "tests/unit/kernels/named_backend.h"
 
 namespace cinnabar {
 namespace {
@@ -29,15 +29,6 @@ Floats Normal(int64_t count, int seed, float scale = 1.0F) {
   Floats values(count);
   for (float& value : values) value = normal(random);
   return values;
-}
-
-std::unique_ptr<Backend> Make(const std::string& isa, int32_t num_threads,
-                              const WorkspaceShape& shape) {
-  auto backend = MakeBackend(BackendKind::kCpu, {.num_threads = num_threads, .isa = isa});
-  if (!backend.ok()) return nullptr;  // this machine has no such instructions
-  const absl::Status reserved = (*backend)->Reserve(shape);
-  EXPECT_TRUE(reserved.ok()) << reserved;
-  return *std::move(backend);
 }
 
 struct Device {
@@ -72,18 +63,20 @@ double RmsOf(const float* x, int64_t dim, double eps) {
 class GemmaOpsTest : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
-    backend_ = Make(GetParam(), 2,
-                    {.rows_max = 64,
-                     .cols_max = 96,
-                     .vocabulary = 97,
-                     .queries_max = 8,
-                     .positions_max = 200,
-                     .head_dim_max = 48,
-                     .num_experts = 3,
-                     .experts_per_row = 2,
-                     .expert_dim = 33,
-                     .expert_mlp_dim = 21});
-    if (backend_ == nullptr) GTEST_SKIP() << "no " << GetParam() << " here";
+    auto backend = MakeNamedBackend(GetParam(), 2);
+    if (!backend.ok()) return SkipWithout(GetParam(), backend.status());
+    backend_ = *std::move(backend);
+    const absl::Status reserved = backend_->Reserve({.rows_max = 128,
+                                                     .cols_max = 96,
+                                                     .vocabulary = 97,
+                                                     .queries_max = 8,
+                                                     .positions_max = 1600,
+                                                     .head_dim_max = 48,
+                                                     .num_experts = 3,
+                                                     .experts_per_row = 2,
+                                                     .expert_dim = 33,
+                                                     .expert_mlp_dim = 21});
+    ASSERT_TRUE(reserved.ok()) << reserved;
   }
   std::unique_ptr<Backend> backend_;
 };
@@ -376,6 +369,7 @@ TEST_P(GemmaOpsTest, CappedLogitsAgreeWithDoubleAndKeepNan) {
                               .queries = queries,
                               .answers = absl::MakeSpan(answers)};
     ASSERT_TRUE(backend_->AnswerVocabulary(args).ok());
+    ASSERT_TRUE(backend_->Synchronize().ok());
     double sum = 0;
     for (const float l : got) sum += std::exp(static_cast<double>(l) / 0.7);
     EXPECT_NEAR(answers[0].log_sum_exp, std::log(sum), 1e-5);
@@ -388,6 +382,7 @@ TEST_P(GemmaOpsTest, CappedLogitsAgreeWithDoubleAndKeepNan) {
     VocabularyArgs nan = args;
     nan.hidden = bad.rows(1);
     ASSERT_TRUE(backend_->AnswerVocabulary(nan).ok());
+    ASSERT_TRUE(backend_->Synchronize().ok());
     EXPECT_FALSE(answers[0].finite);
   }
 }
@@ -418,12 +413,15 @@ TEST_P(GemmaOpsTest, TheTopTokenMayBePickedAndTiesGoToTheLowerId) {
                                       .queries = queries,
                                       .answers = absl::MakeSpan(answers)})
                   .ok());
+  ASSERT_TRUE(backend_->Synchronize().ok());
   EXPECT_EQ(answers[0].top_token, 90);
   EXPECT_EQ(answers[1].top_token, 31);
   EXPECT_EQ(answers[2].top_token, -1);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, GemmaOpsTest, testing::Values("avx512", "avx2", "generic"));
+INSTANTIATE_TEST_SUITE_P(Emulated, GemmaOpsTest, testing::Values("emulated"));
+INSTANTIATE_TEST_SUITE_P(Cuda, GemmaOpsTest, testing::Values("cuda"));
 
 struct SoftCase {
   int64_t vocabulary;
@@ -476,7 +474,21 @@ Floats RunSoft(Backend& backend, const SoftCase& c, const Floats& hidden, int64_
   const HostMatrix matrix{stored.data(), c.dtype, c.vocabulary, c.dim};
   const auto weight = *backend.LoadWeight({&matrix, 1}, RowOrder::kStacked, c.dtype);
   const auto table = *backend.LoadEmbedding(matrix);
-  const Device hidden_rows(backend, hidden), out(backend, Floats(rows * c.dim));
+  // Rows of whole 16 bytes, so that tensor cores can read them.
+  const bool bf16 = backend.activation_dtype() == DType::kBf16;
+  const int64_t stride = bf16 ? (c.dim + 7) / 8 * 8 : c.dim;
+  Floats kept(rows * stride);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < c.dim; ++i) {
+      if (bf16) {
+        std::memcpy(reinterpret_cast<char*>(kept.data()) + 2 * (r * stride + i),
+                    reinterpret_cast<const char*>(&hidden[r * c.dim + i]) + 2, 2);
+      } else {
+        kept[r * stride + i] = hidden[r * c.dim + i];
+      }
+    }
+  }
+  const Device hidden_rows(backend, kept), out(backend, Floats(rows * c.dim));
   EXPECT_TRUE(backend
                   .Reserve({.rows_max = rows,
                             .cols_max = c.dim,
@@ -487,7 +499,7 @@ Floats RunSoft(Backend& backend, const SoftCase& c, const Floats& hidden, int64_
                             .soft_rows_max = rows})
                   .ok());
   EXPECT_TRUE(backend
-                  .SoftEmbed({.hidden = hidden_rows.rows(c.dim),
+                  .SoftEmbed({.hidden = {hidden_rows.data(), stride, backend.activation_dtype()},
                               .num_rows = rows,
                               .weight = weight.get(),
                               .logit_cap = c.cap,
@@ -499,54 +511,96 @@ Floats RunSoft(Backend& backend, const SoftCase& c, const Floats& hidden, int64_
   return out.Get(backend, rows * c.dim);
 }
 
-TEST(SoftEmbedTest, AgreesWithDoubleAndDependsOnNeitherIsaNorThreadsNorBatch) {
-  const std::vector<SoftCase> cases = {
+const std::vector<SoftCase>& SoftCases() {
+  static const auto* const cases = new std::vector<SoftCase>{
       {1, 1, DType::kF32, 0, 1, 1},        {31, 7, DType::kF32, 0, 0.4F, 1},
       {257, 33, DType::kF32, 30, 0.8F, 3}, {3001, 40, DType::kBf16, 30, 0.4F, 8},
       {9000, 20, DType::kF16, 5, 1, 1},    {600, 64, DType::kQ8_0, 0, 0.8F, 2}};
-  for (const SoftCase& c : cases) {
-    SCOPED_TRACE(absl::StrCat(c.vocabulary, " x ", c.dim, " ", NameOf(c.dtype)));
-    const int64_t rows = 131;
-    const Floats hidden = Normal(rows * c.dim, 1, c.spread / std::sqrt(static_cast<float>(c.dim)));
-    const std::vector<char> stored = Stored(Normal(c.vocabulary * c.dim, 2), c.dtype);
-    const Floats table = Widened(Normal(c.vocabulary * c.dim, 2), c.dtype);
-    const auto reference = MakeBackend(BackendKind::kCpu, {.num_threads = 1, .isa = "generic"});
-    const Floats got = RunSoft(**reference, c, hidden, rows, stored);
-    for (int64_t r = 0; r < rows; r += 13) {
-      Doubles l(c.vocabulary), want(c.dim), size(c.dim);
-      for (int64_t v = 0; v < c.vocabulary; ++v) {
-        l[v] = Dot(&hidden[r * c.dim], &table[v * c.dim], c.dim);
-        if (c.cap > 0) l[v] = c.cap * std::tanh(l[v] / c.cap);
-      }
-      const double top = *std::max_element(l.begin(), l.end());
-      double mass = 0;
-      for (int64_t v = 0; v < c.vocabulary; ++v) {
-        const double p = std::exp((l[v] - top) / c.temperature);
-        mass += p;
-        for (int64_t i = 0; i < c.dim; ++i) {
-          want[i] += 1.7 * p * table[v * c.dim + i];
-          size[i] += 1.7 * p * std::abs(table[v * c.dim + i]);
-        }
-      }
+  return *cases;
+}
+
+constexpr int64_t kSoftRows = 131;
+
+struct SoftInputs {
+  Floats hidden;
+  std::vector<char> stored;
+  Floats table;  // what `stored` holds
+};
+SoftInputs SoftInputsOf(const SoftCase& c) {
+  const Floats table = Normal(c.vocabulary * c.dim, 2);
+  return {Normal(kSoftRows * c.dim, 1, c.spread / std::sqrt(static_cast<float>(c.dim))),
+          Stored(table, c.dtype), Widened(table, c.dtype)};
+}
+
+// The exponents carry the rounding of float32 logits, over the temperature.
+void ExpectSoft(const SoftCase& c, const SoftInputs& in, const Floats& got, double tolerance) {
+  for (int64_t r = 0; r < kSoftRows; r += 13) {
+    Doubles l(c.vocabulary), want(c.dim), size(c.dim);
+    for (int64_t v = 0; v < c.vocabulary; ++v) {
+      l[v] = Dot(&in.hidden[r * c.dim], &in.table[v * c.dim], c.dim);
+      if (c.cap > 0) l[v] = c.cap * std::tanh(l[v] / c.cap);
+    }
+    const double top = *std::max_element(l.begin(), l.end());
+    double mass = 0;
+    for (int64_t v = 0; v < c.vocabulary; ++v) {
+      const double p = std::exp((l[v] - top) / c.temperature);
+      mass += p;
       for (int64_t i = 0; i < c.dim; ++i) {
-        // The exponents carry the rounding of float32 logits, or of 15-bit rows, over the
-        // temperature.
-        const double share = IsQuantized(c.dtype) ? 4e-4 : 4e-5;
-        ASSERT_NEAR(got[r * c.dim + i], want[i] / mass, share * size[i] / mass + 1e-6)
-            << "row " << r << ", column " << i;
+        want[i] += 1.7 * p * in.table[v * c.dim + i];
+        size[i] += 1.7 * p * std::abs(in.table[v * c.dim + i]);
       }
     }
+    for (int64_t i = 0; i < c.dim; ++i) {
+      ASSERT_NEAR(got[r * c.dim + i], want[i] / mass, tolerance * size[i] / mass + 1e-6)
+          << "row " << r << ", column " << i;
+    }
+  }
+}
+
+TEST(SoftEmbedTest, AgreesWithDoubleAndDependsOnNeitherIsaNorThreadsNorBatch) {
+  for (const SoftCase& c : SoftCases()) {
+    SCOPED_TRACE(absl::StrCat(c.vocabulary, " x ", c.dim, " ", NameOf(c.dtype)));
+    const SoftInputs in = SoftInputsOf(c);
+    const auto reference = MakeBackend(BackendKind::kCpu, {.num_threads = 1, .isa = "generic"});
+    const Floats got = RunSoft(**reference, c, in.hidden, kSoftRows, in.stored);
+    ExpectSoft(c, in, got, IsQuantized(c.dtype) ? 4e-4 : 4e-5);  // rows of 15 bits
     for (const char* isa : {"avx512", "avx2", "generic"}) {
       for (const int32_t num_threads : {1, 3}) {
         const auto backend =
             MakeBackend(BackendKind::kCpu, {.num_threads = num_threads, .isa = isa});
         if (!backend.ok()) continue;
         SCOPED_TRACE((*backend)->Describe());
-        EXPECT_EQ(RunSoft(**backend, c, hidden, rows, stored), got);
-        const Floats few(hidden.begin() + 60 * c.dim, hidden.begin() + 67 * c.dim);
-        const Floats alone = RunSoft(**backend, c, few, 7, stored);
+        EXPECT_EQ(RunSoft(**backend, c, in.hidden, kSoftRows, in.stored), got);
+        const Floats few(in.hidden.begin() + 60 * c.dim, in.hidden.begin() + 67 * c.dim);
+        const Floats alone = RunSoft(**backend, c, few, 7, in.stored);
         EXPECT_TRUE(std::equal(alone.begin(), alone.end(), got.begin() + 60 * c.dim));
       }
+    }
+  }
+}
+
+// bf16: hidden rows are rounded to bf16, which the inputs then are; the tensor cores' exponentials
+// are rounded to bf16 too, and the masses with them, so that an error is the mean of many. Logits
+// of a quantised head carry the rounding of its values to bf16, over the temperature.
+class CudaSoftEmbedTest : public testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Emulated, CudaSoftEmbedTest, testing::Values("emulated", "emulated-bf16"));
+INSTANTIATE_TEST_SUITE_P(Cuda, CudaSoftEmbedTest, testing::Values("cuda", "cuda-bf16"));
+
+TEST_P(CudaSoftEmbedTest, AgreesWithDoubleWhateverTheBatch) {
+  const auto backend = MakeNamedBackend(GetParam());
+  if (!backend.ok()) return SkipWithout(GetParam(), backend.status());
+  const bool bf16 = (*backend)->activation_dtype() == DType::kBf16;
+  for (const SoftCase& c : SoftCases()) {
+    SCOPED_TRACE(absl::StrCat(c.vocabulary, " x ", c.dim, " ", NameOf(c.dtype)));
+    SoftInputs in = SoftInputsOf(c);
+    if (bf16) in.hidden = Widened(in.hidden, DType::kBf16);
+    const Floats got = RunSoft(**backend, c, in.hidden, kSoftRows, in.stored);
+    const double rounded = IsQuantized(c.dtype) ? 2e-2 : c.dtype == DType::kBf16 ? 4e-3 : 4e-5;
+    ExpectSoft(c, in, got, bf16 ? rounded : 4e-5);
+    for (const int64_t rows : {7, 40}) {
+      const Floats few(in.hidden.begin() + 60 * c.dim, in.hidden.begin() + (60 + rows) * c.dim);
+      const Floats alone = RunSoft(**backend, c, few, rows, in.stored);
+      EXPECT_TRUE(std::equal(alone.begin(), alone.end(), got.begin() + 60 * c.dim)) << rows;
     }
   }
 }

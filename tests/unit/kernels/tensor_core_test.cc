@@ -16,6 +16,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/math.h"
 #include "kernels/cuda/plan.h"
+#include "kernels/quantized.h"
 #include "tests/unit/kernels/named_backend.h"
 
 namespace cinnabar {
@@ -354,6 +355,233 @@ TEST_P(TensorCoreTest, Fp8ProductsAreThoseOfTheRoundedOperands) {
   EXPECT_LT(std::sqrt(error / size), 0.05);  // e4m3 has 4 bits: about 4 %
 }
 
+// --- Block-quantised weights: products of bf16 rows with each value rounded once to bf16
+
+constexpr DType kFormats[] = {DType::kQ8_0, DType::kQ4_0, DType::kQ4_1, DType::kQ4_K, DType::kQ6_K};
+
+struct Blocks {
+  std::vector<uint8_t> bytes;
+  HostMatrix matrix;
+  Floats values;  // as bf16
+  Blocks(DType dtype, int64_t rows, int64_t cols, int seed)
+      : bytes(1 + BytesOf(dtype, rows * cols)), values(rows * cols) {
+    QuantizeRow(RandomBf16(rows * cols, seed), dtype, bytes.data() + 1);
+    matrix = {bytes.data() + 1, dtype, rows, cols};
+    for (int64_t row = 0; row < rows; ++row) {
+      ReadRow(matrix, row, absl::MakeSpan(values).subspan(row * cols, cols));
+    }
+    for (float& value : values) value = Bf16(value);
+  }
+};
+
+Floats Multiply(Backend& backend, const Weight& weight, const Floats& x, const float* bias) {
+  const int64_t dim = weight.cols(), rows = static_cast<int64_t>(x.size()) / dim;
+  const DeviceRows xs(backend, x, dim, DType::kBf16);
+  const DeviceRows out(backend, Floats(rows * weight.rows()), weight.rows(), DType::kF32);
+  EXPECT_TRUE(backend
+                  .Linear({.x = xs.rows(),
+                           .num_rows = rows,
+                           .weight = &weight,
+                           .bias = bias,
+                           .out = out.rows()})
+                  .ok());
+  return out.Get();
+}
+
+void ExpectProduct(const Floats& got, const Floats& x, const Floats& w, const Floats& bias,
+                   int64_t dim) {
+  const int64_t outputs = static_cast<int64_t>(w.size()) / dim;
+  Doubles want, scale;
+  for (size_t r = 0; r < x.size() / dim; ++r) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      double y = bias[o], size = std::abs(y);
+      for (int64_t k = 0; k < dim; ++k) {
+        const double term = static_cast<double>(x[r * dim + k]) * w[o * dim + k];
+        y += term;
+        size += std::abs(term);
+      }
+      want.push_back(y);
+      scale.push_back(size);
+    }
+  }
+  ExpectNear(got, want, scale, kSumTolerance);
+}
+
+TEST_P(TensorCoreTest, ProductsWithBlocksAreThoseOfTheirBf16) {
+  for (const DType dtype : kFormats) {
+    // Every tile of rows; units that are not full; sums in one and four segments.
+    for (const auto& [rows, outputs, dim] :
+         std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 1, 32},
+                                                            {5, 65, 96},
+                                                            {16, 130, 256},
+                                                            {33, 70, 512},
+                                                            {130, 140, 288},
+                                                            {3, 20, 2304}}) {
+      if (dim % BlockOf(dtype).elements != 0) continue;
+      SCOPED_TRACE(absl::StrCat(rows, " x ", dim, " -> ", outputs, " ", NameOf(dtype)));
+      const Blocks w(dtype, outputs, dim, 2);
+      const auto weight = *backend_->LoadWeight({w.matrix}, RowOrder::kStacked, dtype);
+      const Floats x = RandomBf16(rows * dim, 1), bias = RandomBf16(outputs, 3);
+      const auto biases = Vector(*backend_, bias);
+      ExpectProduct(Multiply(*backend_, *weight, x, Data(biases)), x, w.values, bias, dim);
+    }
+  }
+}
+
+TEST_P(TensorCoreTest, PartsOfSeveralFormatsAreStackedAndPaired) {
+  const int64_t dim = 256;
+  const Blocks q(DType::kQ4_K, 40, dim, 1), k(DType::kQ4_K, 24, dim, 2),
+      v(DType::kQ6_K, 17, dim, 3);
+  const auto qkv =
+      *backend_->LoadWeight({q.matrix, k.matrix, v.matrix}, RowOrder::kStacked, DType::kQ4_K);
+  Floats w = q.values, bias = RandomBf16(81, 4);
+  w.insert(w.end(), k.values.begin(), k.values.end());
+  w.insert(w.end(), v.values.begin(), v.values.end());
+  const Floats x = RandomBf16(9 * dim, 5);
+  const auto biases = Vector(*backend_, bias);
+  ExpectProduct(Multiply(*backend_, *qkv, x, Data(biases)), x, w, bias, dim);
+  for (const DType other : {DType::kQ8_0, DType::kQ4_1}) {
+    const Blocks gate(DType::kQ8_0, 50, dim, 6), up(other, 50, dim, 7);
+    const auto pair =
+        *backend_->LoadWeight({gate.matrix, up.matrix}, RowOrder::kGatedPairs, DType::kQ8_0);
+    const DeviceRows xs(*backend_, x, dim, DType::kBf16);
+    const DeviceRows out(*backend_, Floats(9 * 50), 50, DType::kF32);
+    ASSERT_TRUE(backend_
+                    ->Linear({.x = xs.rows(),
+                              .num_rows = 9,
+                              .weight = pair.get(),
+                              .epilogue = Epilogue::kGeGlu,
+                              .out = out.rows()})
+                    .ok());
+    const Floats got = out.Get();
+    for (int64_t i = 0; i < 9 * 50; ++i) {
+      double g = 0, u = 0;
+      for (int64_t j = 0; j < dim; ++j) {
+        g += static_cast<double>(x[i / 50 * dim + j]) * gate.values[i % 50 * dim + j];
+        u += static_cast<double>(x[i / 50 * dim + j]) * up.values[i % 50 * dim + j];
+      }
+      const double gelu =
+          0.5 * g * (1 + std::tanh(std::sqrt(2 / M_PI) * (g + 0.044715 * g * g * g)));
+      ASSERT_NEAR(got[i], gelu * u, 2e-4 * (1 + std::abs(g)) * (1 + std::abs(u))) << i;
+    }
+  }
+}
+
+TEST_P(TensorCoreTest, BitsOfProductsWithBlocksDoNotDependOnTheBatch) {
+  for (const auto& [dtype, dim] : std::vector<std::pair<DType, int64_t>>{
+           {DType::kQ8_0, 96}, {DType::kQ4_K, 2304}, {DType::kQ6_K, 256}}) {
+    SCOPED_TRACE(NameOf(dtype));
+    const Blocks w(dtype, 70, dim, 2);
+    const auto weight = *backend_->LoadWeight({w.matrix}, RowOrder::kStacked, dtype);
+    const Floats x = RandomBf16(140 * dim, 1);
+    const Floats whole = Multiply(*backend_, *weight, x, nullptr);
+    for (const simt::Order order : {simt::Order::kForward, simt::Order::kShuffled}) {
+      simt::SetOrder(order);
+      for (const auto& [begin, count] :
+           std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {7, 16}, {50, 30}, {70, 64}}) {
+        EXPECT_TRUE(SameBits(Multiply(*backend_, *weight, Slice(x, begin, count, dim), nullptr),
+                             Slice(whole, begin, count, 70)))
+            << begin << " + " << count;
+      }
+    }
+    simt::SetOrder(simt::Order::kForward);
+  }
+}
+
+TEST_P(TensorCoreTest, TheHeadAndExpertsReadBlocks) {
+  const int64_t rows = 37, dim = 256, ids = 300;
+  Reserve({.rows_max = 64,
+           .cols_max = dim,
+           .vocabulary = ids,
+           .queries_max = rows,
+           .num_experts = 3,
+           .experts_per_row = 1,
+           .expert_dim = dim,
+           .expert_mlp_dim = dim});
+  const Floats x = RandomBf16(rows * dim, 1, 0.1F);
+  const DeviceRows hidden(*backend_, x, dim, DType::kBf16);
+  for (const DType dtype : {DType::kQ8_0, DType::kQ4_K}) {
+    SCOPED_TRACE(NameOf(dtype));
+    const Blocks w(dtype, ids, dim, 2);
+    const auto head = *backend_->LoadWeight({w.matrix}, RowOrder::kStacked, dtype);
+    const Floats logits = Multiply(*backend_, *head, x, nullptr);
+    std::vector<VocabularyQuery> queries(rows);
+    for (int32_t i = 0; i < rows; ++i) queries[i].hidden_row = i;
+    std::vector<VocabularyAnswer> answers(rows), few(3);
+    const auto answer = [&](absl::Span<const VocabularyQuery> of, absl::Span<VocabularyAnswer> to) {
+      ASSERT_TRUE(
+          backend_
+              ->AnswerVocabulary(
+                  {.hidden = hidden.rows(), .weight = head.get(), .queries = of, .answers = to})
+              .ok());
+      ASSERT_TRUE(backend_->Synchronize().ok());
+    };
+    answer(queries, absl::MakeSpan(answers));
+    answer(absl::MakeConstSpan(queries).subspan(20, 3), absl::MakeSpan(few));
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = &logits[i * ids];
+      EXPECT_EQ(answers[i].token, std::max_element(row, row + ids) - row);
+      EXPECT_EQ(answers[i].token_logit, row[answers[i].token]);
+    }
+    for (int64_t i = 0; i < 3; ++i) {
+      EXPECT_EQ(few[i].token, answers[20 + i].token);
+      EXPECT_EQ(few[i].log_sum_exp, answers[20 + i].log_sum_exp);
+    }
+
+    // Expert r % 3 for row r: the same as three Linears.
+    std::vector<std::unique_ptr<Weight>> gate_up, down;
+    std::vector<std::unique_ptr<Blocks>> kept;
+    for (int e = 0; e < 3; ++e) {
+      for (int part = 0; part < 3; ++part) {
+        kept.push_back(std::make_unique<Blocks>(dtype, part < 2 ? 256 : dim, 256, 10 * e + part));
+      }
+      const HostMatrix pair[] = {kept[3 * e]->matrix, kept[3 * e + 1]->matrix};
+      gate_up.push_back(*backend_->MapWeight(pair, RowOrder::kGatedPairs));
+      down.push_back(*backend_->MapWeight({&kept[3 * e + 2]->matrix, 1}, RowOrder::kStacked));
+    }
+    Floats chosen(rows);
+    for (int32_t r = 0; r < rows; ++r) {
+      const int32_t e = r % 3;
+      std::memcpy(&chosen[r], &e, 4);
+    }
+    const auto experts = Vector(*backend_, chosen), ones = Vector(*backend_, Floats(rows, 1.0F));
+    const DeviceRows out(*backend_, Floats(rows * dim), dim, DType::kF32);
+    ASSERT_TRUE(backend_
+                    ->Experts({.x = hidden.rows(),
+                               .num_rows = rows,
+                               .gate_up = gate_up,
+                               .down = down,
+                               .experts_per_row = 1,
+                               .experts = static_cast<const int32_t*>(experts->data()),
+                               .weights = Data(ones),
+                               .add = false,
+                               .out = out.rows()})
+                    .ok());
+    const Floats got = out.Get();
+    for (int e = 0; e < 3; ++e) {
+      const DeviceRows inner(*backend_, Floats(rows * 256), 256, DType::kBf16);
+      const DeviceRows alone(*backend_, Floats(rows * dim), dim, DType::kF32);
+      ASSERT_TRUE(backend_
+                      ->Linear({.x = hidden.rows(),
+                                .num_rows = rows,
+                                .weight = gate_up[e].get(),
+                                .epilogue = Epilogue::kSwiGlu,
+                                .out = inner.rows()})
+                      .ok());
+      ASSERT_TRUE(backend_
+                      ->Linear({.x = inner.rows(),
+                                .num_rows = rows,
+                                .weight = down[e].get(),
+                                .out = alone.rows()})
+                      .ok());
+      const Floats want = alone.Get();
+      for (int64_t r = e; r < rows; r += 3) {
+        EXPECT_TRUE(SameBits(Slice(got, r, 1, dim), Slice(want, r, 1, dim))) << r;
+      }
+    }
+  }
+}
+
 // --- Attention
 
 struct AttentionCase {
@@ -361,6 +589,7 @@ struct AttentionCase {
   int32_t block_length = 0;
   int32_t rotary_dim = 0;
   bool norms = false;
+  int32_t window = 0;  // with block_length 1
 };
 
 struct AttentionRun {
@@ -428,6 +657,7 @@ struct AttentionRun {
                                .scale = 0.2F,
                                .sequences = spans,
                                .layer = 1,
+                               .window = c.window,
                                .out = out.rows()});
       EXPECT_TRUE(status.ok()) << status;
       const Floats got = out.Get();
@@ -470,9 +700,11 @@ struct AttentionRun {
         if (c.block_length > 0) {
           visible = std::min(positions, (p / c.block_length + 1) * c.block_length);
         }
-        Doubles scores(visible);
+        const int32_t first = c.window == 0 ? 0 : std::max(p - c.window + 1, 0);
+        Doubles scores(visible, -INFINITY);
         double max = -INFINITY, sum = 0;
-        for (int32_t k = 0; k < visible; ++k) {
+        for (int32_t k = first; k < visible; ++k) {
+          scores[k] = 0;
           for (int32_t i = 0; i < hd; ++i) scores[k] += 0.2 * q[i] * keys[k][i];
           max = std::max(max, scores[k]);
         }
@@ -500,7 +732,9 @@ TEST_P(TensorCoreTest, AttentionAgreesWithDouble) {
       {{.heads = {2, 1, 128}, .block_length = 32}, {130}},
       {{.heads = {2, 2, 160}}, {20}},  // wider than the tensor kernel takes
       {{.heads = {2, 1, 16}}, {530}},  // two chunks of keys
-      {{.heads = {3, 1, 16}, .block_length = 8}, {520}}};
+      {{.heads = {3, 1, 16}, .block_length = 8}, {520}},
+      {{.heads = {2, 1, 16}, .block_length = 1, .window = 40}, {560}},  // late rows: one chunk
+      {{.heads = {1, 1, 16}, .block_length = 1, .window = 540}, {600}}};
   for (const auto& [c, lengths] : cases) {
     for (const int32_t positions : lengths) {
       SCOPED_TRACE(absl::StrCat("heads ", c.heads.num_heads, " of ", c.heads.head_dim, ", block ",
@@ -530,6 +764,9 @@ TEST_P(TensorCoreTest, AttentionBitsDependOnNeitherCutsNorNeighbours) {
   // Across a border of chunks: 16-position blocks, cached up to 496 and then beyond 512.
   const AttentionRun longer(*backend_, {.heads = {2, 1, 16}, .block_length = 16}, 544);
   EXPECT_TRUE(SameBits(longer.Run({496, 528, 544}, 0), longer.Run({544}, 3)));
+  const AttentionRun windowed(*backend_, {.heads = {2, 1, 16}, .block_length = 1, .window = 40},
+                              560);
+  EXPECT_TRUE(SameBits(windowed.Run({495, 496, 530, 560}, 0), windowed.Run({560}, 3)));
 }
 
 // --- Experts

@@ -125,6 +125,7 @@ void NormInPlace(float* x, int64_t dim, const float* weight, double eps) {
 class ReferenceBackend : public Backend {
  public:
   std::string Describe() const override { return "reference"; }
+  std::string Numerics() const override { return "reference"; }
   DType activation_dtype() const override { return DType::kF32; }
 
   absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t size_bytes) override {

@@ -4,8 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "tests/support/simt/emulated.h"
 #include "worker/model/load_estimate.h"
 
 namespace cinnabar {
@@ -87,18 +89,48 @@ TEST(PlanRoomTest, OfADeviceThatTellsNothingNothingIsRefused) {
   EXPECT_EQ(plan->kv_bytes_max, 5 * kGib);
 }
 
+// A cache of all layers takes more than the one layer that exact reuse keeps: it may have what room
+// there is, and costs the others none of theirs.
+TEST(PlanRoomTest, ACacheOfAllLayersMayTakeTheRoomThatIsThere) {
+  Denoiser::Memory needs = kNeeds;
+  needs.reused_kv_bytes_per_position = 4 * needs.kv_bytes_per_position;
+  const RoomWanted wanted{.sequences_max = 8, .positions_max = 2048};
+  const auto large =
+      PlanRoom("m", "d", needs, wanted, {.total_bytes = 80 * kGib, .free_bytes = 79 * kGib});
+  ASSERT_TRUE(large.ok()) << large.status();
+  EXPECT_EQ(large->sequences_max, 8);
+  EXPECT_EQ(large->kv_bytes_max, 32 * kGib);
+  const auto small =
+      PlanRoom("m", "d", needs, wanted, {.total_bytes = 20 * kGib, .free_bytes = 20 * kGib});
+  ASSERT_TRUE(small.ok()) << small.status();
+  EXPECT_EQ(small->sequences_max, 3);
+  EXPECT_LE(16 * kGib + small->kv_bytes_max, 20 * kGib);
+}
+
+TEST(PlanRoomTest, PredictionsAreCountedWithTheirSequence) {
+  Denoiser::Memory needs = kNeeds;
+  needs.prediction_bytes = kGib / 2;
+  const auto plan = PlanRoom("m", "d", needs, {.sequences_max = 8, .positions_max = 2048}, {});
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->kv_bytes_max, 12 * kGib);
+  EXPECT_FALSE(PlanRoom("m", "d", needs, {.positions_max = 2048, .kv_bytes_max = kGib}, {}).ok());
+}
+
 // The estimate that the plan is made from, against what loading takes.
 TEST(EstimateLoadTest, IsWhatLoadingTakes) {
   const char* source = std::getenv("CINNABAR_SOURCE_DIR");
   const auto backend = *MakeBackend(BackendKind::kCpu, {.num_threads = 1});
   constexpr ForwardLimits kLimits{.rows_max = 300, .sequences_max = 3, .positions_max = 200};
-  for (const char* model : {"models/cinnabar-py-4m", "models/cinnabar-tiny",
-                            "tests/golden/models/llada", "tests/golden/models/dream_bf16",
-                            "tests/golden/models/sdar_b4", "tests/golden/models/llada2",
-                            "tests/golden/models/rnd1_bf16", "tests/golden/models/sedd_absorb"}) {
+  for (const char* model :
+       {"models/cinnabar-py-4m", "models/cinnabar-tiny", "tests/golden/models/llada",
+        "tests/golden/models/dream_bf16", "tests/golden/models/sdar_b4",
+        "tests/golden/models/llada2", "tests/golden/models/rnd1_bf16",
+        "tests/golden/models/sedd_absorb", "tests/golden/models/diffusion_gemma",
+        "tests/golden/models/llada_k.gguf", "tests/golden/models/rnd1_mixed.gguf"}) {
     for (const std::optional<DType> dtype :
          {std::optional<DType>(), std::optional<DType>(DType::kBf16),
-          std::optional<DType>(DType::kF32)}) {
+          std::optional<DType>(DType::kF32), std::optional<DType>(DType::kQ8_0),
+          std::optional<DType>(DType::kQ4_K)}) {
       SCOPED_TRACE(absl::StrCat(model, " as ", dtype.has_value() ? NameOf(*dtype) : "stored"));
       const std::string folder = absl::StrCat(source == nullptr ? "." : source, "/", model);
       const LoadOptions load{.weight_dtype = dtype};
@@ -108,6 +140,18 @@ TEST(EstimateLoadTest, IsWhatLoadingTakes) {
       ASSERT_TRUE(denoiser.ok()) << denoiser.status();
       const Denoiser::Memory memory = (*denoiser)->memory();
       EXPECT_EQ(estimate->kv_bytes_per_position, memory.kv_bytes_per_position);
+      EXPECT_EQ(estimate->reused_kv_bytes_per_position, memory.reused_kv_bytes_per_position);
+      EXPECT_EQ(estimate->prediction_bytes, memory.prediction_bytes);
+      EXPECT_EQ(memory.prediction_bytes, 2 * (*denoiser)->SelfConditioningBytes());
+      // What a sequence is then given.
+      for (const auto& [reuse, bytes_per_position] :
+           {std::pair{KvReuse::kExact, memory.kv_bytes_per_position},
+            {KvReuse::kDual, memory.reused_kv_bytes_per_position}}) {
+        const int64_t bytes = backend->KvBytes((*denoiser)->SequenceKvShape(
+            std::min(kLimits.positions_max, (*denoiser)->traits().positions_max), reuse));
+        EXPECT_GE(bytes_per_position * kLimits.positions_max, bytes);
+        EXPECT_LE((bytes_per_position - 1) * kLimits.positions_max, bytes);
+      }
       // Rows of workspace begin on cache lines; the goldens are narrower than one.
       EXPECT_LE(estimate->workspace_bytes, memory.workspace_bytes);
       EXPECT_GE(estimate->workspace_bytes, memory.workspace_bytes / 2);
@@ -129,6 +173,29 @@ TEST(EstimateLoadTest, IsWhatLoadingTakes) {
         EXPECT_LT(fp8->weights_bytes, copied->weights_bytes);
       }
     }
+  }
+}
+
+// Packed bytes where weights are quantised, on a device as on the CPU.
+TEST(EstimateLoadTest, CountsPackedBytesOfADevice) {
+  const char* source = std::getenv("CINNABAR_SOURCE_DIR");
+  const std::string folder =
+      absl::StrCat(source == nullptr ? "." : source, "/models/cinnabar-py-4m");
+  constexpr ForwardLimits kLimits{.rows_max = 300, .sequences_max = 3, .positions_max = 200};
+  int64_t before = std::numeric_limits<int64_t>::max();
+  for (const DType dtype : {DType::kF32, DType::kBf16, DType::kQ8_0, DType::kQ4_K}) {
+    SCOPED_TRACE(NameOf(dtype));
+    const auto backend = *simt::MakeEmulatedBackend({});
+    const LoadOptions load{.weight_dtype = dtype};
+    const auto estimate = EstimateLoad(folder, *backend, {}, load, kLimits);
+    ASSERT_TRUE(estimate.ok()) << estimate.status();
+    const auto denoiser = LoadDenoiser(folder, *backend, load, kLimits);
+    ASSERT_TRUE(denoiser.ok()) << denoiser.status();
+    const int64_t bytes = (*denoiser)->memory().weights_bytes;
+    EXPECT_LE(estimate->weights_bytes, bytes);
+    EXPECT_GE(estimate->weights_bytes, bytes * 95 / 100);
+    EXPECT_LT(bytes, before);
+    before = bytes;
   }
 }
 
