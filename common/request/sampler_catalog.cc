@@ -159,9 +159,19 @@ constexpr std::array kCatalog = {
         .alias = "t2t",
         .source = "LLaDA2.1, arXiv:2602.08676",
         .summary = "fills above one threshold, and replaces committed tokens above another",
-        .knobs = Bits(Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kTopP,
-                      Knob::kTopK, Knob::kEosEarlyStop),
+        .knobs = Bits(Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kRepeatPenalty,
+                      Knob::kTopP, Knob::kTopK, Knob::kEosEarlyStop),
         .revises = true},
+    SamplerEntry{
+        .name = "joint_threshold_indel",
+        .alias = "indel",
+        .source = "LLaDA2.x InDel, sgl-project/sglang",
+        .summary = "the same, and deletes and inserts tokens in the open block, which move then",
+        .knobs = Bits(Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kEosEarlyStop),
+        .revises = true,
+        .remembers = true,
+        .row_rules = 7,
+        .moves_tokens = true},
     SamplerEntry{.name = "hierarchical",
                  .source = "dInfer, arXiv:2510.08666",
                  .summary = "the best of each run of masks, and all above the threshold",
@@ -213,6 +223,13 @@ std::string Normalized(absl::string_view name) {
   std::string result = absl::AsciiStrToLower(name);
   std::replace(result.begin(), result.end(), '-', '_');
   return result;
+}
+
+const SamplerEntry* Canonical(absl::string_view name) {
+  for (const SamplerEntry& entry : kCatalog) {
+    if (entry.name == name) return &entry;
+  }
+  return nullptr;
 }
 
 bool Reads(const SamplerEntry& entry, Knob knob) {
@@ -322,7 +339,7 @@ absl::Status CheckUnread(const DecodingParams& p, const SamplerEntry& entry) {
       {Knob::kRemaskingWindow, "alpha_on", p.alpha_on != unset.alpha_on},
       {Knob::kEditing, "edit_threshold", p.edit_threshold != unset.edit_threshold},
       {Knob::kEditing, "edit_steps", p.edit_steps != unset.edit_steps},
-      {Knob::kEditing, "repeat_penalty", p.repeat_penalty != unset.repeat_penalty},
+      {Knob::kRepeatPenalty, "repeat_penalty", p.repeat_penalty != unset.repeat_penalty},
       {Knob::kLowThreshold, "low_threshold", p.low_threshold != unset.low_threshold},
       {Knob::kEosEarlyStop, "eos_early_stop", p.eos_early_stop},
   };
@@ -367,6 +384,21 @@ absl::Status CheckRevision(const DecodingParams& p, const SamplerEntry& entry) {
   return absl::OkStatus();
 }
 
+absl::Status CheckEditTokens(const DecodingParams& p, const SamplerEntry& entry,
+                             const ModelTraits& model) {
+  if (model.delete_token < 0 || model.split_token < 0) {
+    return Invalid("sampler: ", entry.name,
+                   " needs a model that predicts deletions and insertions (delete_token_id and "
+                   "split_token_id in its config.json); use joint_threshold");
+  }
+  if (p.pickable_ids > 0 && std::max(model.delete_token, model.split_token) >= p.pickable_ids) {
+    return Invalid("sampler: ", entry.name, " cannot predict delete_token_id ", model.delete_token,
+                   " and split_token_id ", model.split_token, ": the tokenizer has ",
+                   p.pickable_ids, " ids; use joint_threshold");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
                             const ModelTraits& model) {
   const bool is_score_sampler = absl::string_view(entry.name).substr(0, 5) == "sedd_";
@@ -403,6 +435,7 @@ absl::Status CheckModelFits(const DecodingParams& p, const SamplerEntry& entry,
                    " draws from the scores as they are; leave "
                    "it out or use 1");
   }
+  if (entry.moves_tokens) CINNABAR_RETURN_IF_ERROR(CheckEditTokens(p, entry, model));
   if (p.kv_reuse != KvReuse::kExact) {
     // Sub-blocks reuse inside of a block; finished blocks of a block-causal model are exact anyhow.
     const bool inside = Reads(entry, Knob::kSubBlockLength);
@@ -506,10 +539,13 @@ absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name) {
 }
 
 bool SamplerRevises(absl::string_view name) {
-  for (const SamplerEntry& entry : kCatalog) {
-    if (entry.name == name) return entry.revises;
-  }
-  return false;
+  const SamplerEntry* const entry = Canonical(name);
+  return entry != nullptr && entry->revises;
+}
+
+bool SamplerMovesTokens(absl::string_view name) {
+  const SamplerEntry* const entry = Canonical(name);
+  return entry != nullptr && entry->moves_tokens;
 }
 
 absl::StatusOr<DecodingParams> ResolveParams(const DecodingParams& params, const ModelTraits& model,

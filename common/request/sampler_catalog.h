@@ -31,13 +31,14 @@ enum class Knob : uint32_t {
   kEosSwitches = 1U << 10,  // logits_eos_inf, confidence_eos_eot_inf
   kEta = 1U << 11,
   kRemaskingWindow = 1U << 12,  // t_on, t_off, alpha_on
-  kEditing = 1U << 13,          // edit_threshold, edit_steps, repeat_penalty
+  kEditing = 1U << 13,          // edit_threshold, edit_steps
   kLowThreshold = 1U << 14,
   kEosEarlyStop = 1U << 15,
   kKvReuse = 1U << 16,
   kSubBlockLength = 1U << 17,
   kCooling = 1U << 18,       // temperature_start, temperature_end
   kAdaptiveStop = 1U << 19,  // stable_steps, confident_entropy
+  kRepeatPenalty = 1U << 20,
 };
 
 // What the network's output means; a sampler fits some kinds.
@@ -57,6 +58,10 @@ struct ModelTraits {
   TokenId mask_token = -1;          // -1: none (uniform noise)
   std::vector<TokenId> eos_tokens;  // end of text and end of turn; may be empty
   TokenId eot_token = -1;  // LLaDA's <|eot_id|>, which ends a turn too; not in eos_tokens; -1: none
+  // What an editing model predicts where a token is to go, and where one is to be put in before it;
+  // both or neither. -1: none.
+  TokenId delete_token = -1;
+  TokenId split_token = -1;
   // The prediction for position i is row i-1 (row 0 for position 0). A block-causal model's first
   // row of a block is that of the block before, once its tokens are final.
   bool shift_logits = false;
@@ -86,6 +91,9 @@ struct SamplerEntry {
   float eta = -1.0F;          // default of DecodingParams::eta; -1: not read
   uint32_t row_rules = 0;     // exceptions of the vocabulary head that it may make for a row
   bool gives_credit = false;  // keeps DecodingState::credits
+  // Deletes and inserts in the open block, whose tokens move then: keeps DecodingState::memory, and
+  // needs a model with ModelTraits::delete_token and split_token.
+  bool moves_tokens = false;
 };
 
 // Every sampler, in the order in which help lists them.
@@ -96,6 +104,8 @@ absl::StatusOr<const SamplerEntry*> FindSampler(absl::string_view name);
 
 // Whether the sampler of that canonical name revises; false for an unknown one. Allocates nothing.
 bool SamplerRevises(absl::string_view name);
+// Likewise whether it moves tokens.
+bool SamplerMovesTokens(absl::string_view name);
 
 // Checks `params` against ranges, the sampler's knobs and the model, and fills in what was left to
 // default (sampler, block length, steps, eta). `num_masked` is how many positions are to be filled,

@@ -30,6 +30,8 @@ absl::StatusOr<ModelTraits> FromWire(const v1::ModelTraits& wire) {
   traits.mask_token = wire.mask_token();
   traits.eos_tokens.assign(wire.eos_tokens().begin(), wire.eos_tokens().end());
   traits.eot_token = wire.eot_token();
+  if (wire.has_delete_token()) traits.delete_token = wire.delete_token();
+  if (wire.has_split_token()) traits.split_token = wire.split_token();
   traits.shift_logits = wire.shift_logits();
   traits.causal_block_length = wire.causal_block_length();
   traits.causal_encoder = wire.causal_encoder();
@@ -66,6 +68,8 @@ v1::ModelTraits ToWire(const ModelTraits& traits) {
   wire.set_mask_token(traits.mask_token);
   wire.mutable_eos_tokens()->Assign(traits.eos_tokens.begin(), traits.eos_tokens.end());
   wire.set_eot_token(traits.eot_token);
+  if (traits.delete_token >= 0) wire.set_delete_token(traits.delete_token);
+  if (traits.split_token >= 0) wire.set_split_token(traits.split_token);
   wire.set_shift_logits(traits.shift_logits);
   wire.set_causal_block_length(traits.causal_block_length);
   wire.set_causal_encoder(traits.causal_encoder);

@@ -381,6 +381,8 @@ ApiResult<Work> BuildWork(const GenerationRequest& request, const ServedModel& m
   // A corrector's steps are shorter where its rates are high: a few dozen more.
   if (sampler.revises) work.steps_max += num_blocks * 32;
   if (Reads(sampler, Knob::kEditing)) work.steps_max += num_blocks * params.edit_steps;
+  // Masks may be put in: as many steps for a block as it has positions, whatever is given of them.
+  if (sampler.moves_tokens) work.steps_max += num_blocks * params.block_length;
   work.cost = int64_t{layout.length()} * steps * (params.cfg_scale > 0 ? 2 : 1);
   work.input_price_microdollars =
       Microdollars(work.prompt_tokens, model.prices.input_dollars_per_million);

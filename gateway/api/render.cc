@@ -127,7 +127,7 @@ Json KnobNames(const SamplerEntry& entry) {
       {Knob::kRemaskingWindow, "alpha_on"},
       {Knob::kEditing, "edit_threshold"},
       {Knob::kEditing, "edit_steps"},
-      {Knob::kEditing, "repeat_penalty"},
+      {Knob::kRepeatPenalty, "repeat_penalty"},
       {Knob::kLowThreshold, "low_threshold"},
       {Knob::kEosEarlyStop, "eos_early_stop"}};
   Json names = Json::array();

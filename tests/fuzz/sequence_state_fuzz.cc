@@ -1,7 +1,8 @@
 // Any bytes as a SequenceState: an error or a state that decodes to its end under predictions of a
-// toy network.
+// toy network, which deletes and inserts now and then.
 #include <google/protobuf/stubs/logging.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -26,6 +27,16 @@ void Decode(SequenceState state, const ModelTraits& model) {
     sampler->Plan(context, plan);
     answers.assign(plan.queries.size(),
                    {.token = 1, .probability = 0.5, .margin = 0.2, .entropy = 1.0});
+    for (size_t i = 0; i < answers.size(); ++i) {
+      const TokenId moves[] = {1, model.delete_token, model.split_token};
+      const TokenId token = moves[(i + static_cast<size_t>(step)) % 3];
+      const auto& rules = plan.queries[i].rules;
+      if (std::none_of(rules.begin(), rules.end(), [&](const VocabularyRule& rule) {
+            return rule.id == token && !rule.pickable;
+          })) {
+        answers[i].token = token;
+      }
+    }
     outcome.Clear();
     sampler->Decide(context, plan, answers, outcome);
     ApplyOutcome(outcome, plan.forward, state.params, model, state.canvas, state.decoding);
@@ -46,6 +57,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     model.vocab_size = 100;
     model.mask_token = 99;
     model.eos_tokens = {98};
+    model.delete_token = 96;
+    model.split_token = 97;
     model.positions_max = 64;
     model.causal_block_length = block_length;
     model.default_sampler = "low_confidence";

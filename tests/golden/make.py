@@ -26,7 +26,7 @@ GENERATED = ["models", "logits", "cases", "probabilities", "index.json"]
 
 # Ids below these stand for text; the others are special or unused rows.
 TEXT_IDS = {"llada_gqa": 125, "sdar_b8": 93, "sdar_moe": 93, "rnd1": 93, "rnd1_bf16": 93, "llada_moe": 93, "llada2": 93,
-            "fast_dllm_v2": 93, "bd3lm": 88, "diffusion_gemma": 97, "diffusion_gemma_bf16": 97,
+            "llada2_indel": 93, "fast_dllm_v2": 93, "bd3lm": 88, "diffusion_gemma": 97, "diffusion_gemma_bf16": 97,
             "sedd_absorb": 83, "sedd_uniform": 83, "mdlm": 88, "dream_mixed": 93, "rnd1_mixed": 93, "llada_moe_mixed": 93,
             "llada_k": 93}
 

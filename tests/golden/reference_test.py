@@ -13,7 +13,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from reference import checkpoints, models, safetensors_io, samplers  # noqa: E402
+from reference import cases, checkpoints, indel, models, safetensors_io, samplers  # noqa: E402
 
 INDEX = json.loads((HERE / "index.json").read_text())
 LOGLINEAR = {"noise": "loglinear", "sigma_min": 0.0, "sigma_max": 0.0}
@@ -179,6 +179,72 @@ def test_joint_threshold_by_hand():
     assert trace([0.9, 0.8, 0.7, 0.6], {**options, "edit_steps": 0}) == [[0, 1], [2], [3]]
 
 
+MASK, DELETE, SPLIT = 0, 28, 29  # of the blocks below; text is 1 to 27
+
+
+def moving_block(length, given=None, **options):
+    traits = models.Traits("moving", 30, MASK, delete_token=DELETE, split_token=SPLIT)
+    given = given or [False] * length
+    tokens = [5 if g else MASK for g in given]
+    return indel.Block(tokens, given, traits, options, set(), samplers.require,
+                       (samplers.LOGIT_GAP, samplers.relative)), tokens
+
+
+def rows_of(*predictions):
+    """Of each position, the id predicted and its probability; the rest is shared evenly, but for a second id."""
+    rows = []
+    for id_, p, *second in predictions:
+        row = np.full(30, (1 - p) / 29)
+        row[id_] = p
+        if second:
+            row[second[0]] *= 2
+        rows.append(np.log(row / row.sum()))
+    return rows
+
+
+def test_tokens_move_by_hand():
+    block, tokens = moving_block(4, threshold=0.5, edit_threshold=0.5)
+    tokens, last = block.step(tokens, rows_of((1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6)))
+    assert (tokens, last, block.original) == ([1, 2, 3, 4], False, [True] * 4)
+    # A mask comes before 2 and pushes 4 out; then 1 goes, and a mask comes at the end.
+    tokens, last = block.step(tokens, rows_of((1, 0.9), (SPLIT, 0.8), (3, 0.7), (4, 0.6)))
+    assert (tokens, last, block.original) == ([1, MASK, 2, 3], False, [True, False, True, True])
+    tokens, last = block.step(tokens, rows_of((DELETE, 0.9), (MASK, 0.8), (2, 0.7), (3, 0.6)))
+    assert (tokens, last, block.original) == ([MASK, 2, 3, MASK], False, [False, True, True, False])
+    tokens, last = block.step(tokens, rows_of((7, 0.9), (2, 0.8), (3, 0.7), (8, 0.6)))
+    assert (tokens, last) == ([7, 2, 3, 8], False)
+    tokens, last = block.step(tokens, rows_of((7, 0.9), (2, 0.8), (3, 0.7), (8, 0.6)))
+    assert (tokens, last) == ([7, 2, 3, 8], True)
+    assert {"split", "token cut", "delete", "filled up", "mask stays", "nothing to do"} <= block.events
+
+
+def test_runs_between_given_positions_move_alone():
+    block, tokens = moving_block(5, [False, False, True, False, False], threshold=0.5, edit_threshold=0.9)
+    tokens, _ = block.step(tokens, rows_of((DELETE, 0.9), (2, 0.8), (3, 0.9), (SPLIT, 0.7), (4, 0.6)))
+    assert tokens == [2, MASK, 5, MASK, MASK]
+    assert block.original == [True, False, False, False, True]
+
+
+def test_the_last_step_cleans_up():
+    block, tokens = moving_block(2, threshold=0.5, edit_threshold=0.5, edit_steps=1)
+    tokens, last = block.step(tokens, rows_of((1, 0.9), (2, 0.8)))
+    assert (tokens, last) == ([1, 2], False)
+    tokens, last = block.step(tokens, rows_of((DELETE, 0.9, 7), (MASK, 0.8, 9)))
+    assert (tokens, last) == ([7, 9], True)
+    # Without a budget the step that takes the last of the block's own masks is the last.
+    block, tokens = moving_block(2, threshold=0.5, edit_steps=0)
+    tokens, last = block.step(tokens, rows_of((1, 0.9), (SPLIT, 0.8, 6)))
+    assert (tokens, last) == ([1, 6], True)
+
+
+def test_a_circle_is_left():
+    block, tokens = moving_block(1, threshold=0.5, edit_threshold=0.5)
+    for want, row in ((1, (1, 0.9)), (2, (2, 0.9)), (1, (1, 0.9)), (8, (2, 0.9, 8))):
+        tokens, last = block.step(tokens, rows_of(row))
+        assert (tokens, last) == ([want], False)
+    assert "left a circle" in block.events
+
+
 def test_remasking_gains_at_least_one():
     options = dict(sampler="hierarchical_remask", threshold=0.9, low_threshold=0.55)
     assert trace([0.95, 0.5, 0.92, 0.6], options) == [[0, 2], [3], [1]]
@@ -338,20 +404,25 @@ def test_bf16_rounds_to_nearest_even():
 # --- committed files -------------------------------------------------------------------------------------
 
 def test_every_model_has_logits_and_every_sampler_a_case():
-    assert {e["model_dir"] for e in INDEX["logits"]} == {f"models/{name}" for name in checkpoints.CHECKPOINTS}
+    folders = {e["model_dir"] for e in INDEX["logits"] if not e["model_dir"].endswith(".gguf")}
+    assert folders == {f"models/{name}" for name in checkpoints.CHECKPOINTS}
     used = {json.loads((HERE / e["case_file"]).read_text())["options"]["sampler"]
             for e in INDEX["tokens"] + INDEX["properties"]}
-    assert used == {"low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "threshold",
-                    "factor", "entropy_bounded", "block_static", "block_dynamic", "block_sequential",
-                    "mdlm_ancestral", "sedd_euler", "sedd_analytic", "remdm_cap", "remdm_rescale", "remdm_conf",
-                    "remdm_loop", "dfm_corrector", "p2", "p2_random", "p2_open", "rnd1", "rnd1_entropy_bounded",
-                    "joint_threshold", "hierarchical", "hierarchical_remask", "credit", "bd3lm_first_hitting",
-                    "bd3lm_scheduled"}
+    assert used == {*cases.SAMPLERS, "mdlm_ancestral", "sedd_euler", "sedd_analytic", "remdm_cap", "remdm_rescale",
+                    "remdm_conf", "remdm_loop", "dfm_corrector", "p2_random", "bd3lm_first_hitting", "bd3lm_scheduled",
+                    "gemma_renoise"}
+
+
+def traced_cases():
+    """Token cases of samplers.py; gemma.py's name no positions."""
+    for entry in INDEX["tokens"]:
+        case = json.loads((HERE / entry["case_file"]).read_text())
+        if "trace" in case["expected"]:
+            yield entry, case
 
 
 def test_cases_keep_what_was_given_and_fill_the_rest_once():
-    for entry in INDEX["tokens"]:
-        case = json.loads((HERE / entry["case_file"]).read_text())
+    for entry, case in traced_cases():
         ids, given = case["input"]["ids"], case["input"]["given"]
         extra = case["options"].get("gen_length", 0)
         given = given + [False] * extra
@@ -379,8 +450,7 @@ def test_probabilities_sum_to_one():
 
 def test_float32_makes_the_same_decisions():
     loaded = {}
-    for entry in INDEX["tokens"]:
-        case = json.loads((HERE / entry["case_file"]).read_text())
+    for entry, case in traced_cases():
         model = loaded.setdefault(case["model"], models.load(HERE / case["model"], np.float32))
         extra = case["options"].get("gen_length", 0)
         result = samplers.generate(model, case["input"]["ids"] + [0] * extra,

@@ -8,6 +8,7 @@
 #include "common/base/check.h"
 #include "common/base/status.h"
 #include "worker/decoding/sampler_support.h"
+#include "worker/decoding/token_moves.h"
 
 namespace cinnabar {
 
@@ -51,6 +52,7 @@ constexpr Registration kRegistry[] = {
     {"rnd1", Rnd1Sampler},
     {"rnd1_entropy_bounded", Rnd1EntropyBoundedSampler},
     {"joint_threshold", JointThresholdSampler},
+    {"joint_threshold_indel", JointThresholdInDelSampler},
     {"hierarchical", HierarchicalSampler},
     {"hierarchical_remask", HierarchicalRemaskSampler},
     {"credit", CreditSampler},
@@ -58,6 +60,22 @@ constexpr Registration kRegistry[] = {
     {"bd3lm_scheduled", Bd3lmScheduledSampler},
     {"gemma_renoise", GemmaRenoiseSampler},
 };
+
+// Keeps capacity.
+void ClearMemory(DecodingState& state) {
+  state.memory.original.clear();
+  state.memory.tried.clear();
+  state.memory.seen.clear();
+}
+
+// Whether the open block has undecided positions; where tokens move, of those it was opened with.
+bool HasMasks(const Canvas& canvas, BlockRange block, const BlockMemory& memory) {
+  for (int32_t i = block.begin; i < block.end; ++i) {
+    if (!canvas.undecided(i)) continue;
+    if (memory.original.empty() || memory.original[i - block.begin] != 0) return true;
+  }
+  return false;
+}
 
 // Opens block `index` or the first one after it that has something to fill.
 void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTraits& model,
@@ -69,11 +87,17 @@ void OpenBlock(const Canvas& canvas, const DecodingParams& params, const ModelTr
   state.predictions.clear();
   state.stable_steps = 0;
   state.credits.clear();
+  ClearMemory(state);
   for (; index < num_blocks; ++index) {
     const BlockRange block = BlockAt(canvas, model, params.block_length, index);
     state.block_masks = CountUndecided(canvas, block.begin, block.end);
     if (state.block_masks == 0) continue;
     state.block_index = index;
+    if (SamplerMovesTokens(params.sampler)) {
+      for (int32_t i = block.begin; i < block.end; ++i) {
+        state.memory.original.push_back(canvas.undecided(i) ? 1 : 0);
+      }
+    }
     return;
   }
   state.block_index = num_blocks;
@@ -100,6 +124,7 @@ void StepOutcome::Clear() {
   stays_open = false;
   predictions.clear();
   credits.clear();
+  edits.clear();
 }
 
 absl::StatusOr<const Sampler*> GetSampler(absl::string_view name) {
@@ -133,8 +158,11 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
                   const ModelTraits& model, Canvas& canvas, DecodingState& state) {
   CINNABAR_CHECK(!state.finished) << "a step after the last";
   const BlockRange block = BlockAt(canvas, model, params.block_length, state.block_index);
-  const bool edits = CountUndecided(canvas, block.begin, block.end) == 0;
+  const bool edits = !HasMasks(canvas, block, state.memory);
   const bool revises = SamplerRevises(params.sampler);
+  if (!state.memory.original.empty()) {
+    RememberEdits(canvas, block, outcome.edits, model, state.memory);
+  }
   int32_t previous = -1;
   for (const Transfer& transfer : outcome.transfers) {
     const int32_t position = transfer.position;
@@ -180,7 +208,33 @@ void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams
   }
   if (params.eos_early_stop && FindEndOfText(canvas, state, params, model) < canvas.end) {
     state.finished = true;
+    ClearMemory(state);
   }
+}
+
+bool MemoryFits(const BlockMemory& memory, const Canvas& canvas, BlockRange block,
+                int32_t block_step, const ModelTraits& model) {
+  if (static_cast<int32_t>(memory.original.size()) != block.end - block.begin ||
+      static_cast<int64_t>(memory.seen.size()) > block_step) {
+    return false;
+  }
+  for (int32_t i = block.begin; i < block.end; ++i) {
+    const bool given = canvas.states[i] == PositionState::kGiven;
+    if (memory.original[i - block.begin] > (given ? 0 : 1)) return false;
+  }
+  size_t num_of_position = 0;
+  for (size_t i = 0; i < memory.tried.size(); ++i) {
+    const TokenEdit& tried = memory.tried[i];
+    const bool same = i > 0 && memory.tried[i - 1].position == tried.position;
+    num_of_position = same ? num_of_position + 1 : 1;
+    if ((i > 0 && memory.tried[i - 1].position > tried.position) ||
+        num_of_position > kTriedPerPositionMax || tried.position < block.begin ||
+        tried.position >= block.end || canvas.states[tried.position] == PositionState::kGiven ||
+        tried.token < 0 || tried.token >= model.vocab_size) {
+      return false;
+    }
+  }
+  return true;
 }
 
 bool CreditsFit(absl::Span<const Credit> credits, const Canvas& canvas, BlockRange block,

@@ -24,6 +24,9 @@
 
 namespace cinnabar {
 
+// How often a plan may ask for one position, so that room for the answers can be taken at start-up.
+inline constexpr int32_t kQueriesPerPositionMax = 3;
+
 // What a masked position remembers of a token that was its best in earlier steps (sampler credit).
 struct Credit {
   int32_t position = 0;
@@ -33,15 +36,38 @@ struct Credit {
 inline constexpr size_t kCreditsPerPositionMax = 6;
 inline constexpr float kCreditMax = 5.0F;  // of at most 1 in each step, times 0.8 from step to step
 
+// A token that was written to a position of the open block (samplers that move tokens).
+struct TokenEdit {
+  int32_t position = 0;
+  TokenId token = 0;
+};
+inline constexpr size_t kTriedPerPositionMax = 7;
+
+// What a sampler that moves tokens knows of the open block. `original` moves with the tokens,
+// `tried` stays at its positions.
+struct BlockMemory {
+  // For each position of the block, 1 where what stands there, masked or not, has been the block's
+  // since it was opened; 0 for given positions and for masks that were put in later, whatever they
+  // became.
+  std::vector<uint8_t> original;
+  // By ascending position, then in the order of their first being written; of more than
+  // kTriedPerPositionMax the oldest is forgotten.
+  std::vector<TokenEdit> tried;
+  // BlockKey() of the block before each step so far, those that came again once.
+  std::vector<uint64_t> seen;
+};
+
 // Where a sequence stands between two denoising steps. With the canvas and the params it is all
 // that is needed to go on.
 struct DecodingState {
   int32_t block_index = 0;
   int32_t block_step = 0;   // steps done in the open block
   int32_t block_masks = 0;  // undecided positions when the open block was opened
-  int32_t block_edits = 0;  // steps done in the open block that began with nothing undecided in it
-  int32_t step = 0;         // denoising steps done in all; keys the random source
-  int32_t nfe = 0;          // forward passes taken part in
+  // Steps done in the open block that began with nothing undecided in it; where tokens move, with
+  // nothing undecided that was so when the block was opened.
+  int32_t block_edits = 0;
+  int32_t step = 0;  // denoising steps done in all; keys the random source
+  int32_t nfe = 0;   // forward passes taken part in
   bool finished = false;
   // By position, the confidence with which its token was committed (0: not committed). Empty unless
   // the sampler remembers (SamplerEntry).
@@ -55,6 +81,7 @@ struct DecodingState {
   int32_t stable_steps = 0;
   // Of undecided positions of the open block, by ascending position, then token.
   std::vector<Credit> credits;
+  BlockMemory memory;  // empty unless the sampler moves tokens
 };
 
 // Everything a sampler may look at.
@@ -95,7 +122,8 @@ struct StepPlan {
   // the last whole pass of the open block left them (state.reused_block is not empty).
   int32_t rows_begin = 0;
   int32_t rows_end = 0;
-  // Ascending positions, inside the open block; a position may be asked for twice.
+  // Ascending positions, inside the open block; a position may be asked for up to
+  // kQueriesPerPositionMax times.
   std::vector<PositionQuery> queries;
 
   void Clear();  // keeps capacity
@@ -124,6 +152,10 @@ struct StepOutcome {
   bool stays_open = false;           // the block goes on though nothing of it is undecided
   std::vector<TokenId> predictions;  // see DecodingState; empty: the sampler keeps none
   std::vector<Credit> credits;       // DecodingState::credits after this step
+  // Samplers that move tokens: what is written before they move, the mask token, delete_token and
+  // split_token included, at ascending positions of the open block that are not given. `transfers`
+  // are what follows from it (AppendMoves).
+  std::vector<TokenEdit> edits;
 
   void Clear();
 };
@@ -157,12 +189,16 @@ DecodingState BeginDecoding(const Canvas& canvas, const DecodingParams& params,
 void RememberBlock(const Canvas& canvas, const BlockRange& block, DecodingState& state);
 
 // Writes the transfers (CHECKs that none touches a given position, none a committed one unless the
-// sampler revises, and none writes the mask token), counts the step (and the forward pass when
-// `forward`), and opens the next block when the open one has no undecided position left and does
-// not stay open; finished after the last, and with `eos_early_stop` when an end of text (EOS or
-// EoT) and all before it is final.
+// sampler revises, and none writes the mask token), brings the memory of what the edits moved up to
+// date, counts the step (and the forward pass when `forward`), and opens the next block when the
+// open one has no undecided position left and does not stay open; finished after the last, and with
+// `eos_early_stop` when an end of text (EOS or EoT) and all before it is final.
 void ApplyOutcome(const StepOutcome& outcome, bool forward, const DecodingParams& params,
                   const ModelTraits& model, Canvas& canvas, DecodingState& state);
+
+// Whether `memory` is as BlockMemory says, for an open block of which `block_step` steps are done.
+bool MemoryFits(const BlockMemory& memory, const Canvas& canvas, BlockRange block,
+                int32_t block_step, const ModelTraits& model);
 
 // Whether `credits` are as DecodingState::credits says.
 bool CreditsFit(absl::Span<const Credit> credits, const Canvas& canvas, BlockRange block,

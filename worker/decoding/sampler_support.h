@@ -92,6 +92,7 @@ const Sampler* PathPlanningOpenSampler();
 const Sampler* Rnd1Sampler();
 const Sampler* Rnd1EntropyBoundedSampler();
 const Sampler* JointThresholdSampler();
+const Sampler* JointThresholdInDelSampler();
 const Sampler* HierarchicalSampler();
 const Sampler* HierarchicalRemaskSampler();
 const Sampler* CreditSampler();

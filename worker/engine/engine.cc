@@ -10,6 +10,8 @@
 
 namespace cinnabar {
 
+static_assert(kQueriesPerPositionMax <= kQueriesPerRowMax);
+
 struct Engine::Sequence {
   SequenceId id = 0;
   SequenceState state;
@@ -89,10 +91,10 @@ Engine::Engine(Denoiser& denoiser, const EngineOptions& options)
   scratch_->sigmas.reserve(options_.limits.sequences_max);
   scratch_->conditioning.reserve(options_.limits.sequences_max);
   scratch_->wanted_rows.reserve(rows);
-  // A sampler may ask twice for a position.
-  scratch_->queries.reserve(2 * static_cast<size_t>(rows));
-  scratch_->answers.reserve(2 * static_cast<size_t>(rows));
-  scratch_->rules.reserve(2 * static_cast<size_t>(rows) * kVocabularyRulesMax);
+  const size_t queries = kQueriesPerPositionMax * static_cast<size_t>(rows);
+  scratch_->queries.reserve(queries);
+  scratch_->answers.reserve(queries);
+  scratch_->rules.reserve(queries * kVocabularyRulesMax);
 }
 
 Engine::~Engine() = default;
@@ -153,8 +155,9 @@ absl::StatusOr<SequenceId> Engine::Add(SequenceState state, absl::Time deadline)
   sequence->state = std::move(state);
   sequence->deadline = deadline;
   sequence->kv_bytes = kv_bytes;
-  sequence->plan.queries.reserve(2 * static_cast<size_t>(length));
+  sequence->plan.queries.reserve(kQueriesPerPositionMax * static_cast<size_t>(length));
   sequence->outcome.transfers.reserve(length);
+  if (SamplerMovesTokens(sequence->state.params.sampler)) ReserveMemory(*sequence);
   if (sequence->reuses()) sequence->state.decoding.reused_block.reserve(length);
   if (prediction_bytes > 0) RepeatOpenBlock(*sequence);
   CINNABAR_RETURN_IF_ERROR(ReusePrefix(*sequence), "take over a prefix");
@@ -201,6 +204,18 @@ void Engine::Retire(Sequence& sequence) {
   prefixes_.Keep({tokens.begin(), tokens.begin() + sequence.kv_final}, std::move(sequence.kv),
                  bytes);
   prefixes_.ShrinkTo(options_.kv_bytes_max - kv_bytes_);
+}
+
+// What a block's steps may add to.
+void Engine::ReserveMemory(Sequence& sequence) {
+  const DecodingParams& params = sequence.state.params;
+  const auto block =
+      static_cast<size_t>(std::min(params.block_length, sequence.state.canvas.length()));
+  BlockMemory& memory = sequence.state.decoding.memory;
+  memory.original.reserve(block);
+  memory.tried.reserve(block * kTriedPerPositionMax);
+  memory.seen.reserve(block + params.edit_steps + 1);
+  sequence.outcome.edits.reserve(block);
 }
 
 bool Engine::Cancel(SequenceId id) {
@@ -313,10 +328,15 @@ void Engine::Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> ans
     num_committed += transfer.num_committed();
   }
   report.transfers.insert(report.transfers.end(), transfers.begin(), transfers.end());
+  const std::vector<TokenEdit>& edits = sequence.outcome.edits;
+  const int32_t edits_begin = static_cast<int32_t>(report.edits.size());
+  report.edits.insert(report.edits.end(), edits.begin(), edits.end());
   report.events.push_back({.sequence = sequence.id,
                            .step = state.decoding.step,
                            .transfers_begin = begin,
                            .transfers_end = static_cast<int32_t>(report.transfers.size()),
+                           .edits_begin = edits_begin,
+                           .edits_end = static_cast<int32_t>(report.edits.size()),
                            .forward = forward,
                            .settled = sequence.outcome.settled,
                            .whole_pass = forward && sequence.whole_pass,
@@ -579,6 +599,10 @@ absl::Status Engine::RunBatch(StepReport& report) {
 absl::Status Engine::Step(absl::Time now, StepReport& report) {
   report.events.clear();
   report.transfers.clear();
+  report.edits.clear();
+  // Where tokens move, a later step may change more positions than those so far.
+  report.transfers.reserve(options_.limits.rows_max);
+  report.edits.reserve(options_.limits.rows_max);
   report.rows = 0;
   report.num_forwards = 0;
 

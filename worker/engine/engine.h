@@ -52,6 +52,8 @@ struct StepEvent {
   int32_t step = 0;  // index of the step that was made; events of a sequence count up without gaps
   int32_t transfers_begin = 0;  // range in StepReport::transfers
   int32_t transfers_end = 0;
+  int32_t edits_begin = 0;  // range in StepReport::edits
+  int32_t edits_end = 0;
   bool forward = false;     // the step made a forward pass
   bool settled = false;     // StepOutcome::settled
   bool whole_pass = false;  // kv_reuse: the pass computed the whole open block
@@ -64,12 +66,17 @@ struct StepEvent {
 struct StepReport {
   std::vector<StepEvent> events;
   std::vector<Transfer> transfers;
-  int32_t rows = 0;  // of this turn's forward passes
+  std::vector<TokenEdit> edits;  // StepOutcome::edits
+  int32_t rows = 0;              // of this turn's forward passes
   int32_t num_forwards = 0;
 
   absl::Span<const Transfer> TransfersOf(const StepEvent& event) const {
     return absl::MakeConstSpan(transfers).subspan(event.transfers_begin,
                                                   event.transfers_end - event.transfers_begin);
+  }
+  absl::Span<const TokenEdit> EditsOf(const StepEvent& event) const {
+    return absl::MakeConstSpan(edits).subspan(event.edits_begin,
+                                              event.edits_end - event.edits_begin);
   }
 };
 
@@ -122,6 +129,7 @@ class Engine {
   bool SharesPrefixes(const Sequence& sequence) const;
   void Retire(Sequence& sequence);
   void RepeatOpenBlock(Sequence& sequence);
+  static void ReserveMemory(Sequence& sequence);
   static void Restore(Sequence& sequence);
   static void KeepPrediction(Sequence& sequence);
   void EndSequence(Sequence& sequence, absl::Status status, StepReport& report);

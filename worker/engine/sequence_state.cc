@@ -62,6 +62,11 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
   if (!decoding.credits.empty() && (decoding.finished || !sampler.gives_credit)) {
     return absl::InvalidArgumentError("credits that no sampler reads");
   }
+  const BlockMemory& memory = decoding.memory;
+  if ((decoding.finished || !sampler.moves_tokens) &&
+      !(memory.original.empty() && memory.tried.empty() && memory.seen.empty())) {
+    return absl::InvalidArgumentError("original_masks, tried or seen_blocks that no sampler reads");
+  }
   if (decoding.finished) {
     const bool stopped = state.params.eos_early_stop &&
                          FindEndOfText(canvas, decoding, state.params, model) < canvas.end;
@@ -93,6 +98,9 @@ absl::Status CheckDecodingState(const SequenceState& state, const ModelTraits& m
   }
   if (!CreditsFit(decoding.credits, canvas, block, model)) {
     return absl::InvalidArgumentError("credits out of order or range");
+  }
+  if (sampler.moves_tokens && !MemoryFits(memory, canvas, block, decoding.block_step, model)) {
+    return absl::InvalidArgumentError("original_masks, tried or seen_blocks out of order or range");
   }
   const int32_t open = CountUndecided(canvas, block.begin, block.end);
   const bool stays_open = SamplerRevises(state.params.sampler) && decoding.block_step > 0;
@@ -172,6 +180,14 @@ v1::SequenceState ToWire(const SequenceState& state, absl::string_view model_fin
     entry.set_token(credit.token);
     entry.set_value(credit.value);
   }
+  const BlockMemory& memory = state.decoding.memory;
+  wire.set_original_masks(std::string(memory.original.begin(), memory.original.end()));
+  for (const TokenEdit& tried : memory.tried) {
+    v1::TriedToken& entry = *wire.add_tried();
+    entry.set_position(tried.position);
+    entry.set_token(tried.token);
+  }
+  wire.mutable_seen_blocks()->Add(memory.seen.begin(), memory.seen.end());
   return wire;
 }
 
@@ -224,6 +240,12 @@ absl::StatusOr<SequenceState> FromWire(const v1::SequenceState& wire, const Mode
   for (const v1::Credit& credit : wire.credits()) {
     state.decoding.credits.push_back({credit.position(), credit.token(), credit.value()});
   }
+  BlockMemory& memory = state.decoding.memory;
+  memory.original.assign(wire.original_masks().begin(), wire.original_masks().end());
+  for (const v1::TriedToken& tried : wire.tried()) {
+    memory.tried.push_back({tried.position(), tried.token()});
+  }
+  memory.seen.assign(wire.seen_blocks().begin(), wire.seen_blocks().end());
   CINNABAR_RETURN_IF_ERROR(CheckDecodingState(state, model));
   return state;
 }

@@ -210,7 +210,7 @@ WorkspaceShape WorkspaceFor(const ModelSpec& spec, const ForwardLimits& limits) 
                                 int64_t{spec.experts.mlp_dim}, int64_t{spec.experts.shared_mlp_dim},
                                 int64_t{spec.cond_dim}, int64_t{kSigmaFrequencies}}),
           .vocabulary = spec.traits.vocab_size,
-          .queries_max = 2 * int64_t{limits.rows_max},  // a sampler may ask twice for a row
+          .queries_max = kQueriesPerRowMax * int64_t{limits.rows_max},
           .positions_max = limits.positions_max,
           .head_dim_max = std::max(spec.head_dim, spec.windows.full_head_dim),
           .num_experts = spec.experts.num_experts,
@@ -469,7 +469,7 @@ absl::Status Body::Forward(const ForwardBatch& batch) {
 absl::Status Body::Answer(absl::Span<const VocabularyQuery> queries,
                           absl::Span<VocabularyAnswer> answers) {
   CINNABAR_CHECK(queries.size() == answers.size() &&
-                 queries.size() <= static_cast<size_t>(limits_.rows_max));
+                 queries.size() <= kQueriesPerRowMax * static_cast<size_t>(limits_.rows_max));
   for (const VocabularyQuery& query : queries) {
     CINNABAR_CHECK(query.hidden_row >= 0 && query.hidden_row < num_wanted_ &&
                    query.unconditional_row < num_wanted_)

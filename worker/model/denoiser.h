@@ -28,6 +28,9 @@ struct ForwardLimits {
   int32_t positions_max = 2048;  // longest sequence; at most the model's own limit
 };
 
+// As many queries Answer() takes for each of rows_max.
+inline constexpr int32_t kQueriesPerRowMax = 3;
+
 // What one step of a block hands to the next, for networks that read their own last prediction.
 // Buffers are of SelfConditioningBytes().
 struct SelfConditioning {
@@ -74,7 +77,8 @@ class Denoiser {
   // is the caller's bug.
   virtual absl::Status Forward(const ForwardBatch& batch) = 0;
 
-  // Fills answers for queries, at most two for a row, whose hidden rows index into wanted_rows.
+  // Fills answers for queries, at most kQueriesPerRowMax * rows_max, whose hidden rows index into
+  // wanted_rows.
   // Synchronizes.
   virtual absl::Status Answer(absl::Span<const VocabularyQuery> queries,
                               absl::Span<VocabularyAnswer> answers) = 0;

@@ -43,6 +43,26 @@ void ReadExperts(JsonFields& config, ModelSpec& spec) {
   SettleExperts(config, spec);
 }
 
+// What LLaDA2.2 predicts where a token is to go or to be put in; older models have neither.
+void ReadEditTokens(JsonFields& config, ModelTraits& traits) {
+  const int64_t last = traits.vocab_size - 1;
+  traits.delete_token = static_cast<TokenId>(config.Int("delete_token_id", 0, last, -1));
+  traits.split_token = static_cast<TokenId>(config.Int("split_token_id", 0, last, -1));
+  const auto fail = [&](absl::string_view key, const std::string& problem) {
+    config.Fail(absl::StatusCode::kInvalidArgument, key, problem);
+  };
+  if ((traits.delete_token < 0) != (traits.split_token < 0)) {
+    fail(traits.delete_token < 0 ? "delete_token_id" : "split_token_id",
+         "missing, but the other of delete_token_id and split_token_id is there");
+  } else if (traits.delete_token >= 0 && (traits.delete_token == traits.split_token ||
+                                          traits.delete_token == traits.mask_token ||
+                                          traits.split_token == traits.mask_token)) {
+    fail("delete_token_id",
+         absl::StrCat(traits.delete_token, ", split_token_id ", traits.split_token,
+                      " and the mask token ", traits.mask_token, " must be three different ids"));
+  }
+}
+
 absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   JsonFields config(facts.config, facts.config_path);
   ModelSpec spec;
@@ -59,6 +79,7 @@ absl::StatusOr<ModelSpec> Read(const CheckpointFacts& facts) {
   names.o = "attention.dense";
   ModelTraits& traits = spec.traits;
   ReadMaskedTokens(config, facts, kLlada2Mask, traits);
+  ReadEditTokens(config, traits);
   traits.causal_block_length =
       static_cast<int32_t>(config.Int("block_size", 1, kBlockLengthMax, kBlockLength));
   traits.default_sampler = "block_dynamic";

@@ -249,6 +249,10 @@ std::string FormatReport(const ModelReport& report) {
     lines.Add("end of text",
               traits.eos_tokens.empty() ? "none" : absl::StrJoin(traits.eos_tokens, ", "));
     if (traits.eot_token >= 0) lines.Add("end of turn", FormatId(traits.eot_token));
+    if (traits.delete_token >= 0) {
+      lines.Add("edits",
+                absl::StrCat("delete ", traits.delete_token, ", split ", traits.split_token));
+    }
     lines.Add("default sampler", traits.default_sampler);
 
     const ForwardLimits limits;
@@ -318,11 +322,10 @@ nlohmann::ordered_json ReportToJson(const ModelReport& report) {
                       {"conditioned_on_sigma", traits.conditioned_on_sigma},
                       {"parameterization", ParameterizationName(traits.parameterization)}};
     const auto id = [](TokenId token) { return token < 0 ? ordered_json() : ordered_json(token); };
-    out["tokens"] = {{"vocab_size", traits.vocab_size},
-                     {"tokenizer_size", traits.tokenizer_size},
-                     {"mask", id(traits.mask_token)},
-                     {"eos", traits.eos_tokens},
-                     {"eot", id(traits.eot_token)}};
+    out["tokens"] = {{"vocab_size", traits.vocab_size}, {"tokenizer_size", traits.tokenizer_size},
+                     {"mask", id(traits.mask_token)},   {"eos", traits.eos_tokens},
+                     {"eot", id(traits.eot_token)},     {"delete", id(traits.delete_token)},
+                     {"split", id(traits.split_token)}};
     out["default_sampler"] = traits.default_sampler;
     out["memory"] = {{"weights_f32_bytes", report.weights_f32_bytes},
                      {"weights_half_bytes", report.weights_half_bytes},

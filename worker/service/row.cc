@@ -8,6 +8,7 @@
 #include "common/base/status.h"
 #include "common/wire/decoding_params_wire.h"
 #include "worker/decoding/sampler.h"
+#include "worker/decoding/token_moves.h"
 
 namespace cinnabar {
 namespace {
@@ -40,6 +41,32 @@ absl::Status CheckSpan(const v1::Span& span, int32_t from, int32_t length, absl:
         absl::StrCat(name, ": [", span.begin(), ", ", span.end(), ") of a sequence of ", length));
   }
   return absl::OkStatus();
+}
+
+// False: the edits are none that could be made, or the transfers are not what follows from them.
+bool ReadEdits(const v1::StepDelta& delta, const Canvas& canvas, BlockRange block,
+               const BlockMemory& memory, const ModelTraits& model, StepOutcome& outcome) {
+  if (delta.edit_positions_size() != delta.edit_tokens_size()) return false;
+  if (memory.original.empty()) return delta.edit_positions().empty();
+  int32_t last = block.begin - 1;
+  for (int i = 0; i < delta.edit_positions_size(); ++i) {
+    const int32_t position = delta.edit_positions(i);
+    const TokenId token = delta.edit_tokens(i);
+    if (position <= last || position >= block.end || token < 0 || token >= model.vocab_size ||
+        canvas.states[position] == PositionState::kGiven) {
+      return false;
+    }
+    last = position;
+    outcome.edits.push_back({.position = position, .token = token});
+  }
+  std::vector<MovedToken> moved;
+  std::vector<Transfer> transfers;
+  MoveTokens(canvas, block, outcome.edits, model, moved);
+  AppendMoves(canvas, block, moved, model, transfers);
+  return std::equal(transfers.begin(), transfers.end(), outcome.transfers.begin(),
+                    outcome.transfers.end(), [](const Transfer& a, const Transfer& b) {
+                      return a.position == b.position && a.token == b.token;
+                    });
 }
 
 }  // namespace
@@ -112,13 +139,13 @@ absl::StatusOr<RowPlan> BuildRow(const StartedRow& started, int32_t steps_budget
   return plan;
 }
 
-v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> transfers,
+v1::StepDelta MakeDelta(const StepReport& report, const StepEvent& event,
                         const SequenceState& after, const RowFacts& facts, const ModelTraits& model,
                         absl::Duration step_time, const Usage& usage) {
   v1::StepDelta delta;
   std::string confidences;
   const bool remembers = !after.decoding.confidences.empty();
-  for (const Transfer& transfer : transfers) {
+  for (const Transfer& transfer : report.TransfersOf(event)) {
     if (transfer.revises) delta.set_num_revised(delta.num_revised() + 1);
     if (remembers) delta.add_exact_confidences(transfer.confidence);
     delta.add_positions(transfer.position);
@@ -136,6 +163,10 @@ v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> trans
     entry.set_position(credit.position);
     entry.set_token(credit.token);
     entry.set_value(credit.value);
+  }
+  for (const TokenEdit& edit : report.EditsOf(event)) {
+    delta.add_edit_positions(edit.position);
+    delta.add_edit_tokens(edit.token);
   }
   delta.set_final_end(FinalEnd(after, model));
   delta.set_step_us(absl::ToInt64Microseconds(step_time));
@@ -185,6 +216,9 @@ absl::Status ApplyDelta(const v1::StepDelta& delta, const ModelTraits& model,
   const absl::StatusOr<const SamplerEntry*> sampler = FindSampler(state.params.sampler);
   if (!outcome.credits.empty() && !(sampler.ok() && (*sampler)->gives_credit &&
                                     CreditsFit(outcome.credits, canvas, block, model))) {
+    return absl::DataLossError("a delta does not fit");
+  }
+  if (!ReadEdits(delta, canvas, block, state.decoding.memory, model, outcome)) {
     return absl::DataLossError("a delta does not fit");
   }
   if (delta.whole_pass()) {

@@ -37,8 +37,8 @@ struct RowPlan {
 absl::StatusOr<RowPlan> BuildRow(const StartedRow& started, int32_t steps_budget,
                                  const ModelTraits& model, absl::string_view fingerprint);
 
-// What one step did; `after` is the state behind it.
-v1::StepDelta MakeDelta(const StepEvent& event, absl::Span<const Transfer> transfers,
+// What one step did, an event of `report`; `after` is the state behind it.
+v1::StepDelta MakeDelta(const StepReport& report, const StepEvent& event,
                         const SequenceState& after, const RowFacts& facts, const ModelTraits& model,
                         absl::Duration step_time, const Usage& usage);
 

@@ -434,9 +434,8 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
     }
     const bool made_step = event.step >= row.step && event.status.ok();
     if (made_step) {
-      const absl::Span<const Transfer> transfers = report.TransfersOf(event);
       int32_t in_answer = 0;
-      for (const Transfer& transfer : transfers) {
+      for (const Transfer& transfer : report.TransfersOf(event)) {
         if (transfer.position < row.facts.length) in_answer += transfer.num_committed();
       }
       // A model without a mask token decides every position again each step, and commits at the
@@ -449,7 +448,7 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
       row.step = event.step + 1;
       ProgressRow progress = {.lease = row.lease, .step = row.step, .usage = row.usage};
       progress.delta =
-          MakeDelta(event, transfers, *state, row.facts, denoiser_.traits(), step_time, row.usage)
+          MakeDelta(report, event, *state, row.facts, denoiser_.traits(), step_time, row.usage)
               .SerializeAsString();
       // The state is behind the turn: it is that of this step when no other of the turn follows.
       if (row.step - row.snapshot_step >= options_.snapshot_every &&

@@ -46,7 +46,8 @@ def eos_used(result, model, ids, given, options):
 
 SAMPLERS = ("low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "threshold", "factor",
             "entropy_bounded", "fast_dllm_v2", "block_static", "block_dynamic", "block_sequential", "p2", "p2_open", "rnd1",
-            "rnd1_entropy_bounded", "joint_threshold", "hierarchical", "hierarchical_remask", "credit")
+            "rnd1_entropy_bounded", "joint_threshold", "joint_threshold_indel",
+            "hierarchical", "hierarchical_remask", "credit")
 HOLES = "g4 m5 g3 m4 g1 m2 g3"  # a canvas of 15 positions, 11 of them masked
 
 # name, model, layout, options, condition
@@ -214,6 +215,19 @@ GREEDY = [
      dict(threshold=0.5, edit_threshold=0.4, repeat_penalty=3.0), both(events("edited"), effect(repeat_penalty=0))),
     ("joint_threshold_llada", "llada", "g9 +12", dict(threshold=0.5, edit_threshold=0.4, block_length=6, top_k=9,
                                                       top_p=0.95), events("edited")),
+    # LLaDA2.x with insertion and deletion.
+    ("joint_threshold_indel_llada2", "llada2_indel", "g11 +13", dict(threshold=0.5, edit_threshold=0.3),
+     events("delete", "split", "token cut", "filled up", "mask written", "mask stays", "cleaned up")),
+    ("joint_threshold_indel_llada2_circle", "llada2_indel", "g11 +13",
+     dict(threshold=0.4, edit_threshold=0.0, edit_steps=6), events("left a circle", "mask was best")),
+    ("joint_threshold_indel_llada2_steps_spent", "llada2_indel", "g9 +15",
+     dict(threshold=0.5, edit_threshold=0.3, edit_steps=4), events("steps spent", "cleaned up")),
+    ("joint_threshold_indel_llada2_no_edit_steps", "llada2_indel", "g10 +14",
+     dict(threshold=0.4, edit_threshold=0.1, edit_steps=0), events("last originals", "cleaned up", "delete")),
+    ("joint_threshold_indel_llada2_agrees", "llada2_indel", "g8 +8", dict(threshold=0.6, edit_threshold=0.9),
+     events("nothing to do", "delete")),
+    ("joint_threshold_indel_llada2_infill", "llada2_indel", HOLES + " g2",
+     dict(threshold=0.5, edit_threshold=0.2, edit_steps=5), events("delete", "split", "token cut", "filled up")),
     # dInfer.
     ("hierarchical_llada", "llada", "g9 +16", dict(threshold=0.6, low_threshold=0.2, block_length=8),
      events("several", "fallback")),
@@ -234,6 +248,8 @@ GREEDY = [
      events("stopped early")),
     ("joint_threshold_llada2_early_stop", "llada2", "g9 +31",
      dict(threshold=0.5, edit_threshold=0.4, eos_early_stop=True), events("stopped early")),
+    ("joint_threshold_indel_llada2_early_stop", "llada2_indel", "g9 +31",
+     dict(threshold=0.5, edit_threshold=0.4, edit_steps=6, eos_early_stop=True), events("stopped early")),
     ("block_sequential_sdar_b4", "sdar_b4", "g9 +11", dict(steps=9), None),
     ("block_sequential_sdar_b4_tail", "sdar_b4", "g6 +10", dict(steps=3), None),
     ("block_sequential_sdar_b8_infill", "sdar_b8", HOLES + " g2", dict(steps=9), None),
@@ -344,6 +360,8 @@ RANDOM_RUNS = [
     ("credit_llada_warm", "llada", HOLES, dict(sampler="credit", threshold=0.7, temperature=0.8)),
     ("bd3lm_scheduled_sdar_infill", "sdar_b8", HOLES + " g3",
      dict(sampler="bd3lm_scheduled", steps=12, temperature=0.8)),
+    ("joint_threshold_indel_llada2_warm", "llada2_indel", HOLES + " g2",
+     dict(sampler="joint_threshold_indel", threshold=0.4, edit_threshold=0.2, edit_steps=4, temperature=0.8)),
 ]
 
 

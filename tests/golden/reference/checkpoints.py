@@ -314,7 +314,8 @@ def llada_moe(directory, seed):
     write(directory, config, tensors)
 
 
-def llada2(directory, seed, dtype="F32"):
+def llada2(directory, seed, dtype="F32", edits=False):
+    """With `edits` it predicts insertions, deletions and the mask token often."""
     mask, eos = 97, 93
     config = {
         "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "block_size": 8, "eos_token_id": eos,
@@ -326,8 +327,13 @@ def llada2(directory, seed, dtype="F32"):
         "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 2000, "routed_scaling_factor": 2.5,
         "score_function": "sigmoid", "tie_word_embeddings": False, "topk_group": 2, "torch_dtype": "bfloat16",
         "use_bias": False, "use_cache": True, "use_qk_norm": True, "use_qkv_bias": False, "vocab_size": 101}
+    if edits:
+        config.update(delete_token_id=98, split_token_id=99)
     draw = Draw(seed)
     t = decoder_tensors(draw, config, qk_norm=True, mask=mask)
+    if edits:
+        t["lm_head.weight"][mask] *= 4.0
+        t["lm_head.weight"][98:100] *= 1.3
     expert_tensors(draw, t, config, [1, 2], config["moe_intermediate_size"], shared=10,
                    bias_name="mlp.gate.expert_bias")
     renamed = {"model.embed_tokens": "model.word_embeddings", "self_attn.o_proj": "attention.dense",
@@ -524,6 +530,7 @@ CHECKPOINTS = {
     "rnd1_bf16": lambda directory: qwen3_moe(directory, "RND1", seed=116, dtype="BF16"),
     "llada_moe": lambda directory: llada_moe(directory, seed=117),
     "llada2": lambda directory: llada2(directory, seed=118),
+    "llada2_indel": lambda directory: llada2(directory, seed=123, edits=True),
     "fast_dllm_v2": lambda directory: fast_dllm_v2(directory, seed=121),
     "bd3lm": lambda directory: bd3lm(directory, seed=122),
     "diffusion_gemma": lambda directory: diffusion_gemma(directory, seed=120),

@@ -30,6 +30,8 @@ class Traits:
     block_length: int = 0           # > 0: block-causal attention
     eos_tokens: tuple = ()
     eot_token: int = -1
+    delete_token: int = -1          # both or neither: editing models
+    split_token: int = -1
     graph: str = ""                 # SEDD: "absorb" or "uniform"
     noise: str = "loglinear"        # SEDD, MDLM: noise schedule
     sigma_min: float = 0.0
@@ -328,7 +330,8 @@ def read_traits(directory, config):
     if architecture == "LLaDAMoEModelLM":
         return Traits("llada_moe", rows, config["mask_token_id"], eos_tokens=eos)
     if architecture == "LLaDA2MoeModelLM":
-        return Traits("llada2", rows, config["mask_token_id"], block_length=config["block_size"], eos_tokens=eos)
+        return Traits("llada2", rows, config["mask_token_id"], block_length=config["block_size"], eos_tokens=eos,
+                      delete_token=config.get("delete_token_id", -1), split_token=config.get("split_token_id", -1))
     if architecture == "Fast_dLLM_QwenForCausalLM":
         return Traits("fast_dllm_v2", rows, config["mask_token_id"], shift=True, block_length=config["bd_size"],
                       eos_tokens=eos)

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 
+from . import indel
 from .models import softmax
 
 
@@ -381,7 +382,7 @@ def give_credit(rows, credit, positions, mask, kept_max=6):
     return fused
 
 
-REVISING = ("p2", "p2_open", "joint_threshold", "hierarchical_remask")
+REVISING = ("p2", "p2_open", "joint_threshold", "joint_threshold_indel", "hierarchical_remask")
 FILTERED = ("p2_open", "rnd1", "rnd1_entropy_bounded", "joint_threshold",
             "maskgit_plus", "topk_margin", "entropy", "origin", "block_static", "block_dynamic", "block_sequential")
 
@@ -414,7 +415,17 @@ def generate(model, ids, given, options):
         credit = np.zeros((len(x), traits.vocab_size))
         stays_open = True
         memory = {}  # keys and values of the last pass over the whole block
-        while True:
+        moving = indel.Block(x[begin:end], given[begin:end], traits, options, result.events, require,
+                             (LOGIT_GAP, relative)) if name == "joint_threshold_indel" and block_masks else None
+        while moving:
+            before = x[begin:end]
+            x[begin:end], last = moving.step(before, model.predictions(x[:end] if traits.block_length else x)[begin:end])
+            result.trace.append([i for i in range(begin, end) if x[i] != before[i - begin]])
+            result.nfe += 1
+            result.nfe_min += 1
+            if last:
+                break
+        while not moving:
             positions = [i for i in range(begin, end) if x[i] == mask and not given[i]]
             if not positions and (block_masks == 0 or name not in REVISING or not stays_open):
                 break

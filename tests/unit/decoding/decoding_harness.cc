@@ -118,6 +118,8 @@ ModelTraits MaskModel() {
           .mask_token = 17,
           .eos_tokens = {4, 11},
           .eot_token = 9,
+          .delete_token = 13,
+          .split_token = 19,
           .positions_max = 96,
           .default_sampler = "low_confidence"};
 }
@@ -401,8 +403,8 @@ Request RandomRequest(const SamplerEntry& entry, const ModelTraits& model, uint3
   if (Reads(entry, Knob::kEditing)) {
     params.edit_threshold = one_of({0.0F, 0.3F, 0.9F});
     params.edit_steps = below(4);
-    if (maybe()) params.repeat_penalty = 1.5F;
   }
+  if (Reads(entry, Knob::kRepeatPenalty) && maybe()) params.repeat_penalty = 1.5F;
   if (Reads(entry, Knob::kLowThreshold)) params.low_threshold = one_of({0.0F, 0.2F, 0.4F, 1.0F});
   if (maybe()) params.eos_penalty = one_of({1.5F, -2.0F});
   if (maybe()) params.forbidden_ids = {2, 7, 4};

@@ -21,7 +21,7 @@
 namespace cinnabar {
 
 // Small models, one of each kind that decoding tells apart. The mask token of the first two is not
-// the last id, and their last two ids have no text.
+// the last id, their last two ids have no text, and they predict insertions and deletions.
 ModelTraits MaskModel();     // full attention
 ModelTraits BlockModel();    // block-causal, blocks of 4
 ModelTraits AbsorbModel();   // SEDD, log-linear noise

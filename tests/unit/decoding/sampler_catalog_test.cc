@@ -48,7 +48,8 @@ constexpr Knob kAllKnobs[] = {Knob::kNumSteps,
                               Knob::kKvReuse,
                               Knob::kSubBlockLength,
                               Knob::kCooling,
-                              Knob::kAdaptiveStop};
+                              Knob::kAdaptiveStop,
+                              Knob::kRepeatPenalty};
 
 std::vector<std::string> CatalogNames() {
   std::vector<std::string> names;
@@ -138,8 +139,10 @@ TEST(SamplerCatalogTest, KnobsAreThoseOfTheSources) {
       {"rnd1_entropy_bounded",
        with(guided_blocks, {Knob::kEntropyBound, Knob::kTopP, Knob::kTopK})},
       {"joint_threshold",
-       {Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kTopP, Knob::kTopK,
-        Knob::kEosEarlyStop}},
+       {Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kRepeatPenalty, Knob::kTopP,
+        Knob::kTopK, Knob::kEosEarlyStop}},
+      {"joint_threshold_indel",
+       {Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kEosEarlyStop}},
       {"hierarchical", with(fast_dllm, {Knob::kThreshold, Knob::kLowThreshold})},
       {"hierarchical_remask", with(fast_dllm, {Knob::kThreshold, Knob::kLowThreshold})},
       {"credit", with(guided_blocks, {Knob::kThreshold})},
@@ -286,6 +289,8 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
   unmasked.mask_token = -1;
   ModelTraits endless = MaskModel();
   endless.eos_tokens.clear();
+  ModelTraits rigid = MaskModel();
+  rigid.delete_token = rigid.split_token = -1;
   ModelTraits shifted = MaskModel();
   shifted.shift_logits = true;
   ModelTraits neither = endless;
@@ -304,6 +309,13 @@ TEST(ResolveParamsErrorTest, SamplerAndModelMustFit) {
             AbsorbModel()},
            {{.sampler = "mdlm_cached"}, "sampler: mdlm_cached ", "sedd_analytic", UniformModel()},
            {{.sampler = "gemma_renoise"}, "sampler: gemma_renoise ", "use low_confidence"},
+           {{.sampler = "joint_threshold_indel"},
+            "sampler: joint_threshold_indel ",
+            "delete_token_id and split_token_id in its config.json",
+            rigid},
+           {{.sampler = "indel", .pickable_ids = 19},
+            "sampler: joint_threshold_indel ",
+            "the tokenizer has 19 ids; use joint_threshold"},
            {{.sampler = "gemma_renoise"}, "sampler: gemma_renoise ", "use sedd", UniformModel()},
            {{.sampler = "block_dynamic"},
             "sampler: block_dynamic ",
@@ -379,7 +391,7 @@ TEST(ResolveParamsErrorTest, AKnobThatIsNotReadIsAnErrorThatNamesTheReaders) {
       {Knob::kRemaskingWindow, "alpha_on", {.alpha_on = 0.7F}},
       {Knob::kEditing, "edit_threshold", {.edit_threshold = 0.5F}},
       {Knob::kEditing, "edit_steps", {.edit_steps = 5}},
-      {Knob::kEditing, "repeat_penalty", {.repeat_penalty = 0.5F}},
+      {Knob::kRepeatPenalty, "repeat_penalty", {.repeat_penalty = 0.5F}},
       {Knob::kLowThreshold, "low_threshold", {.low_threshold = 0.5F}},
       {Knob::kEosEarlyStop, "eos_early_stop", {.eos_early_stop = true}},
   };

@@ -99,7 +99,7 @@ TEST_P(SamplerPropertyTest, FillsTheCanvasBlockByBlockAndNothingElse) {
       PlanStep(sequence, plan);
       int32_t previous = block.begin - 1;
       for (const PositionQuery& query : plan.queries) {
-        EXPECT_GE(query.position, previous + (entry().gives_credit ? 0 : 1)) << "ascending";
+        EXPECT_GE(query.position, previous + (entry().row_rules > 0 ? 0 : 1)) << "ascending";
         EXPECT_LT(query.position, block.end);
         const PositionState state = sequence.canvas.states[query.position];
         EXPECT_NE(state, PositionState::kGiven);
@@ -206,7 +206,10 @@ TEST_P(SamplerPropertyTest, KeepsToItsStepsAndCountsItsForwardPasses) {
         EXPECT_LE(block.num_steps, steps_per_block + closing) << "the budget";
       } else {
         const int32_t edits = Reads(entry(), Knob::kEditing) ? params.edit_steps : 0;
-        EXPECT_LE(block.num_steps, block.masks + edits) << "at least one transfer in each step";
+        const BlockRange range = BlockAt(sequence.canvas, c.model, params.block_length, index);
+        EXPECT_LE(block.num_steps,
+                  (entry().moves_tokens ? range.end - range.begin + 1 : block.masks) + edits)
+            << "at least one transfer in each step";
       }
       // Exact counts, from the schedules alone.
       if (name == "low_confidence" || name == "random") {
@@ -250,7 +253,7 @@ TEST_P(SamplerPropertyTest, KeepsToItsStepsAndCountsItsForwardPasses) {
         EXPECT_EQ(block.num_forwards, num_forwards);
       } else if (name == "bd3lm_first_hitting") {
         EXPECT_EQ(block.num_forwards, block.masks) << "one position in each step";
-      } else if (name == "p2" || name == "p2_open" || name == "joint_threshold") {
+      } else if (name == "p2" || name == "p2_open" || Reads(entry(), Knob::kEditing)) {
         EXPECT_LE(block.num_productive, block.num_forwards);
       } else if (name == "mdlm_ancestral" || IsSedd(params)) {
         EXPECT_EQ(block.num_forwards, block.num_steps) << "a pass in every step";
@@ -463,7 +466,7 @@ TEST_P(SamplerPropertyTest, ReadsTheKnobsItNamesAndNoOther) {
       {Knob::kRemaskingWindow, "alpha_on", [](DecodingParams& p) { p.alpha_on = 0.4F; }},
       {Knob::kEditing, "edit_threshold", [](DecodingParams& p) { p.edit_threshold = 0.15F; }},
       {Knob::kEditing, "edit_steps", [](DecodingParams& p) { p.edit_steps += 3; }},
-      {Knob::kEditing, "repeat_penalty", [](DecodingParams& p) { p.repeat_penalty += 2.0F; }},
+      {Knob::kRepeatPenalty, "repeat_penalty", [](DecodingParams& p) { p.repeat_penalty += 2.0F; }},
       {Knob::kLowThreshold, "low_threshold", [](DecodingParams& p) { p.low_threshold = 0.3F; }},
   };
   for (const Turn& turn : turns) {

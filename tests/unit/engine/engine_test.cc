@@ -106,6 +106,7 @@ std::vector<Family> Families() {
           {"rnd1_bf16", {"entropy"}},
           {"llada_moe", {"low_confidence", "factor"}},
           {"llada2", {"block_dynamic", "block_static", "low_confidence", "joint_threshold"}},
+          {"llada2_indel", {"joint_threshold_indel", "low_confidence"}},
           {"fast_dllm_v2", {"fast_dllm_v2", "block_dynamic", "threshold", "joint_threshold"}},
           {"bd3lm", {"bd3lm_first_hitting", "bd3lm_scheduled", "block_dynamic", "mdlm_ancestral"}},
           {"diffusion_gemma", {"gemma_renoise"}},
@@ -392,8 +393,8 @@ TEST(EnginePrefixTest, WhatIsKeptMakesRoomForWhatRuns) {
 }
 
 TEST(EngineStepTest, AllocatesNothingOnceWarm) {
-  for (const char* name :
-       {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb", "llada2", "diffusion_gemma"}) {
+  for (const char* name : {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb", "llada2",
+                           "llada2_indel", "diffusion_gemma"}) {
     SCOPED_TRACE(name);
     const Loaded loaded = Load(name, 2);
     const ModelTraits& model = loaded.denoiser->traits();
@@ -407,6 +408,7 @@ TEST(EngineStepTest, AllocatesNothingOnceWarm) {
       if (model.family == "mdlm") params.sampler = "mdlm_ancestral";
       if (model.parameterization != Parameterization::kMaskPrediction) params.num_steps = 6000;
       if (model.causal_encoder) params.confident_entropy = 0.0F;
+      if (model.delete_token >= 0) params.sampler = "joint_threshold_indel";
       ASSERT_TRUE(
           engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
     }
@@ -421,6 +423,22 @@ TEST(EngineStepTest, AllocatesNothingOnceWarm) {
     EXPECT_EQ(num_allocations.load() - before, 0);
     EXPECT_EQ(engine.num_sequences(), 4);
   }
+}
+
+// A batch of which nearly every row is asked for twice.
+TEST(EngineStepTest, AFullBatchHasRoomForAllQueries) {
+  const Loaded loaded = Load("llada");
+  std::vector<bool> given(40, false);
+  given[0] = true;
+  const SequenceState request =
+      *MakeSequence(std::vector<TokenId>(40, 3), given, {.sampler = "credit", .threshold = 1.0F},
+                    loaded.denoiser->traits());
+  Engine engine(*loaded.denoiser, {.limits = kLimits});
+  std::vector<SequenceId> ids;
+  for (int i = 0; i < 10; ++i) ids.push_back(*engine.Add(request));
+  const SequenceState want = RunAlone(*loaded.denoiser, request);
+  const std::map<SequenceId, SequenceState> done = Finish(engine);
+  for (const SequenceId id : ids) ExpectSameResult(done.at(id), want);
 }
 
 TEST(EngineStepTest, CancelledAndExpiredSequencesLeaveAndDisturbNobody) {

@@ -190,6 +190,72 @@ TEST(SequenceStateTest, CreditsTravelAndAreChecked) {
   EXPECT_TRUE(state.decoding.credits.empty());
 }
 
+TEST(SequenceStateTest, WhatMovedTokensLeaveBehindTravelsAndIsChecked) {
+  ModelTraits model = Model();
+  model.delete_token = 96;
+  model.split_token = 97;
+  std::vector<bool> given(12, false);
+  given[0] = true;
+  SequenceState state =
+      *MakeSequence(std::vector<TokenId>(12, 7), given,
+                    {.sampler = "joint_threshold_indel", .block_length = 6}, model);
+  const auto apply = [&](std::vector<TokenEdit> edits, std::vector<Transfer> transfers) {
+    ApplyOutcome({.transfers = std::move(transfers), .edits = std::move(edits)}, true, state.params,
+                 model, state.canvas, state.decoding);
+  };
+  apply({{2, 5}, {4, 97}}, {{.position = 2, .token = 5, .confidence = 0.5F}});
+  apply({{1, 96}},
+        {{.position = 1, .token = 5, .confidence = 0.5F}, {.position = 2, .token = kMaskedAgain}});
+  const BlockMemory& memory = state.decoding.memory;
+  EXPECT_THAT(memory.original, testing::ElementsAre(1, 1, 0, 1, 1, 0));
+  EXPECT_EQ(memory.tried.size(), 3U);
+  EXPECT_EQ(memory.seen.size(), 2U);
+  const v1::SequenceState wire = ToWire(state, "m");
+  const absl::StatusOr<SequenceState> back = FromWire(wire, model, "m");
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(back->decoding.memory.original, memory.original);
+  EXPECT_EQ(back->decoding.memory.seen, memory.seen);
+  EXPECT_EQ(back->decoding.memory.tried[1].token, 5);
+  EXPECT_EQ(ToWire(*back, "m").SerializeAsString(), wire.SerializeAsString());
+  const std::function<void(v1::SequenceState&)> breaks[] = {
+      [](auto& s) { s.mutable_original_masks()->pop_back(); },
+      [](auto& s) { (*s.mutable_original_masks())[1] = 2; },
+      [](auto& s) { s.mutable_tried(0)->set_position(11); },
+      [](auto& s) { s.mutable_tried(0)->set_token(100); },
+      [](auto& s) { s.mutable_tried()->SwapElements(0, 2); },
+      [](auto& s) { s.add_seen_blocks(3); },
+      [](auto& s) { s.mutable_params()->set_sampler("joint_threshold"); },
+      [](auto& s) { s.clear_original_masks(); },
+  };
+  for (const auto& change : breaks) {
+    v1::SequenceState broken = wire;
+    change(broken);
+    EXPECT_FALSE(FromWire(broken, model, "m").ok()) << broken.ShortDebugString();
+  }
+  EXPECT_FALSE(FromWire(wire, Model(), "m").ok()) << "a model without edit tokens";
+  // The next block starts anew, and the end leaves nothing.
+  std::vector<TokenEdit> edits;
+  std::vector<Transfer> transfers;
+  for (int32_t i = 1; i < 7; ++i) {
+    edits.push_back({i, 8});
+    transfers.push_back({.position = i, .token = 8, .confidence = 0.5F});
+  }
+  apply(edits, transfers);
+  EXPECT_EQ(state.decoding.block_index, 1);
+  EXPECT_THAT(memory.original, testing::ElementsAre(1, 1, 1, 1, 1));
+  EXPECT_TRUE(memory.tried.empty() && memory.seen.empty());
+  for (size_t i = 0; i < 6; ++i) {
+    edits[i].position += 6;
+    transfers[i].position += 6;
+  }
+  edits.pop_back();
+  transfers.pop_back();
+  apply(edits, transfers);
+  EXPECT_TRUE(state.decoding.finished);
+  EXPECT_TRUE(memory.original.empty());
+  EXPECT_TRUE(FromWire(ToWire(state, "m"), model, "m").ok());
+}
+
 TEST(SequenceStateTest, OnlyAFinalEndOfTextFinishesEarly) {
   std::vector<TokenId> ids(12, 7);
   const std::vector<bool> given(12, false);

@@ -1,6 +1,8 @@
 // What BuildWork makes, run by the worker's own sequence and samplers with made-up predictions.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "common/wire/decoding_params_wire.h"
 #include "tests/unit/gateway_api/served_model.h"
@@ -20,7 +22,8 @@ absl::StatusOr<SequenceState> ReadItem(const v1::WorkItem& item, const ModelTrai
                       *FromWire(item.params()), traits);
 }
 
-// Steps until nothing is undecided, when no prediction is ever better than `confidence`.
+// Steps until nothing is undecided, when no prediction is ever better than `confidence`. A model
+// that inserts does so in two of three steps.
 int32_t CountSteps(SequenceState state, const ModelTraits& traits, double confidence,
                    int32_t steps_max) {
   const Sampler& sampler = **GetSampler(state.params.sampler);
@@ -31,13 +34,21 @@ int32_t CountSteps(SequenceState state, const ModelTraits& traits, double confid
         BlockAt(state.canvas, traits, state.params.block_length, state.decoding.block_index)};
     StepPlan plan;
     sampler.Plan(context, plan);
-    const std::vector<VocabularyAnswer> answers(plan.queries.size(),
-                                                VocabularyAnswer{.token = 7,
-                                                                 .token_logit = 1,
-                                                                 .probability = confidence,
-                                                                 .margin = confidence / 2,
-                                                                 .entropy = 5,
-                                                                 .log_sum_exp = 1});
+    std::vector<VocabularyAnswer> answers(plan.queries.size(),
+                                          VocabularyAnswer{.token = 7,
+                                                           .token_logit = 1,
+                                                           .probability = confidence,
+                                                           .margin = confidence / 2,
+                                                           .entropy = 5,
+                                                           .log_sum_exp = 1});
+    for (size_t i = 0; i < answers.size() && traits.split_token >= 0 && steps % 3 != 0; ++i) {
+      const auto& rules = plan.queries[i].rules;
+      if (std::none_of(rules.begin(), rules.end(), [&](const VocabularyRule& rule) {
+            return rule.id == traits.split_token && !rule.pickable;
+          })) {
+        answers[i].token = traits.split_token;
+      }
+    }
     StepOutcome outcome;
     sampler.Decide(context, plan, answers, outcome);
     ApplyOutcome(outcome, plan.forward, state.params, traits, state.canvas, state.decoding);
@@ -56,6 +67,10 @@ TEST(WorkRunsTest, AWorkerAcceptsTheItemAndNeedsNoMoreStepsThanWasSaid) {
         for (const std::string more : {"", R"(, "steps": 4)", R"(, "steps": 90)"}) {
           ServedModel model = TinyModel();
           model.traits.causal_block_length = causal_block;
+          if (entry.moves_tokens) {
+            model.traits.delete_token = 5;
+            model.traits.split_token = 6;
+          }
           if (score) {
             model.traits.parameterization = Parameterization::kAbsorbScore;
             model.traits.sigma_max = 20;

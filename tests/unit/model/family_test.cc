@@ -351,6 +351,27 @@ json Llada2Config() {
           {"eos_token_id", 156892}};
 }
 
+TEST(FamilyTest, Llada22PredictsInsertionsAndDeletions) {
+  EXPECT_EQ(Spec(Llada2Config())->traits.delete_token, -1);
+  json config = Llada2Config();
+  config["delete_token_id"] = 156930;
+  config["split_token_id"] = 156931;
+  const ModelSpec spec = *Spec(config);
+  EXPECT_EQ(spec.traits.delete_token, 156930);
+  EXPECT_EQ(spec.traits.split_token, 156931);
+  const auto message = [&](const char* key, const json& value) {
+    json broken = config;
+    broken[key] = value;
+    return std::string(Spec(broken).status().message());
+  };
+  EXPECT_THAT(message("delete_token_id", nullptr), HasSubstr("delete_token_id: missing"));
+  EXPECT_THAT(message("split_token_id", nullptr), HasSubstr("split_token_id: missing"));
+  EXPECT_THAT(message("split_token_id", 157184), HasSubstr("split_token_id: "));
+  EXPECT_THAT(message("split_token_id", true), HasSubstr("split_token_id: "));
+  EXPECT_THAT(message("split_token_id", 156930), HasSubstr("three different ids"));
+  EXPECT_THAT(message("delete_token_id", 156895), HasSubstr("three different ids"));
+}
+
 json LladaMoeConfig() {
   return {{"architectures", {"LLaDAMoEModelLM"}},
           {"hidden_size", 2048},

@@ -76,7 +76,9 @@ class RowTest : public testing::TestWithParam<Case> {
     params.kv_reuse = GetParam().kv_reuse;
     if (params.kv_reuse != KvReuse::kExact) params.threshold = 0.5F;
     if (params.sampler == "fast_dllm_v2") params.sub_block_length = 4;
-    if (params.sampler == "joint_threshold") params.edit_threshold = 0.2F;
+    if (params.sampler == "joint_threshold" || params.sampler == "joint_threshold_indel") {
+      params.edit_threshold = 0.2F;
+    }
     *item.mutable_params() = ToWire(params);
     return item.SerializeAsString();
   }
@@ -99,8 +101,8 @@ class RowTest : public testing::TestWithParam<Case> {
       const SequenceState* state = finished.empty() ? engine.Find(*id) : &finished[0].second;
       for (const StepEvent& event : report.events) {
         EXPECT_TRUE(event.status.ok()) << event.status;
-        const v1::StepDelta delta = MakeDelta(event, report.TransfersOf(event), *state, plan->facts,
-                                              traits(), absl::ZeroDuration(), Usage{});
+        const v1::StepDelta delta =
+            MakeDelta(report, event, *state, plan->facts, traits(), absl::ZeroDuration(), Usage{});
         run.deltas.push_back(delta.SerializeAsString());
         std::optional<std::string>& snapshot = run.snapshots.emplace_back();
         if (state->decoding.step == event.step + 1) {
@@ -221,6 +223,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"sedd_uniform", "sedd_euler", 6, 1}, Case{"mdlm", "remdm_conf", 12, 1},
                     Case{"sdar_b4", "remdm_cap", 16, 0.5F}, Case{"llada", "dfm_corrector", 8, 1},
                     Case{"llada", "p2", 6, 0}, Case{"llada2", "joint_threshold", 0, 0},
+                    Case{"llada2_indel", "joint_threshold_indel", 0, 0},
                     Case{"llada", "hierarchical_remask", 0, 0}, Case{"llada", "credit", 0, 0.7F},
                     Case{"sdar_b8", "bd3lm_first_hitting", 0, 1},
                     Case{"llada", "threshold", 0, 0, KvReuse::kDual},
