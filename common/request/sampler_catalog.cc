@@ -165,7 +165,7 @@ constexpr std::array kCatalog = {
     SamplerEntry{
         .name = "joint_threshold_indel",
         .alias = "indel",
-        .source = "LLaDA2.x InDel, sgl-project/sglang",
+        .source = "LLaDA2.x InDel, github.com/sgl-project/sglang",
         .summary = "the same, and deletes and inserts tokens in the open block, which move then",
         .knobs = Bits(Knob::kBlockLength, Knob::kThreshold, Knob::kEditing, Knob::kEosEarlyStop),
         .revises = true,

@@ -133,8 +133,12 @@ TEST_F(MarginalTest, TokensFollowTheFilteredSoftmax) {
   const Table clean = table["draws"][0]["confidence"];
   ASSERT_EQ(table["draws"][0]["temperature"], 1.0);
   ASSERT_FALSE(table["draws"][0].contains("top_p") || table["draws"][0].contains("top_k"));
-  const std::vector<std::string> dream = {"origin", "maskgit_plus", "topk_margin", "entropy"};
-  const std::vector<std::string> sdar = {"block_static", "block_dynamic", "block_sequential"};
+  const std::vector<std::string> dream = {"origin", "maskgit_plus", "topk_margin", "entropy",
+                                          "p2_open"};
+  const std::vector<std::string> sdar = {
+      "block_static",    "block_dynamic", "block_sequential",
+      "joint_threshold", "rnd1",          "rnd1_entropy_bounded"};
+  const std::vector<std::string> tempered_alone = {"entropy_bounded", "p2", "p2_random"};
   int num_compared = 0;
   for (const nlohmann::json& draw : table["draws"]) {
     const bool top_p = draw.contains("top_p");
@@ -147,8 +151,9 @@ TEST_F(MarginalTest, TokensFollowTheFilteredSoftmax) {
     }
     const size_t num_filtering = samplers.size();
     if (!top_p && !top_k) {
-      samplers.insert(samplers.end(),
-                      {"entropy_bounded", "low_confidence", "random", "threshold", "factor"});
+      samplers.insert(samplers.end(), tempered_alone.begin(), tempered_alone.end());
+      samplers.insert(samplers.end(), {"low_confidence", "random", "threshold", "factor",
+                                       "hierarchical", "hierarchical_remask"});
     }
     for (size_t index = 0; index < samplers.size(); ++index) {
       const std::string& sampler = samplers[index];
@@ -160,9 +165,9 @@ TEST_F(MarginalTest, TokensFollowTheFilteredSoftmax) {
                                .top_k = draw.value("top_k", 0)};
       // Everything in one step.
       if (Reads(EntryOf(sampler), Knob::kNumSteps)) params.num_steps = 1;
-      if (sampler == "threshold") params.threshold = 0;
+      if (Reads(EntryOf(sampler), Knob::kThreshold)) params.threshold = 0;
       if (sampler == "factor") params.factor = 100;
-      if (sampler == "entropy_bounded") params.entropy_bound = 100;
+      if (Reads(EntryOf(sampler), Knob::kEntropyBound)) params.entropy_bound = 100;
       const Sequence start = Begin(
           {.ids = {0, 0, 0}, .given = {false, false, false}, .params = params}, model, nullptr);
       const std::vector<StepOutcome> outcomes = DrawSteps(start, rows, 6000, 1000 * index, *head_);
@@ -170,7 +175,7 @@ TEST_F(MarginalTest, TokensFollowTheFilteredSoftmax) {
       const Table probabilities = draw["probabilities"];
       const Table tempered = draw["confidence"];
       const Table& confidence =
-          index < num_filtering || sampler == "entropy_bounded" ? tempered : clean;
+          index < num_filtering + (top_p || top_k ? 0 : tempered_alone.size()) ? tempered : clean;
       for (size_t row = 0; row < rows.size(); ++row) {
         SCOPED_TRACE(row);
         ExpectFollows(counts[row], probabilities[row]);
@@ -402,6 +407,135 @@ TEST_F(MarginalTest, RandomRemaskingIsUniformOverSets) {
   }
   ASSERT_EQ(sets.size(), 10U);
   ExpectSetsFollow(CountSets(start, confidence, 10000, 1), sets);
+}
+
+// Path planning in random order: the score of a masked position is the logarithm of a uniform
+// number, that of a committed one eta times that, and the largest stay unmasked. So they are drawn
+// without replacement, in proportion to 1 and 1 / eta.
+TEST_F(MarginalTest, RandomPathPlanningKeepsByEta) {
+  constexpr uint32_t kCommittedSet = 0b010110;
+  for (const float eta : {0.0F, 0.25F, 1.0F, 3.0F}) {
+    SCOPED_TRACE(eta);
+    Sequence start = Begin({.ids = std::vector<TokenId>(6, 1),
+                            .given = std::vector<bool>(6, false),
+                            .params = {.sampler = "p2_random", .num_steps = 6, .eta = eta}},
+                           MaskModel(), nullptr);
+    std::vector<double> scores(6);
+    for (int i = 0; i < 6; ++i) {
+      if ((kCommittedSet >> i & 1) == 0) continue;
+      start.canvas.tokens[i] = 3;
+      start.canvas.states[i] = PositionState::kCommitted;
+      scores[i] = eta > 0 ? -std::log(eta) : 60;
+    }
+    SetStep(3, start);  // of six, after which two of six are masked
+    std::map<uint32_t, double> changed;
+    for (const auto& [kept, chance] : SetsWithoutReplacement(scores, 4)) {
+      if (chance > 1e-12) changed[kept ^ kCommittedSet] = chance;
+    }
+    ASSERT_EQ(changed.size(), eta == 0 ? 3U : 15U);
+    ExpectSetsFollow(CountSets(start, std::vector<double>(6, 0.5), 12000, 1), changed);
+  }
+}
+
+// DiffusionGemma: what is kept was drawn at the step's temperature, everything else is noise, every
+// id as likely as any other that may be picked.
+TEST_F(MarginalTest, RenoisingDrawsTokensOrEvenNoise) {
+  ModelTraits model = NoiseModel();
+  model.vocab_size = 19;
+  model.tokenizer_size = 17;
+  const Rows rows = ReadTable("categorical")["logits"].get<Rows>();
+  for (const float bound : {0.0F, 100.0F}) {
+    Sequence start = Begin({.ids = {1, 0, 0, 0},
+                            .given = {true, false, false, false},
+                            .params = {.sampler = "gemma_renoise",
+                                       .num_steps = 8,
+                                       .entropy_bound = bound,
+                                       .confident_entropy = 0.0F,
+                                       .forbidden_ids = {3},
+                                       .pickable_ids = 17}},
+                           model, nullptr);
+    SetStep(2, start);
+    const double temperature = 0.4 + 0.4 * 6 / 8;
+    Table softmax(4);
+    std::vector<double> entropies;
+    for (size_t i = 1; i < 4; ++i) {
+      double mass = 0;
+      double counted = 0;
+      for (TokenId id = 0; id < 19; ++id) {
+        const double weight = id == 3 ? 0 : std::exp(rows[i - 1][id] / temperature);
+        softmax[i].push_back(id < 17 ? weight : 0);
+        mass += softmax[i].back();
+        counted += weight;
+      }
+      double entropy = 0;
+      for (TokenId id = 0; id < 19; ++id) {
+        const double p = id == 3 ? 0 : std::exp(rows[i - 1][id] / temperature) / counted;
+        entropy -= p > 0 ? p * std::log(p) : 0;
+      }
+      entropies.push_back(entropy);
+      for (double& p : softmax[i]) p /= mass;
+    }
+    const size_t lowest =
+        1 + (std::min_element(entropies.begin(), entropies.end()) - entropies.begin());
+    std::vector<double> noise(19, 1.0 / 16);
+    noise[3] = noise[17] = noise[18] = 0;
+    const Rows shifted = {rows[0], rows[0], rows[1], rows[2]};  // by position
+    const auto counts = CountTokens(start, DrawSteps(start, shifted, 12000, 3000, *head_));
+    for (size_t i = 1; i < 4; ++i) {
+      SCOPED_TRACE(absl::StrCat("bound ", bound, " position ", i));
+      ExpectFollows(counts[i], bound > 0 || i == lowest ? softmax[i] : noise);
+    }
+  }
+}
+
+// Insertion and deletion are drawn as tokens are; what a step may not take is left out of the draw.
+TEST_F(MarginalTest, EditsFollowTheTemperedSoftmax) {
+  const ModelTraits model = MaskModel();
+  const TokenId mask = model.mask_token;
+  Rows rows;
+  for (int i = 0; i < 3; ++i) {
+    std::vector<float>& row = rows.emplace_back(23);
+    for (int id = 0; id < 23; ++id) row[id] = static_cast<float>((7 * id + 5 * i) % 11) / 4;
+    row[mask] = row[model.delete_token] = row[model.split_token] = 2.5F;
+  }
+  const auto table = [&](size_t position, float temperature, std::vector<TokenId> without) {
+    std::vector<double> p;
+    double mass = 0;
+    for (TokenId id = 0; id < 23; ++id) {
+      const bool out = std::count(without.begin(), without.end(), id) > 0;
+      mass += p.emplace_back(out ? 0 : std::exp(rows[position][id] / temperature));
+    }
+    for (double& x : p) x /= mass;
+    return p;
+  };
+  const auto expect = [&](const Sequence& start, float temperature,
+                          const std::vector<std::vector<TokenId>>& without) {
+    std::vector<std::vector<int64_t>> counts(3, std::vector<int64_t>(23));
+    for (const StepOutcome& outcome : DrawSteps(start, rows, 12000, 100, *head_)) {
+      ASSERT_EQ(outcome.edits.size(), 3U);
+      for (const TokenEdit& edit : outcome.edits) ++counts[edit.position][edit.token];
+    }
+    for (size_t i = 0; i < 3; ++i) {
+      SCOPED_TRACE(absl::StrCat("temperature ", temperature, " position ", i));
+      ExpectFollows(counts[i], table(i, temperature, without[i]));
+    }
+  };
+  for (const float temperature : {0.6F, 1.5F}) {
+    Sequence start = Begin({.ids = {0, 0, 0},
+                            .given = {false, false, false},
+                            .params = {.sampler = "joint_threshold_indel",
+                                       .temperature = temperature,
+                                       .threshold = 0.0F,
+                                       .edit_steps = 2}},
+                           model, nullptr);
+    expect(start, temperature, {{mask}, {mask}, {mask}});
+    start.state.memory.original = {1, 0, 0};  // the others were put in: the mask may be drawn
+    expect(start, temperature, {{mask}, {}, {}});
+    start.state.memory.original = {0, 0, 0};
+    start.state.block_edits = 1;  // the last step
+    const std::vector<TokenId> no_moves = {mask, model.delete_token, model.split_token};
+    expect(start, temperature, {no_moves, no_moves, no_moves});
+  }
 }
 
 // --- MDLM and SEDD

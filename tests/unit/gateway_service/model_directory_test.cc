@@ -101,6 +101,18 @@ TEST(ModelDirectoryTest, TheWeightsOfMostWorkersAreServed) {
   EXPECT_EQ(models->Find("b")->model->fingerprint, "3");
 }
 
+// An older worker says nothing of them, which is not the id 0.
+TEST(ModelTraitsWireTest, EditTokensTravelAndMayBeAbsent) {
+  ModelTraits traits = TinyModel().traits;
+  EXPECT_FALSE(ToWire(traits).has_delete_token());
+  EXPECT_EQ(FromWire(ToWire(traits))->delete_token, -1);
+  EXPECT_EQ(FromWire(ToWire(traits))->split_token, -1);
+  traits.delete_token = 0;
+  traits.split_token = 6;
+  EXPECT_EQ(FromWire(ToWire(traits))->delete_token, 0);
+  EXPECT_EQ(FromWire(ToWire(traits))->split_token, 6);
+}
+
 TEST(ModelDirectoryTest, WhatIsNotUnderstoodIsNotServed) {
   const auto models = Directory();
   v1::WorkerStatus strange = Worker("b", "1");

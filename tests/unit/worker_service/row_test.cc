@@ -193,6 +193,27 @@ TEST_P(RowTest, WhatDoesNotFitIsRefused) {
   if (traits().mask_token >= 0 && !first.positions().empty()) {
     EXPECT_TRUE(absl::IsDataLoss(refusal(row)));
   }
+  // Edits, and the transfers that follow from them, must agree; where nothing moves there are none.
+  row.step = 1;
+  const bool moves = SamplerMovesTokens(GetParam().sampler);
+  ASSERT_EQ(first.edit_positions().empty(), !moves);
+  std::vector<v1::StepDelta> broken(4, first);
+  if (moves) {
+    broken[0].set_edit_tokens(0, (first.edit_tokens(0) + 1) % 90);
+    broken[1].set_edit_tokens(0, traits().vocab_size);
+    broken[2].set_edit_positions(0, 1);  // given
+    broken[3].mutable_edit_tokens()->RemoveLast();
+  } else {
+    for (v1::StepDelta& delta : broken) {
+      delta.add_edit_positions(8);
+      delta.add_edit_tokens(1);
+    }
+  }
+  for (const v1::StepDelta& delta : broken) {
+    row.deltas = {delta.SerializeAsString()};
+    EXPECT_TRUE(absl::IsDataLoss(refusal(row))) << delta.ShortDebugString();
+  }
+  row.step = 2;
   row.deltas = {whole.deltas[0], "\xff"};
   EXPECT_TRUE(absl::IsDataLoss(refusal(row)));
   row = started;
