@@ -328,6 +328,7 @@ absl::Status Generate(GenerateFlags flags, const FlagSet& set) {
   EngineOptions options;
   options.limits = limits;
   options.kv_bytes_max = int64_t{1} << 40;
+  options.look_ahead = flags.model.device != "cpu";  // as a worker's
   Engine engine(*session.denoiser, options);
   CINNABAR_ASSIGN_OR_RETURN(const SequenceId id, engine.Add(std::move(state)));
 

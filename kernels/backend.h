@@ -10,13 +10,15 @@
 //   * Packed rows. A batch is rows of many sequences one after another; nothing is padded.
 //   * No allocation after Reserve(): scratch is taken once.
 // Ops are enqueued in call order; what they read must stay alive and unchanged, and what they write
-// must not be read by the host, until Synchronize() returned OK. One thread at a time calls a
-// Backend. Shapes that do not fit each other are a caller's bug (CINNABAR_CHECK).
+// must not be read by the host, until Synchronize() returned OK, or WaitStep() for their step. Only
+// KvMemory may go while ops that use it are enqueued. One thread at a time calls a Backend. Shapes
+// that do not fit each other are a caller's bug (CINNABAR_CHECK).
 #ifndef CINNABAR_KERNELS_BACKEND_H_
 #define CINNABAR_KERNELS_BACKEND_H_
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 
@@ -453,6 +455,45 @@ struct VocabularyArgs {
   absl::Span<VocabularyAnswer> answers;  // host, as long as queries
 };
 
+// --- Transfers
+// -----------------------------------------------------------------------------------------
+
+enum class TransferScore : uint8_t { kProbability, kMargin, kNegativeEntropy };
+
+// Which of some answers are taken: the `count` of the highest scores (all, where there are fewer;
+// ties: the earlier answer), and every other whose score is above `threshold`, or at least that
+// where it is `inclusive`. Scores are the answers' doubles, compared as such: the choice is exact.
+struct TransferRule {
+  TransferScore score = TransferScore::kProbability;
+  int32_t count = 0;
+  double threshold = std::numeric_limits<double>::infinity();
+  bool inclusive = false;
+};
+
+struct TransferCandidate {
+  int32_t answer = 0;  // among those of the last AnswerVocabulary()
+  int32_t target =
+      0;  // the element of SelectTransfersArgs::ids that gets its token when it is taken
+};
+
+// The candidates of one sequence; each sequence's are judged on their own.
+struct TransferSelection {
+  int32_t candidates_begin = 0;
+  int32_t candidates_end = 0;
+  TransferRule rule;
+};
+
+// ids = known, but for the tokens of the answers that are taken. What a step's answers lead to is
+// so on the device before the host has seen them. An answer without a token (-1), or not finite,
+// changes nothing; beside one that is not finite, which others are taken is undefined.
+struct SelectTransfersArgs {
+  absl::Span<const TransferSelection> selections;
+  absl::Span<const TransferCandidate> candidates;  // targets are distinct
+  absl::Span<const int32_t> known;                 // host, [num_ids]
+  int32_t* ids = nullptr;                          // device, [num_ids]
+  absl::Span<int32_t> chosen;  // host, [num_ids]: a copy of `ids`; may be read as answers may
+};
+
 // Plain logits: out[i] = hidden[i] W^T + bias, [num_rows, vocabulary] float32. For inspection and
 // for samplers that need whole rows, a few at a time.
 struct LogitsArgs {
@@ -501,7 +542,7 @@ struct DeviceStats {
   std::string pci_address;  // "0000:4b:00.0"; empty: no PCI device
   int64_t memory_total_bytes = -1;
   int64_t memory_free_bytes = -1;
-  double busy_seconds = -1;  // that its ops ran, by its own clock
+  double busy_seconds = -1;  // that steps ran (BeginStep() to EndStep()), by its own clock
   int64_t graph_hits = 0;    // steps that ran as a recorded graph
   int64_t graph_misses = 0;  // steps whose shape had none
 };
@@ -561,6 +602,9 @@ class Backend {
   // out[i] = table[ids[i]] * scale, float32. Ids are in range.
   virtual absl::Status Embed(const Weight& table, absl::Span<const int32_t> ids, float scale,
                              const Rows& out) = 0;
+  // The same with `num_rows` ids that lie on the device, as SelectTransfers() leaves them.
+  virtual absl::Status EmbedChosen(const Weight& table, const int32_t* ids, int64_t num_rows,
+                                   float scale, const Rows& out) = 0;
   virtual absl::Status Linear(const LinearArgs& args) = 0;
   virtual absl::Status RmsNorm(const RmsNormArgs& args) = 0;
   virtual absl::Status LayerNormModulate(const LayerNormModulateArgs& args) = 0;
@@ -570,6 +614,9 @@ class Backend {
   virtual absl::Status Route(const RouteArgs& args) = 0;
   virtual absl::Status Experts(const ExpertsArgs& args) = 0;
   virtual absl::Status AnswerVocabulary(const VocabularyArgs& args) = 0;
+  // Reads the answers of the last AnswerVocabulary() where they are: on the device, or (CPU) in its
+  // args.answers, unchanged since. At most WorkspaceShape::rows_max ids, queries_max candidates.
+  virtual absl::Status SelectTransfers(const SelectTransfersArgs& args) = 0;
   virtual absl::Status Logits(const LogitsArgs& args) = 0;
   virtual absl::Status SoftEmbed(const SoftEmbedArgs& args) = 0;
 
@@ -578,6 +625,9 @@ class Backend {
   // without. Neither nests; a failed step needs no EndStep().
   virtual absl::Status BeginStep() { return absl::OkStatus(); }
   virtual absl::Status EndStep() { return absl::OkStatus(); }
+  // Waits for the oldest step that has ended and was not waited for; another may be enqueued behind
+  // it, no third. At once where none is left, after Synchronize() for one.
+  virtual absl::Status WaitStep() { return Synchronize(); }
 
   // Waits for everything enqueued. A device error surfaces here or at a later call (Unavailable),
   // and then at every call: make a new Backend.

@@ -206,6 +206,8 @@ absl::Status Serve(Flags flags) {
       std::max(options.engine.limits.rows_max, options.engine.limits.positions_max);
   options.engine.kv_bytes_max = int64_t{flags.kv_mib} << 20;
   options.engine.prefix_reuse = !flags.no_prefix_reuse;
+  // A CPU computes on the thread that waits for it: there is nothing to gain.
+  options.engine.look_ahead = device.kind == BackendKind::kCuda;
   const LoadOptions load{.weight_dtype = dtype};
   if (null_device) {
     if (options.engine.kv_bytes_max == 0) options.engine.kv_bytes_max = int64_t{2} << 30;

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "common/base/check.h"
@@ -266,6 +267,7 @@ class CpuBackend : public Backend {
     }
     const absl::Status vocabulary = vocabulary_workspace_.Reserve(shape, pool_.num_threads());
     if (!vocabulary.ok()) return vocabulary;
+    order_.reserve(shape.queries_max);
     shape_ = shape;
     scratch_ = scratch;
     scratch_memory_ = std::move(memory);
@@ -316,6 +318,11 @@ class CpuBackend : public Backend {
       isa_.scale(values, scale, embedding.cols(), values);
     });
     return absl::OkStatus();
+  }
+
+  absl::Status EmbedChosen(const Weight& table, const int32_t* ids, int64_t num_rows, float scale,
+                           const Rows& out) override {
+    return Embed(table, {ids, static_cast<size_t>(num_rows)}, scale, out);
   }
 
   absl::Status Linear(const LinearArgs& args) override {
@@ -521,6 +528,20 @@ class CpuBackend : public Backend {
     CheckFloat(args.hidden);
     const Head machine(*this, dynamic_cast<const PackedWeight&>(*args.weight));
     AnswerVocabularyCpu(args, machine, vocabulary_workspace_);
+    last_answers_ = args.answers;
+    return absl::OkStatus();
+  }
+
+  absl::Status SelectTransfers(const SelectTransfersArgs& args) override {
+    CINNABAR_CHECK(args.chosen.size() == args.known.size());
+    std::copy(args.known.begin(), args.known.end(), args.chosen.begin());
+    for (const TransferSelection& selection : args.selections) {
+      Select(selection.rule,
+             args.candidates.subspan(selection.candidates_begin,
+                                     selection.candidates_end - selection.candidates_begin),
+             args.chosen);
+    }
+    std::copy(args.chosen.begin(), args.chosen.end(), args.ids);
     return absl::OkStatus();
   }
 
@@ -555,6 +576,40 @@ class CpuBackend : public Backend {
   absl::Status Synchronize() override { return absl::OkStatus(); }
 
  private:
+  void Select(const TransferRule& rule, absl::Span<const TransferCandidate> candidates,
+              absl::Span<int32_t> ids) {
+    const auto answer = [&](int32_t index) -> const VocabularyAnswer& {
+      return last_answers_[candidates[index].answer];
+    };
+    const auto score = [&](int32_t index) {
+      switch (rule.score) {
+        case TransferScore::kProbability:
+          return answer(index).probability;
+        case TransferScore::kMargin:
+          return answer(index).margin;
+        case TransferScore::kNegativeEntropy:
+          return -answer(index).entropy;
+      }
+      CINNABAR_CHECK(false) << "not a score: " << static_cast<int>(rule.score);
+      return 0.0;
+    };
+    order_.clear();
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      if (answer(static_cast<int32_t>(i)).finite) order_.push_back(static_cast<int32_t>(i));
+    }
+    std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
+      const double score_a = score(a), score_b = score(b);
+      return score_a != score_b ? score_a > score_b : a < b;
+    });
+    for (size_t rank = 0; rank < order_.size(); ++rank) {
+      const double s = score(order_[rank]);
+      const bool above = rule.inclusive ? s >= rule.threshold : s > rule.threshold;
+      if (static_cast<int64_t>(rank) >= rule.count && !above) break;
+      const int32_t token = answer(order_[rank]).token;
+      if (token >= 0) ids[candidates[order_[rank]].target] = token;
+    }
+  }
+
   // Offsets in floats into the workspace; per-thread parts follow one another.
   struct Scratch {
     int64_t strips = 0;   // packed rows of the left side of a product
@@ -1041,6 +1096,8 @@ class CpuBackend : public Backend {
   Scratch scratch_;
   AlignedMemory scratch_memory_;
   VocabularyWorkspace vocabulary_workspace_;
+  absl::Span<const VocabularyAnswer> last_answers_;
+  std::vector<int32_t> order_;  // of SelectTransfers()
 };
 
 }  // namespace

@@ -11,7 +11,7 @@ if(CINNABAR_HAS_CUDA)
             ${CMAKE_CURRENT_LIST_DIR}/attention.cu ${CMAKE_CURRENT_LIST_DIR}/experts.cu
             ${CMAKE_CURRENT_LIST_DIR}/linear.cu ${CMAKE_CURRENT_LIST_DIR}/rows.cu
             ${CMAKE_CURRENT_LIST_DIR}/runtime.cu ${CMAKE_CURRENT_LIST_DIR}/soft_embed.cu
-            ${CMAKE_CURRENT_LIST_DIR}/vocabulary.cu
+            ${CMAKE_CURRENT_LIST_DIR}/transfers.cu ${CMAKE_CURRENT_LIST_DIR}/vocabulary.cu
     DEPS kernels_cuda_host kernels_quantized common_base absl::span absl::status absl::statusor absl::strings)
   # Products are fused only where the source says so: see math.h. The runtime is linked in, and looks for
   # the driver when it is first called: programs start without one.

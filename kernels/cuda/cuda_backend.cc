@@ -1,6 +1,7 @@
 #include "kernels/cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -80,6 +81,19 @@ Finish FinishOf(Epilogue epilogue) {
   }
   CINNABAR_CHECK(false) << "not an epilogue of this backend: " << static_cast<int>(epilogue);
   return Finish::kStore;
+}
+
+Score ScoreOf(TransferScore score) {
+  switch (score) {
+    case TransferScore::kProbability:
+      return Score::kProbability;
+    case TransferScore::kMargin:
+      return Score::kMargin;
+    case TransferScore::kNegativeEntropy:
+      return Score::kNegativeEntropy;
+  }
+  CINNABAR_CHECK(false) << "not a score: " << static_cast<int>(score);
+  return Score::kProbability;
 }
 
 class CudaBuffer : public Buffer {
@@ -192,6 +206,23 @@ struct Geometry {
   std::map<std::pair<int32_t, int32_t>, Tiles> tiles;
 };
 
+// What the host keeps of a step until it was waited for. There are two, in turns: one may be under
+// way while the next is enqueued.
+struct Step {
+  PinnedMemory staged;
+  Staging staging;  // on the device both have one area, which copies reach in stream order
+  // Answers and chosen ids, as they come from the device, and where they go.
+  PinnedMemory results;
+  std::vector<int32_t> pending;  // queries in the order of their device answers
+  absl::Span<VocabularyAnswer> answers;
+  absl::Span<int32_t> chosen;
+  void* begins = nullptr;  // events; these two are timed
+  void* ends = nullptr;
+  void* leaves = nullptr;  // nothing staged here is read behind it
+  bool timed = false;      // `begins` has been recorded
+  bool under_way = false;  // it has ended (`ends` has been recorded), and was not waited for
+};
+
 // Device pointers of one layer's experts.
 struct ExpertTable {
   std::vector<const void*> host;
@@ -208,10 +239,22 @@ class CudaBackend : public Backend {
     if (capturing_) (void)RunCaptured();
     (void)SynchronizeStream(stream_);
     for (const auto& [key, executable] : graphs_) DestroyExecutable(executable);
+    for (const Step& step : steps_) {
+      for (void* event : {step.begins, step.ends, step.leaves}) {
+        if (event != nullptr) DestroyEvent(event);
+      }
+    }
     DestroyStream(stream_);
   }
 
-  absl::Status Start() { return TakeWorkspace(WorkspaceShape{}, kStagedBytesAtFirst); }
+  absl::Status Start() {
+    for (Step& step : steps_) {
+      CINNABAR_RETURN_IF_ERROR(Note(CreateEvent(/*timed=*/true, &step.begins), "make an event"));
+      CINNABAR_RETURN_IF_ERROR(Note(CreateEvent(/*timed=*/true, &step.ends), "make an event"));
+      CINNABAR_RETURN_IF_ERROR(Note(CreateEvent(/*timed=*/false, &step.leaves), "make an event"));
+    }
+    return TakeWorkspace(WorkspaceShape{}, kStagedBytesAtFirst);
+  }
 
   std::string Describe() const override {
     return absl::StrCat("cuda ", facts_.name, ", device ", options_.device, ", sm_",
@@ -225,13 +268,13 @@ class CudaBackend : public Backend {
   }
   DType activation_dtype() const override { return options_.activation; }
 
-  // Busy time is not told: it would take two events a step.
   DeviceStats Stats() const override {
     DeviceStats stats;
     stats.pci_address = facts_.pci_address;
     stats.memory_total_bytes = facts_.memory_bytes;
     int64_t free_bytes = 0;
     if (FreeMemory(&free_bytes) == kSuccess) stats.memory_free_bytes = free_bytes;
+    stats.busy_seconds = busy_seconds_;
     stats.graph_hits = graph_hits_;
     stats.graph_misses = graph_misses_;
     return stats;
@@ -374,7 +417,7 @@ class CudaBackend : public Backend {
   absl::Status Upload(absl::Span<const float> host, void* device) override {
     CINNABAR_RETURN_IF_ERROR(Ready());
     const int64_t bytes = static_cast<int64_t>(host.size()) * 4;
-    const int64_t piece = staging_.bytes() / 2 / 256 * 256;
+    const int64_t piece = layout_.staged_bytes / 2 / 256 * 256;
     for (int64_t begin = 0; begin < bytes; begin += piece) {
       CINNABAR_RETURN_IF_ERROR(
           CopyThroughStaging(reinterpret_cast<const char*>(host.data()) + begin,
@@ -395,17 +438,24 @@ class CudaBackend : public Backend {
   absl::Status Embed(const Weight& table, absl::Span<const int32_t> ids, float scale,
                      const Rows& out) override {
     CINNABAR_RETURN_IF_ERROR(Ready());
-    const WeightView& view = dynamic_cast<const CudaWeight&>(table).view();
     for (const int32_t id : ids) CINNABAR_CHECK(id >= 0 && id < table.rows()) << "id " << id;
-    if (ids.empty()) return absl::OkStatus();
     CINNABAR_RETURN_IF_ERROR(MakeRoom(StagedBytesOf(ids)));
+    CINNABAR_ASSIGN_OR_RETURN(const int32_t* const staged, Stage(ids));
+    return EmbedChosen(table, staged, static_cast<int64_t>(ids.size()), scale, out);
+  }
+
+  absl::Status EmbedChosen(const Weight& table, const int32_t* ids, int64_t num_rows, float scale,
+                           const Rows& out) override {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    if (num_rows == 0) return absl::OkStatus();
+    const WeightView& view = dynamic_cast<const CudaWeight&>(table).view();
     EmbedTask task;
     task.table = view.data;
     task.element = view.element;
     task.cols = table.cols();
     task.row_bytes = view.row_bytes;
-    CINNABAR_ASSIGN_OR_RETURN(task.ids, Stage(ids));
-    task.num_rows = static_cast<int32_t>(ids.size());
+    task.ids = ids;
+    task.num_rows = static_cast<int32_t>(num_rows);
     task.scale = scale;
     task.out = ViewOf(out);
     return Note(LaunchEmbed(task, stream_), "embedding");
@@ -707,7 +757,7 @@ class CudaBackend : public Backend {
                    static_cast<int64_t>(args.queries.size()) <= shape_.queries_max)
         << "more of a vocabulary than was reserved";
     // The host's copy of the answers holds one call's.
-    if (!pending_.empty()) CINNABAR_RETURN_IF_ERROR(Synchronize());
+    if (!step().pending.empty()) CINNABAR_RETURN_IF_ERROR(Synchronize());
     std::vector<int32_t> fused, whole;
     for (size_t i = 0; i < args.queries.size(); ++i) {
       const VocabularyQuery& query = args.queries[i];
@@ -724,17 +774,77 @@ class CudaBackend : public Backend {
     CINNABAR_RETURN_IF_ERROR(AnswerWhole(args, weight, whole, fused.size()));
     const int64_t bytes = static_cast<int64_t>(args.queries.size() * sizeof(DeviceAnswer));
     CINNABAR_RETURN_IF_ERROR(
-        Note(CopyToHost(pinned_answers_.get(), At<void>(layout_.answers), bytes, stream_),
+        Note(CopyToHost(step().results.get(), At<void>(layout_.answers), bytes, stream_),
              "copy the answers"));
-    pending_ = std::move(fused);
-    pending_.insert(pending_.end(), whole.begin(), whole.end());
-    pending_answers_ = args.answers;
+    step().answers = args.answers;
+    step().pending = std::move(fused);
+    step().pending.insert(step().pending.end(), whole.begin(), whole.end());
+    device_answers_.resize(args.queries.size());
+    for (size_t i = 0; i < step().pending.size(); ++i) {
+      device_answers_[step().pending[i]] = static_cast<int32_t>(i);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status SelectTransfers(const SelectTransfersArgs& args) override {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    CINNABAR_CHECK(args.chosen.size() == args.known.size() &&
+                   static_cast<int64_t>(args.known.size()) <= shape_.rows_max)
+        << args.known.size() << " ids are more than were reserved";
+    if (args.known.empty()) return absl::OkStatus();
+    if (!step().chosen.empty()) CINNABAR_RETURN_IF_ERROR(Synchronize());
+    std::vector<DeviceCandidate> candidates;
+    candidates.reserve(args.candidates.size());
+    for (const TransferCandidate& candidate : args.candidates) {
+      CINNABAR_CHECK(candidate.target >= 0 &&
+                     candidate.target < static_cast<int64_t>(args.known.size()))
+          << "target " << candidate.target;
+      candidates.push_back({device_answers_.at(candidate.answer), candidate.target});
+    }
+    std::vector<DeviceSelection> selections;
+    selections.reserve(args.selections.size());
+    for (const TransferSelection& selection : args.selections) {
+      selections.push_back({selection.candidates_begin, selection.candidates_end,
+                            ScoreOf(selection.rule.score), selection.rule.count,
+                            selection.rule.threshold, selection.rule.inclusive ? 1 : 0});
+    }
+    CINNABAR_RETURN_IF_ERROR(MakeRoom(StagedBytesOf(args.known) +
+                                      StagedBytesOf(absl::MakeConstSpan(candidates)) +
+                                      StagedBytesOf(absl::MakeConstSpan(selections))));
+    const auto bytes = static_cast<int64_t>(args.known.size() * sizeof(int32_t));
+    CINNABAR_ASSIGN_OR_RETURN(const int32_t* const known, Stage(args.known));
+    CINNABAR_RETURN_IF_ERROR(Note(CopyOnDevice(args.ids, known, bytes, stream_), "copy ids"));
+    TransferTask task;
+    task.answers = At<DeviceAnswer>(layout_.answers);
+    CINNABAR_ASSIGN_OR_RETURN(task.candidates, Stage(absl::MakeConstSpan(candidates)));
+    CINNABAR_ASSIGN_OR_RETURN(task.selections, Stage(absl::MakeConstSpan(selections)));
+    task.num_selections = static_cast<int32_t>(selections.size());
+    task.ids = args.ids;
+    if (task.num_selections > 0) {
+      CINNABAR_RETURN_IF_ERROR(Note(LaunchTransfers(task, stream_), "select transfers"));
+    }
+    CINNABAR_RETURN_IF_ERROR(
+        Note(CopyToHost(ChosenIds(step()), args.ids, bytes, stream_), "copy the chosen ids"));
+    step().chosen = args.chosen;
     return absl::OkStatus();
   }
 
   absl::Status BeginStep() override {
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
+    if (!step().under_way) {
+      // What was asked for outside of a step has no end that could be waited for.
+      const bool asked = !step().pending.empty() || !step().chosen.empty();
+      if (asked) CINNABAR_RETURN_IF_ERROR(Synchronize());
+      step().timed = false;
+    }
+    CINNABAR_RETURN_IF_ERROR(Note(RecordEvent(step().leaves, stream_), "mark a step"));
+    current_ = 1 - current_;
+    CINNABAR_CHECK(!step().under_way) << "a third step, before the first was waited for";
+    // Long done: it is before the other step, of which the last was waited for.
+    CINNABAR_RETURN_IF_ERROR(Note(SynchronizeEvent(step().leaves), "wait for the device"));
+    step().staging.Rewind();
+    geometries_.clear();
     CINNABAR_RETURN_IF_ERROR(Note(BeginCapture(stream_), "begin a graph"));
     capturing_ = true;
     captured_calls_ = 0;
@@ -744,18 +854,51 @@ class CudaBackend : public Backend {
 
   absl::Status EndStep() override {
     CINNABAR_RETURN_IF_ERROR(Ready());
-    return RunCaptured();
+    CINNABAR_RETURN_IF_ERROR(RunCaptured());
+    CINNABAR_RETURN_IF_ERROR(Note(RecordEvent(step().ends, stream_), "mark a step"));
+    step().under_way = true;
+    return absl::OkStatus();
+  }
+
+  absl::Status WaitStep() override {
+    CINNABAR_RETURN_IF_ERROR(Ready());
+    for (Step* step : {&steps_[1 - current_], &steps_[current_]}) {
+      if (!step->under_way) continue;
+      CINNABAR_RETURN_IF_ERROR(Note(SynchronizeEvent(step->ends), "wait for the device"));
+      return Deliver(*step);
+    }
+    return Synchronize();
   }
 
   absl::Status Synchronize() override {
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
+    if (step().timed && !step().under_way) {
+      CINNABAR_RETURN_IF_ERROR(Note(RecordEvent(step().ends, stream_), "mark a step"));
+    }
     CINNABAR_RETURN_IF_ERROR(Note(SynchronizeStream(stream_), "wait for the device"));
-    staging_.Rewind();
+    step().staging.Rewind();
     geometries_.clear();
-    const auto* answers = static_cast<const DeviceAnswer*>(pinned_answers_.get());
-    for (size_t i = 0; i < pending_.size(); ++i) {
-      VocabularyAnswer& answer = pending_answers_[pending_[i]];
+    for (Step* step : {&steps_[1 - current_], &steps_[current_]}) {
+      CINNABAR_RETURN_IF_ERROR(Deliver(*step));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  // --- Steps
+
+  Step& step() { return steps_[current_]; }
+  int32_t* ChosenIds(const Step& step) const {
+    return reinterpret_cast<int32_t*>(static_cast<DeviceAnswer*>(step.results.get()) +
+                                      shape_.queries_max);
+  }
+
+  // Hands out what a step that the device is done with has brought.
+  absl::Status Deliver(Step& step) {
+    const auto* answers = static_cast<const DeviceAnswer*>(step.results.get());
+    for (size_t i = 0; i < step.pending.size(); ++i) {
+      VocabularyAnswer& answer = step.answers[step.pending[i]];
       answer.token = answers[i].token;
       answer.token_logit = answers[i].token_logit;
       answer.probability = answers[i].probability;
@@ -766,11 +909,19 @@ class CudaBackend : public Backend {
       answer.top_token = answers[i].top_token;
       answer.top_probability = answers[i].top_probability;
     }
-    pending_.clear();
+    std::copy_n(ChosenIds(step), step.chosen.size(), step.chosen.begin());
+    if (step.timed) {
+      double seconds = 0.0;
+      CINNABAR_RETURN_IF_ERROR(
+          Note(ElapsedSeconds(step.begins, step.ends, &seconds), "time a step"));
+      busy_seconds_ = busy_seconds_ + seconds;
+    }
+    step.pending.clear();
+    step.chosen = {};
+    step.timed = step.under_way = false;
     return absl::OkStatus();
   }
 
- private:
   // --- Errors. The first that is not for want of memory stays: the device is not to be trusted
   // after.
 
@@ -820,13 +971,17 @@ class CudaBackend : public Backend {
     workspace_.reset();
     layout_ = WorkspaceLayout();
     CINNABAR_ASSIGN_OR_RETURN(workspace_, TakeDeviceMemory(layout.total_bytes), "workspace");
-    CINNABAR_ASSIGN_OR_RETURN(pinned_, TakePinnedMemory(layout.staged_bytes));
-    CINNABAR_ASSIGN_OR_RETURN(
-        pinned_answers_,
-        TakePinnedMemory(shape.queries_max * static_cast<int64_t>(sizeof(DeviceAnswer))));
+    for (Step& step : steps_) {
+      CINNABAR_ASSIGN_OR_RETURN(step.staged, TakePinnedMemory(layout.staged_bytes));
+      CINNABAR_ASSIGN_OR_RETURN(
+          step.results,
+          TakePinnedMemory(shape.queries_max * static_cast<int64_t>(sizeof(DeviceAnswer)) +
+                           shape.rows_max * static_cast<int64_t>(sizeof(int32_t))));
+      step.staging.Reset(static_cast<char*>(step.staged.get()), At<char>(layout.staged),
+                         layout.staged_bytes);
+    }
     layout_ = layout;
     shape_ = shape;
-    staging_.Reset(static_cast<char*>(pinned_.get()), At<char>(layout.staged), layout.staged_bytes);
     geometries_.clear();
     // Tickets begin at 0, and every product leaves them so.
     if (layout.num_tickets == 0) return absl::OkStatus();
@@ -847,12 +1002,12 @@ class CudaBackend : public Backend {
   // Makes sure that `bytes` can be staged without waiting. May wait for the stream, and then what
   // was staged before is gone: so an op calls this once, before it stages.
   absl::Status MakeRoom(int64_t bytes) {
-    if (bytes <= staging_.bytes_left()) return absl::OkStatus();
-    CINNABAR_CHECK(bytes <= staging_.bytes())
+    if (bytes <= step().staging.bytes_left()) return absl::OkStatus();
+    CINNABAR_CHECK(bytes <= step().staging.bytes())
         << bytes << " staged bytes are more than was reserved";
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
     CINNABAR_RETURN_IF_ERROR(Note(SynchronizeStream(stream_), "wait for the device"));
-    staging_.Rewind();
+    step().staging.Rewind();
     geometries_.clear();
     return absl::OkStatus();
   }
@@ -862,8 +1017,8 @@ class CudaBackend : public Backend {
   absl::StatusOr<const T*> Stage(absl::Span<const T> values) {
     if (values.empty()) return nullptr;
     int error = kSuccess;
-    void* device = staging_.Copy(values.data(), static_cast<int64_t>(values.size() * sizeof(T)),
-                                 stream_, &error);
+    void* device = step().staging.Copy(
+        values.data(), static_cast<int64_t>(values.size() * sizeof(T)), stream_, &error);
     CINNABAR_RETURN_IF_ERROR(Note(error, "copy to the device"));
     return static_cast<const T*>(device);
   }
@@ -872,7 +1027,7 @@ class CudaBackend : public Backend {
   absl::Status CopyThroughStaging(const void* data, int64_t bytes, void* device) {
     CINNABAR_RETURN_IF_ERROR(MakeRoom(RoundUp(bytes, 256)));
     int error = kSuccess;
-    const void* staged = staging_.Copy(data, bytes, stream_, &error);
+    const void* staged = step().staging.Copy(data, bytes, stream_, &error);
     CINNABAR_RETURN_IF_ERROR(Note(error, "copy to the device"));
     return Note(CopyOnDevice(device, staged, bytes, stream_), "copy to the device");
   }
@@ -1374,6 +1529,10 @@ class CudaBackend : public Backend {
     capturing_ = false;
     void* graph = nullptr;
     CINNABAR_RETURN_IF_ERROR(Note(EndCapture(stream_, &graph), "end a graph"));
+    if (!step().timed) {
+      CINNABAR_RETURN_IF_ERROR(Note(RecordEvent(step().begins, stream_), "mark a step"));
+      step().timed = true;
+    }
     const int64_t key = captured_shape_ * 4096 + captured_calls_;
     const absl::Status run = captured_calls_ == 0 ? absl::OkStatus() : RunGraph(graph, key);
     DestroyGraph(graph);
@@ -1414,22 +1573,22 @@ class CudaBackend : public Backend {
   WorkspaceShape shape_;
   WorkspaceLayout layout_;
   DeviceMemory workspace_;
-  PinnedMemory pinned_;
-  PinnedMemory pinned_answers_;
-  Staging staging_;
+  Step steps_[2];
+  int current_ = 0;                                    // the step that ops belong to
   std::vector<std::unique_ptr<Geometry>> geometries_;  // of this step
   std::map<const void*, ExpertTable> expert_tables_;
 
-  // Queries in the order of their device answers, until Synchronize().
-  std::vector<int32_t> pending_;
-  absl::Span<VocabularyAnswer> pending_answers_;
+  // Of the last AnswerVocabulary(): where each query's answer lies on the device.
+  std::vector<int32_t> device_answers_;
 
   bool capturing_ = false;
   int64_t captured_calls_ = 0;
   uint64_t captured_shape_ = 0;
   std::map<int64_t, void*> graphs_;
-  int64_t graph_hits_ = 0;
-  int64_t graph_misses_ = 0;
+  // Read by Stats(), from any thread.
+  std::atomic<int64_t> graph_hits_ = 0;
+  std::atomic<int64_t> graph_misses_ = 0;
+  std::atomic<double> busy_seconds_ = 0.0;
 };
 
 }  // namespace

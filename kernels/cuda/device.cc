@@ -58,7 +58,7 @@ absl::Status Loader::Prepare() {
       CINNABAR_ASSIGN_OR_RETURN(pieces_[i], TakePinnedMemory(kPieceBytes));
     }
     if (events_[i] == nullptr) {
-      CINNABAR_RETURN_IF_ERROR(StatusOfError(CreateEvent(&events_[i]), "make an event"));
+      CINNABAR_RETURN_IF_ERROR(StatusOfError(CreateEvent(/*timed=*/false, &events_[i]), "make an event"));
     }
   }
   return absl::OkStatus();

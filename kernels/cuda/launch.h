@@ -395,6 +395,34 @@ struct SoftEmbedTask {
 };
 int LaunchSoftEmbed(const SoftEmbedTask& task, void* stream);
 
+// --- Transfers
+
+enum class Score : int32_t { kProbability, kMargin, kNegativeEntropy };
+
+struct DeviceCandidate {
+  int32_t answer = 0;
+  int32_t target = 0;
+};
+
+struct DeviceSelection {
+  int32_t candidates_begin = 0;
+  int32_t candidates_end = 0;
+  Score score = Score::kProbability;
+  int32_t count = 0;
+  double threshold = 0.0;
+  int64_t inclusive = 0;
+};
+
+// ids[target] = token, for the candidates that are taken.
+struct TransferTask {
+  const DeviceAnswer* answers = nullptr;
+  const DeviceCandidate* candidates = nullptr;
+  const DeviceSelection* selections = nullptr;
+  int32_t num_selections = 0;
+  int32_t* ids = nullptr;
+};
+int LaunchTransfers(const TransferTask& task, void* stream);
+
 }  // namespace cinnabar::cuda
 
 #endif  // CINNABAR_KERNELS_CUDA_LAUNCH_H_

@@ -82,9 +82,10 @@ int AllocatePinned(int64_t bytes, void** memory) {
 }
 void FreePinned(void* memory) { (void)cudaFreeHost(memory); }
 
-int CreateEvent(void** event) {
+int CreateEvent(bool timed, void** event) {
   cudaEvent_t created = nullptr;
-  const cudaError_t error = cudaEventCreateWithFlags(&created, cudaEventDisableTiming);
+  const cudaError_t error =
+      cudaEventCreateWithFlags(&created, timed ? cudaEventDefault : cudaEventDisableTiming);
   *event = created;
   return error;
 }
@@ -93,6 +94,13 @@ int RecordEvent(void* event, void* stream) {
   return cudaEventRecord(static_cast<cudaEvent_t>(event), Stream(stream));
 }
 int SynchronizeEvent(void* event) { return cudaEventSynchronize(static_cast<cudaEvent_t>(event)); }
+int ElapsedSeconds(void* from, void* to, double* seconds) {
+  float milliseconds = 0.0F;
+  const cudaError_t error = cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(from),
+                                                 static_cast<cudaEvent_t>(to));
+  *seconds = milliseconds * 1e-3;
+  return error;
+}
 
 int ClearAsync(void* device, int64_t bytes, void* stream) {
   return cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), Stream(stream));

@@ -13,7 +13,7 @@ inline constexpr int kOutOfMemory = 2;  // cudaErrorMemoryAllocation
 
 struct DeviceFacts {
   char name[256] = {};
-  char pci_address[32] = {};  // "0000:4b:00.0"; empty: no PCI device
+  char pci_address[32] = {};       // "0000:4b:00.0"; empty: no PCI device
   int32_t compute_capability = 0;  // 10 * major + minor
   int32_t num_multiprocessors = 0;
   int64_t shared_bytes_max = 0;  // of one block, opted in
@@ -34,11 +34,12 @@ void FreeDevice(void* memory);
 int AllocatePinned(int64_t bytes, void** memory);  // host memory that copies may read on their own
 void FreePinned(void* memory);
 
-// A point of the stream that the host can wait for.
-int CreateEvent(void** event);
+// A point of the stream that the host can wait for; two that are `timed` tell the time between.
+int CreateEvent(bool timed, void** event);
 void DestroyEvent(void* event);
 int RecordEvent(void* event, void* stream);
 int SynchronizeEvent(void* event);
+int ElapsedSeconds(void* from, void* to, double* seconds);  // both have been reached
 
 int ClearAsync(void* device, int64_t bytes, void* stream);
 int CopyToDevice(void* device, const void* host, int64_t bytes, void* stream);

@@ -51,6 +51,10 @@ class FirstHitting final : public Sampler {
     TransferAll(plan, answers, outcome);
   }
 
+  std::optional<TransferRule> Describe(const StepContext&, const StepPlan& plan) const override {
+    return TakeAll(plan);
+  }
+
  private:
   // Of m masked positions the first is unmasked at a time u^(1/m) times the last one.
   static double HittingTime(const StepContext& context) {
@@ -90,6 +94,10 @@ class Scheduled final : public Sampler {
               StepOutcome& outcome) const override {
     outcome.Clear();
     TransferAll(plan, answers, outcome);
+  }
+
+  std::optional<TransferRule> Describe(const StepContext&, const StepPlan& plan) const override {
+    return TakeAll(plan);
   }
 };
 

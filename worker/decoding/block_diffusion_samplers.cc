@@ -42,6 +42,12 @@ class ByConfidence final : public Sampler {
     TransferChosen(plan, answers, scratch.chosen, outcome);
   }
 
+  std::optional<TransferRule> Describe(const StepContext& context, const StepPlan&) const override {
+    TransferRule rule{.count = Quota(context)};
+    if (dynamic_) rule.threshold = context.params.threshold;
+    return rule;
+  }
+
  private:
   const bool dynamic_;
 };
@@ -66,6 +72,10 @@ class Sequential final : public Sampler {
               StepOutcome& outcome) const override {
     outcome.Clear();
     TransferAll(plan, answers, outcome);
+  }
+
+  std::optional<TransferRule> Describe(const StepContext&, const StepPlan& plan) const override {
+    return TakeAll(plan);
   }
 };
 

@@ -30,6 +30,10 @@ class Origin final : public Sampler {
     outcome.Clear();
     TransferAll(plan, answers, outcome);
   }
+
+  std::optional<TransferRule> Describe(const StepContext&, const StepPlan& plan) const override {
+    return TakeAll(plan);
+  }
 };
 
 class Ranked : public Sampler {
@@ -63,7 +67,15 @@ class Ranked : public Sampler {
     TransferChosen(plan, answers, scratch.chosen, outcome);
   }
 
+  std::optional<TransferRule> Describe(const StepContext& context,
+                                       const StepPlan& plan) const final {
+    // Gumbel variates of this library's logarithm are the host's own.
+    if (context.params.alg_temp > 0) return std::nullopt;
+    return TransferRule{.score = Score(), .count = plan.queries.empty() ? 0 : Count(context)};
+  }
+
  private:
+  virtual TransferScore Score() const = 0;
   virtual double Confidence(const VocabularyAnswer& answer) const = 0;
 
   static int32_t Count(const StepContext& context) {
@@ -74,14 +86,17 @@ class Ranked : public Sampler {
 };
 
 class MaskgitPlus final : public Ranked {
+  TransferScore Score() const override { return TransferScore::kProbability; }
   double Confidence(const VocabularyAnswer& answer) const override { return answer.probability; }
 };
 
 class TopkMargin final : public Ranked {
+  TransferScore Score() const override { return TransferScore::kMargin; }
   double Confidence(const VocabularyAnswer& answer) const override { return answer.margin; }
 };
 
 class Entropy final : public Ranked {
+  TransferScore Score() const override { return TransferScore::kNegativeEntropy; }
   double Confidence(const VocabularyAnswer& answer) const override { return -answer.entropy; }
 };
 

@@ -34,6 +34,13 @@ class FastDllm : public Sampler {
 };
 
 class Threshold final : public FastDllm {
+ public:
+  std::optional<TransferRule> Describe(const StepContext& context, const StepPlan&) const override {
+    if (context.params.confidence_eos_eot_inf) return std::nullopt;
+    return TransferRule{.count = 1, .threshold = context.params.threshold, .inclusive = true};
+  }
+
+ private:
   int32_t Count(const DecodingParams& params, const SelectionScratch& scratch) const override {
     size_t count = 1;  // the best one always
     while (count < scratch.chosen.size() &&

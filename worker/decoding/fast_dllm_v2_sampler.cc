@@ -53,6 +53,10 @@ class FastDllmV2 final : public Sampler {
     TransferChosen(plan, answers, scratch.chosen, outcome);
   }
 
+  std::optional<TransferRule> Describe(const StepContext& context, const StepPlan&) const override {
+    return TransferRule{.count = 1, .threshold = context.params.threshold};
+  }
+
  private:
   // Whether the block was last computed whole while the sub-block at `begin` was open: then what
   // came before it was decided already.

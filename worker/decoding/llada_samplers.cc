@@ -36,6 +36,12 @@ class LowConfidence final : public Sampler {
     TakeBest(scratch.scores, Quota(context, static_cast<int32_t>(answers.size())), scratch.chosen);
     TransferChosen(plan, answers, scratch.chosen, outcome);
   }
+
+  std::optional<TransferRule> Describe(const StepContext& context,
+                                       const StepPlan& plan) const override {
+    if (context.params.confidence_eos_eot_inf) return std::nullopt;
+    return TransferRule{.count = Quota(context, static_cast<int32_t>(plan.queries.size()))};
+  }
 };
 
 // The order is chosen before the forward pass, so only what is transferred is asked for.
@@ -70,6 +76,10 @@ class Random final : public Sampler {
               StepOutcome& outcome) const override {
     outcome.Clear();
     TransferAll(plan, answers, outcome);
+  }
+
+  std::optional<TransferRule> Describe(const StepContext&, const StepPlan& plan) const override {
+    return TakeAll(plan);
   }
 };
 

@@ -46,6 +46,13 @@ class Mdlm final : public Sampler {
     }
   }
 
+  // A position that stays masked is asked for alone.
+  std::optional<TransferRule> Describe(const StepContext& context,
+                                       const StepPlan& plan) const override {
+    if (plan.queries.empty() || Unmasks(context, plan.queries[0].position)) return TakeAll(plan);
+    return TransferRule{.count = 0};
+  }
+
  private:
   static bool Unmasks(const StepContext& context, int32_t position) {
     const int32_t num_steps = StepsOf(context);

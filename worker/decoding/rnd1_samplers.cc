@@ -30,6 +30,12 @@ class Rnd1 final : public Sampler {
     TransferChosen(plan, answers, scratch.chosen, outcome);
   }
 
+  std::optional<TransferRule> Describe(const StepContext& context,
+                                       const StepPlan& plan) const override {
+    return TransferRule{.score = TransferScore::kNegativeEntropy,
+                        .count = Count(context, static_cast<int32_t>(plan.queries.size()))};
+  }
+
  private:
   static int32_t Count(const StepContext& context, int32_t num_masked) {
     const int64_t num_steps = StepsOf(context);

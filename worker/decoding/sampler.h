@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/container/inlined_vector.h"
@@ -174,6 +175,13 @@ class Sampler {
   // position.
   virtual void Decide(const StepContext& context, const StepPlan& plan,
                       absl::Span<const VocabularyAnswer> answers, StepOutcome& outcome) const = 0;
+
+  // Decide() in terms that a device can follow before the host has seen the answers: whatever they
+  // are, it transfers those that the rule takes, candidates being the queries of `plan` in their
+  // order, and does nothing else. Empty where it does more, or otherwise. Pure.
+  virtual std::optional<TransferRule> Describe(const StepContext&, const StepPlan&) const {
+    return std::nullopt;
+  }
 };
 
 // Stateless singletons, one line of registration each. NotFound lists the names.

@@ -61,6 +61,10 @@ void TransferChosen(const StepPlan& plan, absl::Span<const VocabularyAnswer> ans
                     absl::Span<const int32_t> chosen, StepOutcome& outcome);
 void TransferAll(const StepPlan& plan, absl::Span<const VocabularyAnswer> answers,
                  StepOutcome& outcome);
+// TransferAll() as a rule.
+inline TransferRule TakeAll(const StepPlan& plan) {
+  return {.count = static_cast<int32_t>(plan.queries.size())};
+}
 
 // The samplers; each is a stateless singleton.
 const Sampler* LowConfidenceSampler();

@@ -29,6 +29,16 @@ struct EngineOptions {
   // With block_cache: a sequence whose first blocks another has had, or has, takes over their keys
   // and values. Those of sequences that have ended stay while kv_bytes_max has room. Same bytes.
   bool prefix_reuse = true;
+  // Begins a step's forward pass before the step before it is concluded, where samplers can
+  // describe what they will decide and the denoiser RunsAhead(): a device does not wait for its
+  // host. Same bytes. A sequence that comes in between two passes makes its first step a turn
+  // later.
+  bool look_ahead = false;
+  // While a threshold leaves open whether a block will be full, a pass ahead asks for the block and
+  // for the one behind it, one of them for nothing. No look ahead where that were more queries (of
+  // all sequences) than this: a device computes some more rows in the time in which it reads its
+  // weights, but no more.
+  int32_t spare_queries_max = 256;
 };
 
 // Counts since the engine was made. Rows are positions computed in a forward pass.
@@ -42,6 +52,9 @@ struct EngineCounters {
   int64_t tokens_committed = 0;  // less those that were masked again
   int64_t sequences_finished = 0;
   int64_t sequences_failed = 0;  // cancelled and expired ones included
+  int64_t ahead_used = 0;     // steps, summed over sequences, that took the answers of a pass ahead
+  int64_t ahead_dropped = 0;  // parts of passes ahead that no step took
+  int64_t rows_wasted = 0;    // of rows_computed: that no step took
 };
 
 using SequenceId = int64_t;
@@ -103,7 +116,8 @@ class Engine {
 
   // One turn: every sequence makes one denoising step (a long prompt may first take turns of its
   // own to be encoded, and one that came in with steps in its open block makes those again where
-  // the network reads its last prediction). `report` is overwritten. An error is the device's:
+  // the network reads its last prediction; with look_ahead, one that no pass under way computes
+  // waits for the next). `report` is overwritten. An error is the device's:
   // sequences without an event in the report have not changed, so the turn may be repeated, or the
   // sequences removed and resumed elsewhere. A failure of one sequence is in its event and disturbs
   // no other. Sequences that ended are forgotten afterwards; their last state is in TakeFinished().
@@ -114,15 +128,20 @@ class Engine {
 
   int64_t kv_bytes() const { return kv_bytes_; }  // in use, by sequences that run
   int32_t num_sequences() const { return static_cast<int32_t>(active_.size()); }
+  bool pass_under_way() const;  // look_ahead: since the last Step()
   const EngineCounters& counters() const { return counters_; }
 
  private:
   struct Sequence;
-  struct Scratch;
+  struct Member;
+  struct Pass;
+  struct Outlook;
 
-  struct RowRange {  // positions that the next pass computes
+  struct RowRange {  // positions that a pass computes
     int32_t begin = 0;
     int32_t end = 0;
+    int32_t size() const { return end - begin; }
+    bool operator==(const RowRange&) const = default;
   };
 
   absl::Status ReusePrefix(Sequence& sequence);
@@ -135,24 +154,49 @@ class Engine {
   void EndSequence(Sequence& sequence, absl::Status status, StepReport& report);
   void PlanUntilForward(Sequence& sequence, StepReport& report);
   RowRange RowsOf(const Sequence& sequence) const;
-  void AppendToBatch(Sequence& sequence);
-  void AppendHalves(Sequence& sequence);
-  void AppendSpan(Sequence& sequence, bool unconditional);
-  void AppendQuery(const Sequence& sequence, const PositionQuery& position_query);
-  absl::Status RunBatch(StepReport& report);
+  RowRange RowsOf(const StepPlan& plan, BlockRange block, int32_t kv_final) const;
+  bool HasRoom(const Pass& pass, int32_t num_rows, int32_t num_spans) const;
+  bool Append(Sequence& sequence, Pass& pass) const;
+  void AppendHalves(Sequence& sequence, Pass& pass) const;
+  void AppendSpan(Sequence& sequence, bool unconditional, Pass& pass) const;
+  VocabularyQuery QueryFor(const SequenceState& state, const PositionQuery& wanted, int32_t step,
+                           std::vector<VocabularyRule>& rules) const;
+  bool Suppose(const Sequence& sequence, bool transfers_all, Outlook& outlook);
+  bool AppendAhead(const Pass& pass, const Member& member, Pass& ahead);
+  bool PlanAhead(const Pass& pass, absl::Span<Sequence* const> waiting, Pass& ahead);
+  template <typename Visit>
+  static void ForEachAnswer(const Pass& pass, const Member& member, const Visit& visit);
+  bool IsCovered(const Sequence& sequence);
+  static bool ReadTheCanvas(const Pass& pass, const Member& member, RowRange rows);
+  void Detach(Sequence& sequence);
+  void DropPasses();
+  absl::Status Begin(Pass& pass);
+  absl::Status Finish(Pass& pass, StepReport& report);
+  absl::Status MakeTurn(absl::Time now, StepReport& report);
   void Conclude(Sequence& sequence, absl::Span<const VocabularyAnswer> answers, bool forward,
                 StepReport& report);
 
   Denoiser& denoiser_;
   const ModelTraits& model_;
   const EngineOptions options_;
+  const bool looks_ahead_;
+  const TokenId placeholder_;
   SequenceId next_id_ = 1;
   int64_t kv_bytes_ = 0;
   PrefixCache prefixes_;  // with kv_bytes_ within kv_bytes_max
   EngineCounters counters_;
   std::vector<std::unique_ptr<Sequence>> active_;  // in the order of arrival
   std::vector<std::pair<SequenceId, SequenceState>> finished_;
-  std::unique_ptr<Scratch> scratch_;
+  // Between turns a pass ahead may be under way: pass_.
+  std::unique_ptr<Pass> pass_;
+  std::unique_ptr<Pass> next_;
+  // Of one call, kept for their capacity.
+  std::vector<Sequence*> waiting_;
+  std::vector<VocabularyAnswer> answers_;
+  std::vector<VocabularyRule> rules_;
+  std::vector<Outlook> outlooks_;
+  StepOutcome outcome_;
+  int32_t spare_queries_ = 0;
 };
 
 }  // namespace cinnabar

@@ -257,6 +257,7 @@ absl::Status Body::TakeWorkspace() {
   for (const auto& [member, cols, dtype] : wanted) {
     CINNABAR_ASSIGN_OR_RETURN(*member, TakeRows(rows, cols, dtype));
   }
+  CINNABAR_ASSIGN_OR_RETURN(ids_, TakeRows(1, rows, DType::kF32));  // as wide as an id
   const int64_t vocab_size = spec_.traits.vocab_size;
   logits_rows_ = LogitsRows(spec_, limits_);
   CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Buffer> logits,
@@ -454,20 +455,30 @@ void Body::RememberWanted(const ForwardBatch& batch) {
   }
 }
 
-absl::Status Body::Forward(const ForwardBatch& batch) {
+absl::Status Body::EnqueueForward(const DenoiserPass& pass) {
+  const ForwardBatch& batch = pass.batch;
   num_wanted_ = 0;
   CINNABAR_RETURN_IF_ERROR(CheckBatch(batch));
-  CINNABAR_RETURN_IF_ERROR(backend_.BeginStep());  // ended by Synchronize()
-  CINNABAR_RETURN_IF_ERROR(backend_.Embed(*embedding_, batch.ids, embedding_scale_, residual_));
+  CINNABAR_RETURN_IF_ERROR(backend_.BeginStep());
+  if (pass.selections.empty()) {
+    CINNABAR_RETURN_IF_ERROR(backend_.Embed(*embedding_, batch.ids, embedding_scale_, residual_));
+  } else {
+    auto* ids = static_cast<int32_t*>(ids_.data);
+    CINNABAR_RETURN_IF_ERROR(backend_.SelectTransfers({.selections = pass.selections,
+                                                       .candidates = pass.candidates,
+                                                       .known = batch.ids,
+                                                       .ids = ids,
+                                                       .chosen = pass.chosen}));
+    CINNABAR_RETURN_IF_ERROR(backend_.EmbedChosen(
+        *embedding_, ids, static_cast<int64_t>(batch.ids.size()), embedding_scale_, residual_));
+  }
   CINNABAR_RETURN_IF_ERROR(RunLayers(batch));
-  // Ops read the caller's spans until now.
-  CINNABAR_RETURN_IF_ERROR(backend_.Synchronize());
   RememberWanted(batch);
   return absl::OkStatus();
 }
 
-absl::Status Body::Answer(absl::Span<const VocabularyQuery> queries,
-                          absl::Span<VocabularyAnswer> answers) {
+absl::Status Body::EnqueueAnswers(absl::Span<const VocabularyQuery> queries,
+                                  absl::Span<VocabularyAnswer> answers) {
   CINNABAR_CHECK(queries.size() == answers.size() &&
                  queries.size() <= kQueriesPerRowMax * static_cast<size_t>(limits_.rows_max));
   for (const VocabularyQuery& query : queries) {
@@ -477,13 +488,31 @@ absl::Status Body::Answer(absl::Span<const VocabularyQuery> queries,
         << num_wanted_;
   }
   if (queries.empty()) return absl::OkStatus();
-  CINNABAR_RETURN_IF_ERROR(backend_.AnswerVocabulary({.hidden = hidden_,
-                                                      .weight = head_.get(),
-                                                      .bias = AsFloats(head_bias_),
-                                                      .logit_cap = spec_.logit_cap,
-                                                      .queries = queries,
-                                                      .answers = answers}));
+  return backend_.AnswerVocabulary({.hidden = hidden_,
+                                    .weight = head_.get(),
+                                    .bias = AsFloats(head_bias_),
+                                    .logit_cap = spec_.logit_cap,
+                                    .queries = queries,
+                                    .answers = answers});
+}
+
+absl::Status Body::Begin(const DenoiserPass& pass) {
+  CINNABAR_RETURN_IF_ERROR(EnqueueForward(pass));
+  CINNABAR_RETURN_IF_ERROR(EnqueueAnswers(pass.queries, pass.answers));
+  return backend_.EndStep();
+}
+
+absl::Status Body::Await() { return backend_.WaitStep(); }
+
+absl::Status Body::Forward(const ForwardBatch& batch) {
+  CINNABAR_RETURN_IF_ERROR(EnqueueForward({.batch = batch}));
   return backend_.Synchronize();
+}
+
+absl::Status Body::Answer(absl::Span<const VocabularyQuery> queries,
+                          absl::Span<VocabularyAnswer> answers) {
+  CINNABAR_RETURN_IF_ERROR(EnqueueAnswers(queries, answers));
+  return queries.empty() ? absl::OkStatus() : backend_.Synchronize();
 }
 
 absl::Status Body::Logits(int32_t begin, int32_t count, absl::Span<float> out) {

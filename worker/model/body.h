@@ -78,6 +78,13 @@ class Body : public Denoiser {
   absl::Status Forward(const ForwardBatch& batch) override;
   absl::Status Answer(absl::Span<const VocabularyQuery> queries,
                       absl::Span<VocabularyAnswer> answers) override;
+  absl::Status Begin(const DenoiserPass& pass) override;
+  absl::Status Await() override;
+  // Noise levels are uploaded in the middle of a pass, which waits for it; a last prediction that
+  // is read is the host's to swap.
+  bool RunsAhead() const override {
+    return !spec_.traits.conditioned_on_sigma && SelfConditioningBytes() == 0;
+  }
   absl::Status Logits(int32_t begin, int32_t count, absl::Span<float> out) override;
   double OutputOffset(float sigma) const override;
   Memory memory() const override;
@@ -146,6 +153,9 @@ class Body : public Denoiser {
   absl::Status TakeWorkspace();
   absl::Status TakeRouting();
   absl::Status CheckBatch(const ForwardBatch& batch) const;
+  absl::Status EnqueueForward(const DenoiserPass& pass);
+  absl::Status EnqueueAnswers(absl::Span<const VocabularyQuery> queries,
+                              absl::Span<VocabularyAnswer> answers);
   void RememberWanted(const ForwardBatch& batch);
 
   ModelSpec spec_;
@@ -158,6 +168,7 @@ class Body : public Denoiser {
   std::unique_ptr<Buffer> head_bias_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   RotaryTable rotary_;
+  Rows ids_;     // int32 [rows_max]: of a pass ahead
   Rows logits_;  // a few rows of float32 logits
   int32_t logits_rows_ = 1;
   int64_t weights_bytes_ = 0;

@@ -52,6 +52,21 @@ struct ForwardBatch {
   absl::Span<const SelfConditioning> self_conditioning = {};
 };
 
+// A forward pass and its answers, to be had without waiting. Spans are host memory, borrowed until
+// Await() returns for this pass.
+struct DenoiserPass {
+  ForwardBatch batch;
+  // At most two for a row; hidden rows index into batch.wanted_rows.
+  absl::Span<const VocabularyQuery> queries;
+  absl::Span<VocabularyAnswer> answers;
+  // A pass ahead: what is selected of the answers of the pass begun before this one becomes part of
+  // batch.ids (SelectTransfersArgs: `candidates` name its rows). Where there are selections,
+  // `chosen` [rows] gets the ids that were read.
+  absl::Span<const TransferSelection> selections = {};
+  absl::Span<const TransferCandidate> candidates = {};
+  absl::Span<TokenId> chosen = {};
+};
+
 class Denoiser {
  public:
   virtual ~Denoiser() = default;
@@ -82,6 +97,17 @@ class Denoiser {
   // Synchronizes.
   virtual absl::Status Answer(absl::Span<const VocabularyQuery> queries,
                               absl::Span<VocabularyAnswer> answers) = 0;
+
+  // Forward() and Answer() of one pass, which may return before the device has come so far. Await()
+  // waits for the oldest pass begun; where RunsAhead(), another may be begun before that, no third,
+  // and neither Forward() nor Answer() goes with a pass that was not waited for. After an error
+  // nothing is under way.
+  virtual absl::Status Begin(const DenoiserPass& pass) {
+    const absl::Status status = Forward(pass.batch);
+    return status.ok() ? Answer(pass.queries, pass.answers) : status;
+  }
+  virtual absl::Status Await() { return absl::OkStatus(); }
+  virtual bool RunsAhead() const { return false; }
 
   // Float32 logits of hidden rows [begin, begin + count), unshifted, as the network gives them: for
   // SEDD the log-scores (scaled, own entry 0). `out` is host memory, [count, vocab_size].

@@ -295,10 +295,10 @@ int64_t ActivationBytes(const ModelSpec& spec, int64_t rows_max, int64_t sequenc
                         int64_t positions_max, int64_t activation_bytes) {
   const int64_t q_dim = WidestQ(spec);
   const int64_t kv_dim = WidestKv(spec);
-  // Body::TakeWorkspace: two residual streams, then normed, q | k | v, attention, MLP and what is
-  // gathered.
+  // Body::TakeWorkspace: two residual streams and an id, then normed, q | k | v, attention, MLP and
+  // what is gathered.
   const int64_t a_row =
-      4 * 2 * int64_t{spec.dim} +
+      4 * (2 * int64_t{spec.dim} + 1) +
       activation_bytes * (2 * int64_t{spec.dim} + 3 * q_dim + 2 * kv_dim +
                           std::max<int64_t>(spec.mlp_dim, spec.experts.shared_mlp_dim)) +
       // Router logits, then chosen experts and their weights.

@@ -469,8 +469,9 @@ void WorkerLoop::Report(const StepReport& report, absl::Duration step_time) {
       active_.erase(found);
     }
   }
-  metrics_.StepDone(static_cast<int32_t>(stepped.size()), report.rows, committed,
+  metrics_.StepDone(static_cast<int32_t>(stepped.size()), committed,
                     options_.engine.limits.sequences_max, step_time);
+  metrics_.Set(engine_->counters());
   MutexLock lock(mu_);
   totals_.set_forwards(totals_.forwards() + report.num_forwards);
   totals_.set_steps(totals_.steps() + static_cast<int64_t>(report.events.size()));
@@ -512,8 +513,11 @@ WorkerLoop::Turn WorkerLoop::Compute() {
     MutexLock lock(mu_);
     step_began_ = begin;
   }
+  // A pass that was begun ahead has kept the device at work since the last step.
+  const absl::Time device_begin = engine_->pass_under_way() ? step_ended_ : begin;
   const absl::Status status = engine_->Step(begin, report_);
-  step_time_ = Now() - begin;
+  step_ended_ = Now();
+  step_time_ = step_ended_ - device_begin;
   {
     MutexLock lock(mu_);
     step_began_ = absl::InfiniteFuture();

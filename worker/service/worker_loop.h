@@ -133,6 +133,7 @@ class WorkerLoop {
   bool solo_running_ = false;                          // compute thread
   StepReport report_;                                  // compute thread
   absl::Duration step_time_ = absl::Milliseconds(10);  // of the last step; compute thread
+  absl::Time step_ended_;                              // likewise
   int device_failures_ = 0;                            // in a row; compute thread
   std::atomic<int64_t> kv_bytes_ = 0;                  // in use, as of the last turn
   std::set<std::string> abandoned_;  // batches under which the device failed; compute thread

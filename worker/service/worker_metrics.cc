@@ -68,6 +68,11 @@ WorkerMetrics::WorkerMetrics(Metrics& metrics, std::string model, double dollars
       graphs_(metrics.AddCounter("cinnabar_device_graph_steps_total",
                                  "Steps with a recorded graph for their shape (hit) and without",
                                  {"model", "outcome"})),
+      ahead_(
+          metrics.AddCounter("cinnabar_ahead_steps_total",
+                             "Steps of a sequence that were computed before the step before them "
+                             "was known: used, or dropped because it came otherwise",
+                             {"model", "outcome"})),
       power_watts_(
           metrics.AddGauge("cinnabar_device_power_watts", "What the device draws", {"model"})),
       utilization_(metrics.AddGauge("cinnabar_device_utilization_ratio",
@@ -76,17 +81,25 @@ WorkerMetrics::WorkerMetrics(Metrics& metrics, std::string model, double dollars
                                       "Memory of the device, whoever uses it",
                                       {"model", "state"})) {}
 
-void WorkerMetrics::StepDone(int32_t rows, int64_t positions, int64_t committed, int32_t rows_max,
+void WorkerMetrics::StepDone(int32_t rows, int64_t committed, int32_t rows_max,
                              absl::Duration took) {
   const double seconds = absl::ToDoubleSeconds(took);
   batch_rows_.With({model_}).Observe(rows);
   batch_fill_.With({model_}).Observe(static_cast<double>(rows) / rows_max);
   step_seconds_.With({model_}).Observe(seconds);
-  positions_.With({model_, "useful"}).Increment(static_cast<double>(positions));
   tokens_.With({model_, "output"}).Increment(static_cast<double>(committed));
   forwards_.With({model_}).Increment();
   if (!device_has_clock_) busy_seconds_.With({model_}).Increment(seconds);
   dollars_.With({model_}).Increment(seconds * dollars_per_second_);
+}
+
+void WorkerMetrics::Set(const EngineCounters& engine) {
+  Follow(positions_.With({model_, "useful"}),
+         static_cast<double>(engine.rows_computed - engine.rows_wasted));
+  if (engine.ahead_used + engine.ahead_dropped == 0) return;
+  Follow(positions_.With({model_, "discarded"}), static_cast<double>(engine.rows_wasted));
+  Follow(ahead_.With({model_, "used"}), static_cast<double>(engine.ahead_used));
+  Follow(ahead_.With({model_, "dropped"}), static_cast<double>(engine.ahead_dropped));
 }
 
 void WorkerMetrics::RowStarted(bool resumed) {

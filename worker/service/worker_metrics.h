@@ -21,8 +21,8 @@ class WorkerMetrics {
   // `metrics` is borrowed and outlives it.
   WorkerMetrics(Metrics& metrics, std::string model, double dollars_per_hour);
 
-  void StepDone(int32_t rows, int64_t positions, int64_t committed, int32_t rows_max,
-                absl::Duration took);
+  void StepDone(int32_t rows, int64_t committed, int32_t rows_max, absl::Duration took);
+  void Set(const EngineCounters& engine);
   void RowStarted(bool resumed);
   void RowEnded(absl::string_view outcome, int64_t steps, double tokens_per_forward);
   void DeviceError();
@@ -66,6 +66,7 @@ class WorkerMetrics {
   // Made when the device tells of them: what is not known is no series, and not 0.
   CounterFamily& energy_joules_;
   CounterFamily& graphs_;
+  CounterFamily& ahead_;
   GaugeFamily& power_watts_;
   GaugeFamily& utilization_;
   GaugeFamily& device_memory_;

@@ -25,7 +25,8 @@ int64_t DeviceMemoryUsed();
 struct EmulatedCounts {
   int64_t launches = 0;
   int64_t allocations = 0;
-  int64_t synchronizations = 0;
+  int64_t synchronizations = 0;  // of the whole stream
+  int64_t event_waits = 0;
   int64_t bytes_to_device = 0;
   int64_t bytes_to_host = 0;
   int64_t graphs_made = 0;

@@ -1,9 +1,11 @@
-// kernels/cuda/runtime.h on the host: ordinary memory, poisoned where CUDA leaves it undefined, and
-// graphs that are lists of what was enqueued. FailNextCalls() plays a device that breaks.
+// kernels/cuda/runtime.h on the host: ordinary memory, poisoned where CUDA leaves it undefined, a
+// stream that runs nothing before it is waited for, and graphs that are lists of what was enqueued.
+// FailFromNowOn() plays a device that breaks.
 #include "kernels/cuda/runtime.h"
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -19,6 +21,8 @@ using Work = std::vector<std::function<void()>>;
 struct State {
   bool capturing = false;
   Work captured;
+  std::deque<std::function<void()>> stream;  // enqueued and not run yet
+  int64_t num_run = 0;
   int error = 0;  // what every call returns from now on
   int compute_capability = 90;
   int64_t memory_limit = -1;  // device bytes that may be taken; -1: no limit
@@ -32,9 +36,22 @@ int Do(std::function<void()> work) {
   if (state.capturing) {
     state.captured.push_back(std::move(work));
   } else {
-    work();
+    state.stream.push_back(std::move(work));
   }
   return kSuccess;
+}
+
+// How much has been given to the stream.
+int64_t Position() { return state.num_run + static_cast<int64_t>(state.stream.size()); }
+
+// As late as possible: what the host changes too early shows.
+void RunUpTo(int64_t position) {
+  while (state.num_run < position) {
+    const std::function<void()> work = std::move(state.stream.front());
+    state.stream.pop_front();
+    ++state.num_run;
+    work();
+  }
 }
 
 // The size is kept in front, so that what is freed can be counted.
@@ -80,9 +97,10 @@ int CreateStream(void** stream) {
   *stream = &state;
   return state.error;
 }
-void DestroyStream(void* /*stream*/) {}
+void DestroyStream(void* /*stream*/) { RunUpTo(Position()); }
 int SynchronizeStream(void* /*stream*/) {
   ++state.counts.synchronizations;
+  if (!state.capturing) RunUpTo(Position());
   return state.capturing ? 900 : state.error;  // cudaErrorStreamCaptureUnsupported
 }
 int AllocateDevice(int64_t bytes, void** memory) {
@@ -97,6 +115,7 @@ int AllocateDevice(int64_t bytes, void** memory) {
 }
 void FreeDevice(void* memory) {
   if (memory == nullptr) return;
+  RunUpTo(Position());  // as cudaFree does
   auto* base = static_cast<unsigned char*>(memory) - kHeader;
   int64_t bytes;
   std::memcpy(&bytes, base, sizeof(bytes));
@@ -107,15 +126,30 @@ int AllocatePinned(int64_t bytes, void** memory) {
   return state.error != 0 ? state.error : Take(bytes, memory);
 }
 void FreePinned(void* memory) {
-  if (memory != nullptr) std::free(static_cast<unsigned char*>(memory) - kHeader);
+  if (memory == nullptr) return;
+  RunUpTo(Position());
+  std::free(static_cast<unsigned char*>(memory) - kHeader);
 }
-int CreateEvent(void** event) {
-  *event = &state;
+// An event is the position at which it was recorded.
+int CreateEvent(bool /*timed*/, void** event) {
+  *event = new int64_t{0};
   return state.error;
 }
-void DestroyEvent(void* /*event*/) {}
-int RecordEvent(void* /*event*/, void* /*stream*/) { return state.error; }
-int SynchronizeEvent(void* /*event*/) { return state.error; }
+void DestroyEvent(void* event) { delete static_cast<int64_t*>(event); }
+int RecordEvent(void* event, void* /*stream*/) {
+  *static_cast<int64_t*>(event) = Position();
+  return state.error;
+}
+int SynchronizeEvent(void* event) {
+  ++state.counts.event_waits;
+  RunUpTo(*static_cast<int64_t*>(event));
+  return state.error;
+}
+// A microsecond for each thing that was run.
+int ElapsedSeconds(void* from, void* to, double* seconds) {
+  *seconds = 1e-6 * static_cast<double>(*static_cast<int64_t*>(to) - *static_cast<int64_t*>(from));
+  return state.error;
+}
 int ClearAsync(void* device, int64_t bytes, void* /*stream*/) {
   return Do([=] { std::memset(device, 0, bytes); });
 }
@@ -156,7 +190,7 @@ int UpdateGraph(void* executable, void* graph, bool* updated) {
 }
 int LaunchGraph(void* executable, void* /*stream*/) {
   ++state.counts.graphs_launched;
-  for (const auto& work : *static_cast<Work*>(executable)) work();
+  for (const auto& work : *static_cast<Work*>(executable)) (void)Do(work);
   return state.error;
 }
 void DestroyExecutable(void* executable) { delete static_cast<Work*>(executable); }
@@ -170,7 +204,12 @@ const char* TextOfError(int /*error*/) { return "an emulated error"; }
 
 namespace cinnabar::simt {
 
-void FailFromNowOn(int error) { cuda::state.error = error; }
+void FailFromNowOn(int error) {
+  cuda::state.error = error;
+  if (error == 0) return;
+  cuda::state.num_run += static_cast<int64_t>(cuda::state.stream.size());
+  cuda::state.stream.clear();  // it runs nothing more
+}
 void SetComputeCapability(int sm) { cuda::state.compute_capability = sm; }
 void LimitDeviceMemory(int64_t bytes) { cuda::state.memory_limit = bytes; }
 int64_t DeviceMemoryUsed() { return cuda::state.memory_used; }

@@ -95,6 +95,10 @@ class CountingBackend : public Backend {
                      const Rows& out) override {
     return inner_->Embed(table, ids, scale, out);
   }
+  absl::Status EmbedChosen(const Weight& table, const int32_t* ids, int64_t num_rows, float scale,
+                           const Rows& out) override {
+    return inner_->EmbedChosen(table, ids, num_rows, scale, out);
+  }
   absl::Status Linear(const LinearArgs& args) override {
     Product(args.num_rows, *args.weight);
     return inner_->Linear(args);
@@ -136,6 +140,9 @@ class CountingBackend : public Backend {
   absl::Status AnswerVocabulary(const VocabularyArgs& args) override {
     Product(static_cast<int64_t>(args.queries.size()), *args.weight);
     return inner_->AnswerVocabulary(args);
+  }
+  absl::Status SelectTransfers(const SelectTransfersArgs& args) override {
+    return inner_->SelectTransfers(args);
   }
   absl::Status Logits(const LogitsArgs& args) override { return inner_->Logits(args); }
   absl::Status Synchronize() override { return inner_->Synchronize(); }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
@@ -74,6 +75,67 @@ std::vector<std::string> NamesFor(const ModelTraits& model) {
 
 INSTANTIATE_TEST_SUITE_P(Samplers, SamplerPropertyTest, testing::ValuesIn(Names()),
                          [](const auto& info) { return info.param; });
+
+// As the comment of TransferRule has it: whether the candidate is taken.
+bool IsTaken(absl::Span<const VocabularyAnswer> answers, size_t mine, const TransferRule& rule) {
+  const auto score = [&](size_t i) {
+    return rule.score == TransferScore::kProbability ? answers[i].probability
+           : rule.score == TransferScore::kMargin    ? answers[i].margin
+                                                     : -answers[i].entropy;
+  };
+  int32_t num_before = 0;
+  for (size_t i = 0; i < answers.size(); ++i) {
+    if (score(i) > score(mine) || (score(i) == score(mine) && i < mine)) ++num_before;
+  }
+  return num_before < rule.count ||
+         (rule.inclusive ? score(mine) >= rule.threshold : score(mine) > rule.threshold);
+}
+
+TEST_P(SamplerPropertyTest, ARuleIsWhatItDecidesWhateverTheAnswers) {
+  static const auto* const kDescribed =
+      new std::set<std::string>{"low_confidence",      "random",           "origin",
+                                "maskgit_plus",        "topk_margin",      "entropy",
+                                "threshold",           "fast_dllm_v2",     "block_static",
+                                "block_dynamic",       "block_sequential", "mdlm_ancestral",
+                                "mdlm_cached",         "mdlm_semi_ar",     "rnd1",
+                                "bd3lm_first_hitting", "bd3lm_scheduled"};
+  const Sampler& sampler = **GetSampler(entry().name);
+  std::mt19937 random(11);
+  int num_rules = 0;
+  for (const Case& c : CasesOf(entry())) {
+    SCOPED_TRACE(c.name);
+    Sequence sequence = c.Start();
+    StepPlan plan;
+    while (!sequence.state.finished) {
+      PlanStep(sequence, plan);
+      const std::optional<TransferRule> rule = sampler.Describe(sequence.context(), plan);
+      if (!rule.has_value()) break;
+      ++num_rules;
+      std::vector<VocabularyAnswer> answers = AnswerStep(sequence, plan, *cpu_);
+      // Few different numbers, what they are compared with among them: many ties.
+      const double some[] = {0.1, 0.3, sequence.params.threshold, 0.95};
+      for (VocabularyAnswer& answer : answers) {
+        answer.probability = some[random() % 4];
+        answer.margin = some[random() % 4];
+        answer.entropy = some[random() % 4];
+      }
+      const StepOutcome outcome = FinishStep(plan, answers, sequence);
+      size_t next = 0;
+      for (size_t i = 0; i < answers.size(); ++i) {
+        if (!IsTaken(answers, i, *rule)) continue;
+        ASSERT_LT(next, outcome.transfers.size());
+        EXPECT_EQ(outcome.transfers[next].position, plan.queries[i].position);
+        EXPECT_EQ(outcome.transfers[next].token, answers[i].token);
+        ++next;
+      }
+      EXPECT_EQ(next, outcome.transfers.size());
+      EXPECT_FALSE(outcome.settled || outcome.stays_open);
+      EXPECT_TRUE(outcome.predictions.empty() && outcome.credits.empty());
+      ASSERT_LT(sequence.state.step, 5000) << "no end";
+    }
+  }
+  EXPECT_EQ(num_rules > 0, kDescribed->count(GetParam()) == 1) << num_rules;
+}
 
 // The canvas after each step follows from the one before and the transfers alone.
 TEST_P(SamplerPropertyTest, FillsTheCanvasBlockByBlockAndNothingElse) {

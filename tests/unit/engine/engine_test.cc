@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/base/casts.h"
 #include "absl/strings/str_cat.h"
 
 namespace {
@@ -44,13 +45,14 @@ struct Loaded {
   std::unique_ptr<Denoiser> denoiser;
 };
 
-Loaded Load(const std::string& model, int32_t num_threads = 1) {
+Loaded Load(const std::string& model, int32_t num_threads = 1,
+            const ForwardLimits& limits = kLimits) {
   Loaded loaded;
   loaded.backend = *MakeBackend(BackendKind::kCpu, {.num_threads = num_threads});
   const char* source = std::getenv("CINNABAR_SOURCE_DIR");
   auto denoiser =
       LoadDenoiser(absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", model),
-                   *loaded.backend, {}, kLimits);
+                   *loaded.backend, {}, limits);
   EXPECT_TRUE(denoiser.ok()) << denoiser.status();
   loaded.denoiser = *std::move(denoiser);
   return loaded;
@@ -662,6 +664,321 @@ TEST(EngineSelfConditioningTest, ThePromptIsEncodedInPieces) {
   narrow.rows_max = 7;
   Engine engine(*loaded.denoiser, {.limits = narrow});
   EXPECT_EQ(engine.Add(request).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+// --- Looking ahead
+
+constexpr ForwardLimits kWide{.rows_max = 800, .sequences_max = 12, .positions_max = 96};
+
+// A device that breaks to order, or chooses other tokens than its host.
+class UnrulyDenoiser : public Denoiser {
+ public:
+  explicit UnrulyDenoiser(Denoiser& real) : real_(real) {}
+  const ModelTraits& traits() const override { return real_.traits(); }
+  Backend& backend() const override { return real_.backend(); }
+  KvShape SequenceKvShape(int32_t positions, KvReuse reuse) const override {
+    return real_.SequenceKvShape(positions, reuse);
+  }
+  absl::Status Forward(const ForwardBatch& batch) override { return real_.Forward(batch); }
+  absl::Status Answer(absl::Span<const VocabularyQuery> queries,
+                      absl::Span<VocabularyAnswer> answers) override {
+    return real_.Answer(queries, answers);
+  }
+  absl::Status Begin(const DenoiserPass& pass) override {
+    if (calls_until_failure-- == 0) return absl::UnavailableError("device lost");
+    EXPECT_LT(num_under_way_, 2);
+    DenoiserPass other = pass;
+    std::vector<TransferSelection> selections(pass.selections.begin(), pass.selections.end());
+    if (lies) {
+      for (TransferSelection& selection : selections) {
+        selection.rule.count += selection.rule.count > 0 ? -1 : 1;
+        selection.rule.threshold = std::numeric_limits<double>::infinity();
+      }
+      other.selections = selections;
+    }
+    const absl::Status status = real_.Begin(other);
+    if (status.ok()) ++num_under_way_;
+    return status;
+  }
+  absl::Status Await() override {
+    const absl::Status status = real_.Await();
+    --num_under_way_;
+    return calls_until_failure-- == 0 ? absl::UnavailableError("device lost") : status;
+  }
+  bool RunsAhead() const override { return real_.RunsAhead(); }
+  absl::Status Logits(int32_t begin, int32_t count, absl::Span<float> out) override {
+    return real_.Logits(begin, count, out);
+  }
+  double OutputOffset(float sigma) const override { return real_.OutputOffset(sigma); }
+  int64_t SelfConditioningBytes() const override { return real_.SelfConditioningBytes(); }
+  Memory memory() const override { return real_.memory(); }
+
+  int num_under_way() const { return num_under_way_; }
+  int calls_until_failure = -1;  // of Begin() and Await()
+  bool lies = false;
+
+ private:
+  Denoiser& real_;
+  int num_under_way_ = 0;
+};
+
+// All that anybody hears of a sequence: its events, and its state behind each of its steps.
+struct Story {
+  std::vector<std::string> events;
+  std::map<int32_t, std::string> states;
+  std::string last;
+};
+
+std::string Told(const StepReport& report, const StepEvent& event) {
+  std::string told = absl::StrCat(event.step, event.forward, event.settled, event.whole_pass,
+                                  event.stays_open, " ", event.block.begin, "-", event.block.end,
+                                  event.finished, " ", event.status.ToString());
+  for (const Transfer& transfer : report.TransfersOf(event)) {
+    absl::StrAppend(&told, " ", transfer.position, ":", transfer.token, ":", transfer.revises, ":",
+                    absl::Hex(absl::bit_cast<uint32_t>(transfer.confidence)));
+  }
+  return told;
+}
+
+// Runs the requests in one engine. They come at different turns; with `chaos`, some leave, travel
+// as bytes and come back, and the device breaks now and then.
+std::vector<Story> RunAll(Denoiser& real, const std::vector<SequenceState>& requests,
+                          EngineOptions options, bool chaos, bool lies, EngineCounters* counters) {
+  UnrulyDenoiser denoiser(real);
+  denoiser.lies = lies;
+  std::vector<Story> stories(requests.size());
+  {
+    Engine engine(denoiser, options);
+    std::mt19937 random(3);
+    std::map<SequenceId, size_t> running;
+    std::vector<std::pair<size_t, SequenceState>> waiting;
+    for (size_t i = requests.size(); i-- > 0;) waiting.emplace_back(i, requests[i]);
+    StepReport report;
+    for (int turn = 0; !waiting.empty() || !running.empty(); ++turn) {
+      if (turn > 5000) {
+        ADD_FAILURE() << "no end";
+        break;
+      }
+      while (!waiting.empty() && (running.empty() || random() % 3 != 0)) {
+        const absl::StatusOr<SequenceId> id = engine.Add(waiting.back().second);
+        if (!id.ok()) {
+          EXPECT_EQ(id.status().code(), absl::StatusCode::kResourceExhausted) << id.status();
+          break;
+        }
+        running[*id] = waiting.back().first;
+        waiting.pop_back();
+      }
+      denoiser.calls_until_failure =
+          chaos && random() % 4 == 0 ? static_cast<int>(random() % 4) : -1;
+      const absl::Status status = engine.Step(absl::InfinitePast(), report);
+      EXPECT_TRUE(status.ok() || status.code() == absl::StatusCode::kUnavailable) << status;
+      if (!status.ok()) {
+        EXPECT_EQ(denoiser.num_under_way(), 0);
+      }
+      EXPECT_LE(denoiser.num_under_way(), options.look_ahead ? 1 : 0);
+      for (const StepEvent& event : report.events) {
+        stories[running.at(event.sequence)].events.push_back(Told(report, event));
+      }
+      for (auto& [id, state] : engine.TakeFinished()) {
+        stories[running.at(id)].last = ToWire(state, "model").SerializeAsString();
+        running.erase(id);
+      }
+      for (const auto& [id, request] : running) {
+        const SequenceState& state = *engine.Find(id);
+        const std::string bytes = ToWire(state, "model").SerializeAsString();
+        const std::string& known =
+            stories[request].states.emplace(state.decoding.step, bytes).first->second;
+        EXPECT_EQ(bytes, known);
+      }
+      if (chaos && !running.empty() && random() % 4 == 0) {
+        const auto leaving = std::next(running.begin(), random() % running.size());
+        const SequenceState taken = *engine.Remove(leaving->first);
+        v1::SequenceState read;
+        EXPECT_TRUE(read.ParseFromString(ToWire(taken, "model").SerializeAsString()));
+        waiting.emplace_back(leaving->second, *FromWire(read, real.traits(), "model"));
+        running.erase(leaving);
+      }
+    }
+    *counters = engine.counters();
+  }
+  EXPECT_EQ(denoiser.num_under_way(), 0) << "an engine that goes waits for what it has begun";
+  return stories;
+}
+
+void ExpectSameStories(const std::vector<Story>& got, const std::vector<Story>& want,
+                       const std::vector<SequenceState>& requests) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    SCOPED_TRACE(absl::StrCat(requests[i].params.sampler, " request ", i));
+    EXPECT_EQ(got[i].events, want[i].events);
+    EXPECT_EQ(got[i].last, want[i].last);
+    for (const auto& [step, bytes] : got[i].states) {
+      const auto found = want[i].states.find(step);
+      if (found == want[i].states.end()) continue;
+      EXPECT_EQ(bytes, found->second) << "step " << step;
+    }
+  }
+}
+
+TEST_P(EngineTest, LookingAheadChangesNoByte) {
+  const Family& family = GetParam();
+  const Loaded loaded = Load(family.model, 1, kWide);
+  std::vector<SequenceState> requests;
+  std::vector<Story> want;
+  const EngineOptions plain{.limits = kWide};
+  EngineOptions looking = plain;
+  looking.look_ahead = true;
+  EngineCounters counters;
+  for (const char* sampler : family.samplers) {
+    for (int seed = 0; seed < 3; ++seed) {
+      SCOPED_TRACE(absl::StrCat(sampler, " seed ", seed));
+      const SequenceState request = RandomSequence(loaded.denoiser->traits(), sampler, seed);
+      EngineCounters without;
+      want.push_back(RunAll(*loaded.denoiser, {request}, plain, false, false, &without)[0]);
+      ExpectSameStories(RunAll(*loaded.denoiser, {request}, looking, false, false, &counters),
+                        {want.back()}, {request});
+      // Alone, no pass is for nothing but one behind the last.
+      EXPECT_LE(counters.forwards, without.forwards + (sampler == std::string("entropy") ? 2 : 1));
+      EXPECT_EQ(counters.steps, without.steps);
+      requests.push_back(request);
+    }
+  }
+  for (const bool chaos : {false, true}) {
+    SCOPED_TRACE(chaos);
+    ExpectSameStories(RunAll(*loaded.denoiser, requests, looking, chaos, false, &counters), want,
+                      requests);
+  }
+  // So little room that not all find a place in one pass.
+  looking.limits.rows_max = 100;
+  ExpectSameStories(RunAll(*loaded.denoiser, requests, looking, true, false, &counters), want,
+                    requests);
+}
+
+TEST(EngineLookAheadTest, StepsTakeTheAnswersOfPassesAhead) {
+  struct Case {
+    const char* model;
+    const char* sampler;
+    int64_t passes_more;  // than without
+  };
+  for (const Case& c : {Case{"llada", "low_confidence", 0},
+                        {"llada", "random", 0},
+                        {"llada", "threshold", 1},
+                        {"dream", "maskgit_plus", 0},
+                        {"dream", "topk_margin", 0},
+                        {"sdar_b4", "block_static", 0},
+                        {"sdar_b4", "block_dynamic", 1},
+                        {"sdar_b4", "block_sequential", 0},
+                        {"llada2", "block_dynamic", 1},
+                        {"fast_dllm_v2", "fast_dllm_v2", 1}}) {
+    SCOPED_TRACE(absl::StrCat(c.model, " ", c.sampler));
+    const Loaded loaded = Load(c.model, 1, kWide);
+    std::vector<TokenId> ids(40, 5);
+    std::vector<bool> given(40, false);
+    for (int i = 0; i < 9; ++i) given[i] = true;
+    DecodingParams params{.sampler = c.sampler, .temperature = 0.8F, .seed = 3};
+    params.threshold = params.sampler == "threshold" ? 0.999F : 0.6F;
+    const SamplerEntry& entry = **FindSampler(params.sampler);
+    if ((entry.knobs & static_cast<uint32_t>(Knob::kThreshold)) == 0)
+      params.threshold = DecodingParams().threshold;
+    const absl::StatusOr<SequenceState> request =
+        MakeSequence(ids, given, params, loaded.denoiser->traits());
+    ASSERT_TRUE(request.ok()) << request.status();
+    EngineCounters without, with, lied;
+    const auto want =
+        RunAll(*loaded.denoiser, {*request}, {.limits = kWide}, false, false, &without);
+    const EngineOptions looking{.limits = kWide, .look_ahead = true};
+    ExpectSameStories(RunAll(*loaded.denoiser, {*request}, looking, false, false, &with), want,
+                      {*request});
+    EXPECT_GT(with.ahead_used, 4);
+    EXPECT_EQ(with.ahead_used, without.forwards - 1) << "all but the first pass";
+    EXPECT_LE(with.ahead_dropped, c.passes_more);
+    EXPECT_LE(with.forwards, without.forwards + c.passes_more);
+    if (with.forwards == without.forwards) {
+      EXPECT_EQ(with.rows_computed - with.rows_wasted, without.rows_computed);
+    }
+    // A device that chooses otherwise costs passes, and no byte.
+    ExpectSameStories(RunAll(*loaded.denoiser, {*request}, looking, false, true, &lied), want,
+                      {*request});
+    EXPECT_GT(lied.ahead_dropped, 0);
+    EXPECT_EQ(lied.steps, without.steps);
+  }
+}
+
+TEST(EngineLookAheadTest, CostsNoMoreThanItMay) {
+  const Loaded loaded = Load("sdar_b4", 1, kWide);
+  const SequenceState request = RandomSequence(loaded.denoiser->traits(), "block_dynamic", 3);
+  EngineOptions options{.limits = kWide, .look_ahead = true, .spare_queries_max = 0};
+  EngineCounters counters;
+  (void)RunAll(*loaded.denoiser, {request}, options, false, false, &counters);
+  EXPECT_LE(counters.rows_wasted, 8) << "only where a step takes all there is";
+}
+
+TEST(EngineLookAheadTest, WhoLeavesWithAPassUnderWayDisturbsNobody) {
+  const Loaded loaded = Load("llada", 1, kWide);
+  const ModelTraits& model = loaded.denoiser->traits();
+  const SequenceState request = RandomSequence(model, "block_static", 1);
+  const SequenceState alone = RunAlone(*loaded.denoiser, request);
+  const absl::Time start = absl::FromUnixSeconds(1000);
+  Engine engine(*loaded.denoiser, {.limits = kWide, .look_ahead = true});
+  const SequenceId cancelled = *engine.Add(RandomSequence(model, "block_static", 2));
+  const SequenceId kept = *engine.Add(request);
+  const SequenceId expired =
+      *engine.Add(RandomSequence(model, "block_static", 4), start + absl::Seconds(1));
+  const SequenceId removed = *engine.Add(RandomSequence(model, "block_static", 5));
+  StepReport report;
+  ASSERT_TRUE(engine.Step(start, report).ok());
+  EXPECT_EQ(report.events.size(), 4U);
+  EXPECT_TRUE(engine.Cancel(cancelled));
+  EXPECT_TRUE(engine.Remove(removed).ok());
+  // Its memory goes to another at once.
+  const SequenceId late = *engine.Add(RandomSequence(model, "random", 6));
+  ASSERT_TRUE(engine.Step(start + absl::Seconds(2), report).ok());
+  std::map<SequenceId, absl::StatusCode> ended;
+  for (const StepEvent& event : report.events) {
+    if (event.finished) ended[event.sequence] = event.status.code();
+    EXPECT_NE(event.sequence, late) << "it makes its first step in the pass behind";
+  }
+  EXPECT_EQ(ended[cancelled], absl::StatusCode::kCancelled);
+  EXPECT_EQ(ended[expired], absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(engine.counters().ahead_dropped, 3);
+  (void)engine.TakeFinished();
+  const auto done = Finish(engine);
+  ExpectSameResult(done.at(kept), alone);
+  ExpectSameResult(done.at(late), RunAlone(*loaded.denoiser, RandomSequence(model, "random", 6)));
+  // All leave at once; what is under way belongs to nobody.
+  const SequenceId last = *engine.Add(request);
+  ASSERT_TRUE(engine.Step(start, report).ok());
+  ASSERT_TRUE(engine.Remove(last).ok());
+  ASSERT_TRUE(engine.Step(start, report).ok());
+  EXPECT_TRUE(report.events.empty());
+  const SequenceId again = *engine.Add(request);
+  ExpectSameResult(Finish(engine).at(again), alone);
+}
+
+TEST(EngineLookAheadTest, AllocatesNothingOnceWarm) {
+  for (const char* name : {"llada", "dream", "sdar_b4", "llada2"}) {
+    SCOPED_TRACE(name);
+    const Loaded loaded = Load(name, 2, kWide);
+    const ModelTraits& model = loaded.denoiser->traits();
+    Engine engine(*loaded.denoiser, {.limits = kWide, .look_ahead = true});
+    std::vector<bool> given(48, false);
+    given[0] = true;
+    for (int i = 0; i < 4; ++i) {
+      DecodingParams params{.sampler = model.default_sampler, .seed = static_cast<uint64_t>(i)};
+      if (model.causal_block_length > 0) params.sampler = "block_static";
+      ASSERT_TRUE(
+          engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
+    }
+    StepReport report;
+    for (int turn = 0; turn < 12; ++turn)
+      ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+    const int64_t before = num_allocations.load();
+    for (int turn = 0; turn < 12; ++turn) {
+      const absl::Status status = engine.Step(absl::InfinitePast(), report);
+      ASSERT_TRUE(status.ok());
+    }
+    EXPECT_EQ(num_allocations.load() - before, 0);
+    EXPECT_GT(engine.counters().ahead_used, 80);
+  }
 }
 
 TEST(EngineAddTest, RefusesWhatCannotFitAndSaysWhether) {

@@ -69,38 +69,46 @@ class Step {
     chosen_ = *backend.Allocate(64 * 2 * 4);
     shares_ = *backend.Allocate(64 * 2 * 4);
     kv_ = *backend.AllocateKv({1, 2, 16, 128});
-    answers_.resize(64);
+    for (Turn& turn : turns_) turn.answers.resize(64);
   }
 
   // The answers of `num_rows` rows that follow `first_position` (block-causal, blocks of 8).
   absl::Status Run(int32_t num_rows, int32_t first_position, bool graph) {
-    ids_.clear();
-    for (int32_t i = 0; i < num_rows; ++i) ids_.push_back((first_position + 7 * i) % kVocabulary);
-    spans_ = {{.row_begin = 0,
-               .num_rows = num_rows,
-               .first_position = first_position,
-               .block_length = 8,
-               .kv = kv_.get()}};
-    queries_.assign(num_rows, {});
+    CINNABAR_RETURN_IF_ERROR(Enqueue(num_rows, first_position, graph));
+    return backend_.Synchronize();
+  }
+
+  // The same without waiting; the answers of the one before stay where they are.
+  absl::Status Enqueue(int32_t num_rows, int32_t first_position, bool graph) {
+    turn_ = 1 - turn_;
+    auto& [ids, spans, queries, answers] = turns_[turn_];
+    ids.clear();
+    for (int32_t i = 0; i < num_rows; ++i) ids.push_back((first_position + 7 * i) % kVocabulary);
+    spans = {{.row_begin = 0,
+              .num_rows = num_rows,
+              .first_position = first_position,
+              .block_length = 8,
+              .kv = kv_.get()}};
+    queries.assign(num_rows, {});
     for (int32_t i = 0; i < num_rows; ++i) {
-      queries_[i].hidden_row = i;
-      queries_[i].pick_temperature = i % 2 == 0 ? 0.0F : 1.0F;
-      queries_[i].noise = {.seed = 5, .position = static_cast<uint32_t>(first_position + i)};
-      if (i % 5 == 4) queries_[i].top_p = 0.8F;
+      queries[i].hidden_row = i;
+      queries[i].pick_temperature = i % 2 == 0 ? 0.0F : 1.0F;
+      queries[i].noise = {.seed = 5, .position = static_cast<uint32_t>(first_position + i)};
+      if (i % 5 == 4) queries[i].top_p = 0.8F;
     }
     const HeadShape heads = {.num_heads = 4, .num_kv_heads = 2, .head_dim = 16};
     if (graph) CINNABAR_RETURN_IF_ERROR(backend_.BeginStep());
-    CINNABAR_RETURN_IF_ERROR(backend_.Embed(*table_, ids_, 1.0F, residual_));
+    CINNABAR_RETURN_IF_ERROR(backend_.Embed(*table_, ids, 1.0F, residual_));
     CINNABAR_RETURN_IF_ERROR(Norm(num_rows));
     CINNABAR_RETURN_IF_ERROR(
         backend_.Linear({.x = normed_, .num_rows = num_rows, .weight = qkv_.get(), .out = heads_}));
     CINNABAR_RETURN_IF_ERROR(backend_.PrepareHeads(
-        {.qkv = heads_, .num_rows = num_rows, .heads = heads, .sequences = spans_}));
+        {.qkv = heads_, .num_rows = num_rows, .heads = heads, .sequences = spans}));
     CINNABAR_RETURN_IF_ERROR(backend_.Attend({.q = heads_,
                                               .num_rows = num_rows,
                                               .heads = heads,
                                               .scale = 0.25F,
-                                              .sequences = spans_,
+                                              .sequences = spans,
                                               .out = attended_}));
     CINNABAR_RETURN_IF_ERROR(backend_.Linear({.x = attended_,
                                               .num_rows = num_rows,
@@ -129,19 +137,20 @@ class Step {
     CINNABAR_RETURN_IF_ERROR(
         backend_.AnswerVocabulary({.hidden = normed_,
                                    .weight = head_.get(),
-                                   .queries = queries_,
-                                   .answers = absl::MakeSpan(answers_).subspan(0, num_rows)}));
-    if (graph) CINNABAR_RETURN_IF_ERROR(backend_.EndStep());
-    return backend_.Synchronize();
+                                   .queries = queries,
+                                   .answers = absl::MakeSpan(answers).subspan(0, num_rows)}));
+    return graph ? backend_.EndStep() : absl::OkStatus();
   }
-  Floats Answers(int32_t num_rows) const {
+  // Of the last call, or the one `back` before it.
+  Floats Answers(int32_t num_rows, int back = 0) const {
+    const std::vector<VocabularyAnswer>& answers = turns_[(turn_ + back) % 2].answers;
     Floats flat;
     for (int32_t i = 0; i < num_rows; ++i) {
-      flat.push_back(static_cast<float>(answers_[i].token));
-      flat.push_back(answers_[i].token_logit);
-      flat.push_back(static_cast<float>(answers_[i].probability));
-      flat.push_back(static_cast<float>(answers_[i].entropy));
-      flat.push_back(answers_[i].finite ? 1.0F : 0.0F);
+      flat.push_back(static_cast<float>(answers[i].token));
+      flat.push_back(answers[i].token_logit);
+      flat.push_back(static_cast<float>(answers[i].probability));
+      flat.push_back(static_cast<float>(answers[i].entropy));
+      flat.push_back(answers[i].finite ? 1.0F : 0.0F);
     }
     return flat;
   }
@@ -177,10 +186,14 @@ class Step {
   std::unique_ptr<Buffer> gain_, chosen_, shares_;
   Rows residual_, normed_, heads_, attended_, logits_;
   std::unique_ptr<KvMemory> kv_;
-  std::vector<int32_t> ids_;
-  std::vector<SequenceSpan> spans_;
-  std::vector<VocabularyQuery> queries_;
-  std::vector<VocabularyAnswer> answers_;
+  struct Turn {
+    std::vector<int32_t> ids;
+    std::vector<SequenceSpan> spans;
+    std::vector<VocabularyQuery> queries;
+    std::vector<VocabularyAnswer> answers;
+  };
+  Turn turns_[2];
+  int turn_ = 0;
 };
 
 class CudaBackendTest : public testing::TestWithParam<std::string> {
@@ -240,6 +253,51 @@ TEST_P(CudaBackendTest, AStepInAGraphGivesTheBitsOfOneWithout) {
   // The first step runs in parts, for it makes the experts' tables; then one graph serves all.
   EXPECT_GE(simt::Counts().graphs_launched - before.graphs_launched, 6);
   EXPECT_LE(simt::Counts().graphs_made - before.graphs_made, 4);
+}
+
+TEST_P(CudaBackendTest, AStepIsWaitedForWhileTheNextIsUnderWay) {
+  Step plain(*backend_);
+  std::vector<Floats> want;
+  for (int32_t i = 0; i < 6; ++i) {
+    ASSERT_TRUE(plain.Run(16, 16 * i, /*graph=*/true).ok());
+    want.push_back(plain.Answers(16));
+  }
+  auto other = *MakeNamedBackend(GetParam());
+  Step ahead(*other);
+  ASSERT_TRUE(ahead.Run(16, 0, true).ok());  // makes the experts' tables
+  ASSERT_TRUE(ahead.Enqueue(16, 0, true).ok());
+  const simt::EmulatedCounts before = simt::Counts();
+  const double busy = other->Stats().busy_seconds;
+  EXPECT_GT(busy, 0);
+  for (int32_t i = 1; i < 6; ++i) {
+    ASSERT_TRUE(ahead.Enqueue(16, 16 * i, true).ok());
+    // Uploads between two steps have a place of their own.
+    const auto kv = other->AllocateKv({1, 2, 16, 128});
+    ASSERT_TRUE(kv.ok());
+    ASSERT_TRUE(other->WaitStep().ok());
+    EXPECT_EQ(ahead.Answers(16, 1), want[i - 1]) << "step " << i - 1;
+  }
+  ASSERT_TRUE(other->WaitStep().ok());
+  EXPECT_EQ(ahead.Answers(16), want[5]);
+  EXPECT_GT(other->Stats().busy_seconds, busy);
+  EXPECT_TRUE(other->WaitStep().ok()) << "nothing is left";
+  if (GetParam().find("cuda") == 0) return;
+  EXPECT_LE(simt::Counts().synchronizations - before.synchronizations, 1)
+      << "that of the last wait";
+  EXPECT_GE(simt::Counts().event_waits - before.event_waits, 6);
+}
+
+TEST_P(EmulatedDeviceTest, AnErrorWithAStepUnderWayIsTold) {
+  Step step(*backend_);
+  ASSERT_TRUE(step.Run(16, 0, true).ok());
+  ASSERT_TRUE(step.Enqueue(16, 16, true).ok());
+  ASSERT_TRUE(step.Enqueue(16, 32, true).ok());
+  simt::FailFromNowOn(719);
+  const absl::Status failed = backend_->WaitStep();
+  EXPECT_EQ(failed.code(), absl::StatusCode::kUnavailable) << failed;
+  simt::FailFromNowOn(0);
+  EXPECT_EQ(backend_->WaitStep(), failed);
+  EXPECT_EQ(step.Enqueue(16, 48, true), failed);
 }
 
 TEST_P(EmulatedDeviceTest, AfterTheFirstStepNothingIsAllocatedAndLittleCrosses) {

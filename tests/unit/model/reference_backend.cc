@@ -199,6 +199,11 @@ class ReferenceBackend : public Backend {
     return absl::OkStatus();
   }
 
+  absl::Status EmbedChosen(const Weight& table, const int32_t* ids, int64_t num_rows, float scale,
+                           const Rows& out) override {
+    return Embed(table, {ids, static_cast<size_t>(num_rows)}, scale, out);
+  }
+
   absl::Status Linear(const LinearArgs& args) override {
     const auto& weight = static_cast<const PlainWeight&>(*args.weight);
     CINNABAR_CHECK((args.epilogue == Epilogue::kSwiGlu || args.epilogue == Epilogue::kGeGlu) ==
@@ -400,6 +405,9 @@ class ReferenceBackend : public Backend {
   }
 
   absl::Status AnswerVocabulary(const VocabularyArgs&) override {
+    return absl::UnimplementedError("the reference backend answers no queries");
+  }
+  absl::Status SelectTransfers(const SelectTransfersArgs&) override {
     return absl::UnimplementedError("the reference backend answers no queries");
   }
   absl::Status Logits(const LogitsArgs& args) override {

@@ -113,7 +113,7 @@ TEST(DeviceMetricsTest, NothingIsShownOfADeviceThatTellsNothing) {
   Metrics metrics;
   WorkerMetrics worker(metrics, "m", 0);
   worker.SetDevice({}, {});
-  worker.StepDone(1, 4, 2, 8, absl::Seconds(3));
+  worker.StepDone(1, 2, 8, absl::Seconds(3));
   const std::string text = metrics.Render();
   EXPECT_THAT(text, Not(HasSubstr("\ncinnabar_device_power_watts{")));
   EXPECT_THAT(text, Not(HasSubstr("\ncinnabar_device_energy_joules_total{")));
@@ -126,8 +126,8 @@ TEST(DeviceMetricsTest, EnergyStandsBesideTheTokensThatItMade) {
   Metrics metrics;
   WorkerMetrics worker(metrics, "m", 0);
   worker.SetDevice({}, {.power_watts = 300, .energy_joules = 0});
-  worker.StepDone(2, 64, 8, 8, absl::Seconds(1));
-  worker.StepDone(2, 64, 4, 8, absl::Seconds(1));
+  worker.StepDone(2, 8, 8, absl::Seconds(1));
+  worker.StepDone(2, 4, 8, absl::Seconds(1));
   worker.SetDevice({}, {.power_watts = 310.5,
                         .energy_joules = 600,
                         .utilization = 0.5,
@@ -147,7 +147,7 @@ TEST(DeviceMetricsTest, TheDevicesOwnClockReplacesTheHosts) {
   Metrics metrics;
   WorkerMetrics worker(metrics, "m", 0);
   worker.SetDevice({.busy_seconds = 0}, {});
-  worker.StepDone(1, 4, 2, 8, absl::Seconds(3));
+  worker.StepDone(1, 2, 8, absl::Seconds(3));
   worker.SetDevice({.memory_total_bytes = 100,
                     .memory_free_bytes = 30,
                     .busy_seconds = 2.5,
@@ -161,6 +161,20 @@ TEST(DeviceMetricsTest, TheDevicesOwnClockReplacesTheHosts) {
   EXPECT_THAT(text,
               HasSubstr("cinnabar_device_graph_steps_total{model=\"m\",outcome=\"miss\"} 1\n"));
   EXPECT_THAT(text, HasSubstr("cinnabar_device_memory_bytes{model=\"m\",state=\"used\"} 70\n"));
+}
+
+TEST(DeviceMetricsTest, WhatWasComputedForNothingIsNotUseful) {
+  Metrics metrics;
+  WorkerMetrics worker(metrics, "m", 0);
+  worker.Set(EngineCounters{.rows_computed = 40});
+  EXPECT_THAT(metrics.Render(), Not(HasSubstr("\ncinnabar_ahead_steps_total{")));
+  worker.Set(
+      EngineCounters{.rows_computed = 100, .ahead_used = 9, .ahead_dropped = 2, .rows_wasted = 30});
+  const std::string text = metrics.Render();
+  EXPECT_THAT(text, HasSubstr("cinnabar_token_steps_total{kind=\"useful\",model=\"m\"} 70\n"));
+  EXPECT_THAT(text, HasSubstr("cinnabar_token_steps_total{kind=\"discarded\",model=\"m\"} 30\n"));
+  EXPECT_THAT(text, HasSubstr("cinnabar_ahead_steps_total{model=\"m\",outcome=\"used\"} 9\n"));
+  EXPECT_THAT(text, HasSubstr("cinnabar_ahead_steps_total{model=\"m\",outcome=\"dropped\"} 2\n"));
 }
 
 TEST_F(NvmlSamplerTest, TheMonitorShowsWhatChangesWhileItRuns) {
