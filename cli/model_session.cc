@@ -37,6 +37,8 @@ void ModelFlags::Register(FlagSet& flags) {
   flags.Add("activations", &activations, "TYPE",
             "what flows between them: auto, float32, bfloat16 (cuda)");
   flags.Add("fp8", &fp8, "keep large matrices in FP8 and compute in it (cuda, Ada and newer)");
+  flags.Add("products", &products, "NAME",
+            "what matrix products are made of: auto, mma or wgmma (H100, H200); bits differ");
   flags.Add("threads", &num_threads, "N", "threads; 0 takes every core");
   flags.Add("isa", &isa, "NAME", "auto, avx512, avx2 or generic; all give the same bits");
 }
@@ -50,13 +52,16 @@ absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, const ForwardLim
   CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseDType(flags.dtype));
   CINNABAR_ASSIGN_OR_RETURN(const DType activation, ParseActivation(flags.activations, device.kind),
                             "--activations");
+  CINNABAR_ASSIGN_OR_RETURN(const Products products, ParseProducts(flags.products, device.kind),
+                            "--products");
   ModelSession session;
   CINNABAR_ASSIGN_OR_RETURN(session.backend,
                             MakeBackend(device.kind, {.num_threads = flags.num_threads,
                                                       .isa = flags.isa,
                                                       .device = device.index,
                                                       .activation = activation,
-                                                      .fp8 = flags.fp8}));
+                                                      .fp8 = flags.fp8,
+                                                      .products = products}));
   CINNABAR_ASSIGN_OR_RETURN(session.denoiser, LoadDenoiser(flags.directory, *session.backend,
                                                            {.weight_dtype = dtype}, limits));
   return session;

@@ -26,6 +26,7 @@ struct ModelFlags {
   std::string dtype = "auto";
   std::string activations = "auto";
   bool fp8 = false;
+  std::string products = "auto";
   std::string isa = "auto";
   int32_t num_threads = 0;
 

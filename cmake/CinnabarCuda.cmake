@@ -8,9 +8,10 @@ if(CINNABAR_CUDA)
     endif()
   endif()
   if(CMAKE_CUDA_COMPILER)
-    # Machine code for A100, L4 / RTX 40 and H100 / H200, and PTX that newer drivers compile.
+    # Machine code for A100, L4 / RTX 40 and H100 / H200 (90a: with wgmma, which PTX for newer devices
+    # may not have), and PTX that newer drivers compile.
     if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-      set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90)
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90a-real 90-virtual)
     endif()
     enable_language(CUDA)
     set(CMAKE_CUDA_STANDARD 17)

@@ -628,6 +628,8 @@ class Backend {
   // Waits for the oldest step that has ended and was not waited for; another may be enqueued behind
   // it, no third. At once where none is left, after Synchronize() for one.
   virtual absl::Status WaitStep() { return Synchronize(); }
+  // Whether BeginStep() does anything, as it does at first: for measurements. Not within a step.
+  virtual void UseGraphs(bool /*use*/) {}
 
   // Waits for everything enqueued. A device error surfaces here or at a later call (Unavailable),
   // and then at every call: make a new Backend.
@@ -635,6 +637,14 @@ class Backend {
 };
 
 enum class BackendKind : uint8_t { kCpu, kCuda };
+
+// CUDA: the instruction that products of bf16 and FP8 rows are made of. Bits differ between the
+// two.
+enum class Products : uint8_t {
+  kAuto,   // kMma, until the other has been measured on a device
+  kMma,    // mma.sync, on every device
+  kWgmma,  // wgmma, on sm_90 (H100, H200) alone
+};
 
 struct BackendOptions {
   int32_t num_threads = 0;  // CPU: 0 takes every core
@@ -649,10 +659,12 @@ struct BackendOptions {
   // round each row of x to FP8 with a scale of its own. Not the vocabulary head, routers, experts,
   // and nothing in a block format.
   bool fp8 = false;
+  Products products = Products::kAuto;
 };
 
-// Unimplemented when that backend was not built, Unavailable when there is no device (or the CPU
-// lacks the asked instruction set), InvalidArgument for an unknown isa.
+// Unimplemented when that backend was not built or the device lacks what an option asks for,
+// Unavailable when there is no device (or the CPU lacks the asked instruction set), InvalidArgument
+// for an unknown isa.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(BackendKind kind,
                                                      const BackendOptions& options);
 

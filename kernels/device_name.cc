@@ -39,6 +39,16 @@ absl::StatusOr<DType> ParseActivation(absl::string_view text, BackendKind kind) 
                    cpu ? " takes auto or float32" : " takes auto, bfloat16 or float32"));
 }
 
+absl::StatusOr<Products> ParseProducts(absl::string_view text, BackendKind kind) {
+  const bool cpu = kind == BackendKind::kCpu;
+  if (text == "auto") return Products::kAuto;
+  if (!cpu && text == "mma") return Products::kMma;
+  if (!cpu && text == "wgmma") return Products::kWgmma;
+  return absl::InvalidArgumentError(
+      absl::StrCat("products by \"", text, "\": ", NameOf(kind),
+                   cpu ? " takes auto" : " takes auto, mma or wgmma"));
+}
+
 const char* NameOf(BackendKind kind) {
   switch (kind) {
     case BackendKind::kCpu:

@@ -23,6 +23,9 @@ absl::StatusOr<DeviceName> ParseDeviceName(absl::string_view text);
 // takes "float32" as well. InvalidArgument.
 absl::StatusOr<DType> ParseActivation(absl::string_view text, BackendKind kind);
 
+// BackendOptions::products by a flag: "auto", and on CUDA "mma" or "wgmma". InvalidArgument.
+absl::StatusOr<Products> ParseProducts(absl::string_view text, BackendKind kind);
+
 // "cpu", "cuda:1".
 std::string NameOf(const DeviceName& device);
 const char* NameOf(BackendKind kind);  // "cpu", "cuda"

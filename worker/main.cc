@@ -44,6 +44,7 @@ struct Flags {
   std::string dtype = "auto";
   std::string activations = "auto";
   bool fp8 = false;
+  std::string products = "auto";
   std::string nvml = kNvmlLibrary;
   std::string isa = "auto";
   int32_t threads = 0;
@@ -84,6 +85,8 @@ struct Flags {
         "fp8", &fp8,
         "keep large matrices that are not in 8 or 4 bits in FP8 and compute in it (cuda, Ada and "
         "newer)");
+    flags.Add("products", &products, "NAME",
+              "what matrix products are made of: auto, mma or wgmma (H100, H200); bits differ");
     flags.Add("isa", &isa, "ISA", "auto, avx512, avx2 or generic: the same bits");
     flags.Add("threads", &threads, "N", "0 takes every core");
     flags.Section("Room");
@@ -184,6 +187,8 @@ absl::Status Serve(Flags flags) {
   CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeightType(flags.dtype));
   CINNABAR_ASSIGN_OR_RETURN(const DType activation, ParseActivation(flags.activations, device.kind),
                             "--activations");
+  CINNABAR_ASSIGN_OR_RETURN(const Products products, ParseProducts(flags.products, device.kind),
+                            "--products");
   if (flags.fp8 && device.kind == BackendKind::kCpu) {
     return absl::InvalidArgumentError("--fp8 goes with --device cuda");
   }
@@ -197,7 +202,8 @@ absl::Status Serve(Flags flags) {
                                                       .isa = flags.isa,
                                                       .device = device.index,
                                                       .activation = activation,
-                                                      .fp8 = flags.fp8}));
+                                                      .fp8 = flags.fp8,
+                                                      .products = products}));
   options.engine.limits = {
       .rows_max = flags.tokens_max,
       .sequences_max = flags.rows_max,

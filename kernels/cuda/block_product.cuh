@@ -37,12 +37,13 @@ struct BlockProduct {
       kStages * kStageBytes + kOutputs * kStageDepth > Tensor::kSumBytes
           ? kStages* kStageBytes + kOutputs* kStageDepth
           : Tensor::kSumBytes;
+  static constexpr int kFoldBytes = kSharedBytes;
   static constexpr bool kIsFp8 = false;
   static constexpr int kBlocks = Tensor::kBlocks;
   static constexpr int kPiecesW = Tensor::kPiecesW;
   static constexpr int kPiecesX = Tensor::kPiecesX;
 
-  CINNABAR_DEVICE static void Run(const ProductOperands& o, unsigned char* shared) {
+  CINNABAR_DEVICE static float* Run(const ProductOperands& o, unsigned char* shared) {
     const int thread = ThreadIndex();
     const int warp = thread / 32;
     const int lane = thread % 32;
@@ -98,7 +99,7 @@ struct BlockProduct {
       for (int i = 0; i < kPiecesX; ++i) {
         const int row = thread / 8 + i * (kThreads / 8);
         if (kRows * 8 % kThreads != 0 && row >= kRows) continue;
-        CopyAsync16(x_at + Tensor::Swizzled(row, my_piece), x_rows[i] + k, x_exists[i] ? there : 0);
+        CopyAsync16(x_at + SwizzledPlace(row, my_piece), x_rows[i] + k, x_exists[i] ? there : 0);
       }
     };
     const auto expand = [&](int stage, const unsigned char* at) {
@@ -107,7 +108,7 @@ struct BlockProduct {
       for (int i = 0; i < kPiecesW; ++i) {
         const int row = thread / 8 + i * (kThreads / 8);
         const unsigned char* packed = at + row * kPackedStride;
-        *reinterpret_cast<EightBf16*>(tile + Tensor::Swizzled(row, my_piece)) =
+        *reinterpret_cast<EightBf16*>(tile + SwizzledPlace(row, my_piece)) =
             ExpandEight(o.weight_element, packed, packed + layout.header_bytes, packed + values_end,
                         quarter, my_piece);
       }
@@ -171,6 +172,7 @@ struct BlockProduct {
       }
     }
     BlockBarrier();
+    return out;
   }
 };
 

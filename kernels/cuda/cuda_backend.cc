@@ -232,7 +232,11 @@ struct ExpertTable {
 class CudaBackend : public Backend {
  public:
   CudaBackend(const BackendOptions& options, const DeviceFacts& facts, void* stream)
-      : options_(options), facts_(facts), stream_(stream), pools_(std::make_shared<Pools>()) {}
+      : options_(options),
+        facts_(facts),
+        stream_(stream),
+        wgmma_(options.products == Products::kWgmma && options.activation == DType::kBf16),
+        pools_(std::make_shared<Pools>()) {}
 
   ~CudaBackend() override {
     (void)UseDevice(options_.device);
@@ -259,12 +263,12 @@ class CudaBackend : public Backend {
   std::string Describe() const override {
     return absl::StrCat("cuda ", facts_.name, ", device ", options_.device, ", sm_",
                         facts_.compute_capability, ", ", NameOf(options_.activation),
-                        options_.fp8 ? " with FP8 products" : "");
+                        options_.fp8 ? " with FP8 products" : "", wgmma_ ? " by wgmma" : "");
   }
   // Tensor cores of another generation may round inside an instruction in another way.
   std::string Numerics() const override {
     return absl::StrCat("cuda/sm_", facts_.compute_capability, "/", NameOf(options_.activation),
-                        options_.fp8 ? "/fp8" : "");
+                        options_.fp8 ? "/fp8" : "", wgmma_ ? "/wgmma" : "");
   }
   DType activation_dtype() const override { return options_.activation; }
 
@@ -379,17 +383,17 @@ class CudaBackend : public Backend {
     for (const HostMatrix& part : parts) rows += part.rows;
     const bool fp8 =
         options_.fp8 && !IsQuantized(dtype) && WantsFp8(row_order, rows, parts[0].cols);
-    return Load(parts, row_order, dtype, fp8);
+    return Load(parts, row_order, dtype, fp8, wgmma_);
   }
   int64_t WeightBytes(DType dtype, int64_t rows, int64_t cols) const override {
     return rows * RowBytes(ElementOf(dtype), cols);
   }
   absl::StatusOr<std::unique_ptr<Weight>> MapWeight(absl::Span<const HostMatrix> parts,
                                                     RowOrder row_order) override {
-    return Load(parts, row_order, parts[0].dtype, /*fp8=*/false);
+    return Load(parts, row_order, parts[0].dtype, /*fp8=*/false, wgmma_);
   }
   absl::StatusOr<std::unique_ptr<Weight>> LoadEmbedding(const HostMatrix& table) override {
-    return Load({&table, 1}, RowOrder::kStacked, table.dtype, /*fp8=*/false);
+    return Load({&table, 1}, RowOrder::kStacked, table.dtype, /*fp8=*/false, /*tile=*/false);
   }
 
   absl::StatusOr<std::unique_ptr<Buffer>> LoadVector(const HostMatrix& vector) override {
@@ -829,6 +833,8 @@ class CudaBackend : public Backend {
     return absl::OkStatus();
   }
 
+  void UseGraphs(bool use) override { use_graphs_ = use; }
+
   absl::Status BeginStep() override {
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
@@ -845,6 +851,7 @@ class CudaBackend : public Backend {
     CINNABAR_RETURN_IF_ERROR(Note(SynchronizeEvent(step().leaves), "wait for the device"));
     step().staging.Rewind();
     geometries_.clear();
+    if (!use_graphs_) return absl::OkStatus();
     CINNABAR_RETURN_IF_ERROR(Note(BeginCapture(stream_), "begin a graph"));
     capturing_ = true;
     captured_calls_ = 0;
@@ -1040,7 +1047,8 @@ class CudaBackend : public Backend {
   }
 
   absl::StatusOr<std::unique_ptr<Weight>> Load(absl::Span<const HostMatrix> parts,
-                                               RowOrder row_order, DType dtype, bool fp8) {
+                                               RowOrder row_order, DType dtype, bool fp8,
+                                               bool tile) {
     CINNABAR_RETURN_IF_ERROR(Ready());
     CINNABAR_RETURN_IF_ERROR(RunCaptured());
     CINNABAR_CHECK(!parts.empty());
@@ -1060,13 +1068,13 @@ class CudaBackend : public Backend {
       const DType kept = KeptAs(parts[0], dtype) == KeptAs(parts[1], dtype)
                              ? KeptAs(parts[0], dtype)
                              : options_.activation;
-      CINNABAR_RETURN_IF_ERROR(LoadPiece(parts, /*gated=*/true, kept, fp8, pieces));
+      CINNABAR_RETURN_IF_ERROR(LoadPiece(parts, /*gated=*/true, kept, fp8, tile, pieces));
     } else {
       for (size_t begin = 0, end = 1; begin < parts.size(); begin = end++) {
         const DType kept = KeptAs(parts[begin], dtype);
         while (end < parts.size() && KeptAs(parts[end], dtype) == kept) ++end;
         CINNABAR_RETURN_IF_ERROR(
-            LoadPiece(parts.subspan(begin, end - begin), /*gated=*/false, kept, fp8, pieces));
+            LoadPiece(parts.subspan(begin, end - begin), /*gated=*/false, kept, fp8, tile, pieces));
       }
     }
     return std::make_unique<CudaWeight>(rows, cols, row_order, dtype, std::move(pieces));
@@ -1082,9 +1090,9 @@ class CudaBackend : public Backend {
     return element == Element::kBf16 || IsBlocks(element);
   }
 
-  // Loads parts that are kept as one dtype, or FP8.
+  // Loads parts that are kept as one dtype, or FP8; tiled where that can be, if asked.
   absl::Status LoadPiece(absl::Span<const HostMatrix> parts, bool gated, DType kept, bool fp8,
-                         std::vector<CudaWeight::Piece>& pieces) {
+                         bool tile, std::vector<CudaWeight::Piece>& pieces) {
     const Element element = fp8 ? Element::kE4m3 : ElementOf(kept);
     const int64_t cols = parts[0].cols;
     int64_t rows = 0;
@@ -1102,6 +1110,9 @@ class CudaBackend : public Backend {
       view.segment_bytes = SegmentBytes(memory_rows, view.k_bytes);
       view.num_segments =
           static_cast<int32_t>((view.k_bytes + view.segment_bytes - 1) / view.segment_bytes);
+      // A row of tiles is loaded at a time.
+      view.tiled =
+          tile && !IsBlocks(element) && kWeightRowUnit * view.row_bytes <= Loader::kPieceBytes;
     }
     // The part of memory row `row`, and its row there; null: padding.
     const auto source = [&](int64_t& row) -> const HostMatrix* {
@@ -1165,15 +1176,38 @@ class CudaBackend : public Backend {
       }
       return cols * BytesOf(element);
     };
+    const auto write_row = [&](int64_t row, char* to) {
+      int64_t at = row;
+      const HostMatrix* part = source(at);
+      const int64_t written =
+          part == nullptr ? 0 : write(*part, at, scales.empty() ? 1.0F : scales[row], to);
+      std::memset(to + written, 0, view.row_bytes - written);
+    };
+    if (!view.tiled) {
+      return Remember(loader_.Load(
+          piece.memory.get(), padded_rows, view.row_bytes,
+          [&](int64_t begin, int64_t count, char* to) {
+            for (int64_t row = begin; row < begin + count; ++row, to += view.row_bytes) {
+              write_row(row, to);
+            }
+          },
+          stream_));
+    }
+    // A row of tiles at a time.
+    std::vector<char> bytes(view.row_bytes);
     return Remember(loader_.Load(
-        piece.memory.get(), padded_rows, view.row_bytes,
+        piece.memory.get(), padded_rows / kWeightRowUnit, kWeightRowUnit * view.row_bytes,
         [&](int64_t begin, int64_t count, char* to) {
-          for (int64_t row = begin; row < begin + count; ++row, to += view.row_bytes) {
-            int64_t at = row;
-            const HostMatrix* part = source(at);
-            const int64_t written =
-                part == nullptr ? 0 : write(*part, at, scales.empty() ? 1.0F : scales[row], to);
-            std::memset(to + written, 0, view.row_bytes - written);
+          for (int64_t row = begin * kWeightRowUnit; row < (begin + count) * kWeightRowUnit;
+               ++row) {
+            write_row(row, bytes.data());
+            const int64_t r = row % kWeightRowUnit;
+            char* tiles = to + (row / kWeightRowUnit - begin) * kWeightRowUnit * view.row_bytes;
+            for (int64_t p = 0; p < view.row_bytes / 16; ++p) {
+              std::memcpy(
+                  tiles + p / 8 * kWeightTileBytes + r * kWeightRowBytes + ((p ^ r) % 8) * 16,
+                  &bytes[16 * p], 16);
+            }
           }
         },
         stream_));
@@ -1256,12 +1290,15 @@ class CudaBackend : public Backend {
       task.tile_rows = kPlainRows;
       return Note(LaunchLinear(task, stream_), "matrix product");
     }
-    task.tile_rows = TileRows(task.num_rows, task.weight.element == Element::kE4m3);
-    const int64_t tile_outputs = TileOutputs(task.tile_rows);
+    const bool fp8 = task.weight.element == Element::kE4m3;
+    const bool tiled = task.weight.tiled;
+    task.tile_rows = tiled ? HopperTileRows(task.num_rows, fp8, task.weight.num_segments)
+                           : TileRows(task.num_rows, fp8);
+    const int32_t tile_outputs = tiled ? kHopperOutputs : TileOutputs(task.tile_rows);
     const int64_t num_tiles = (task.num_rows + task.tile_rows - 1) / task.tile_rows *
                               ((task.weight.rows + tile_outputs - 1) / tile_outputs);
     task.split = num_tiles <= layout_.num_tickets &&
-                 RunsSplit(num_tiles, task.tile_rows, task.weight.num_segments,
+                 RunsSplit(num_tiles, task.tile_rows * tile_outputs, task.weight.num_segments,
                            facts_.num_multiprocessors, layout_.partial_floats);
     task.partials = At<float>(layout_.partials);
     task.tickets = At<int32_t>(layout_.tickets);
@@ -1476,7 +1513,8 @@ class CudaBackend : public Backend {
         task.weight.segment_bytes = 0;
         task.weight.num_segments = 1;
       }
-      task.tile_rows = VocabularyTileRows(task.num_slots, task.weight.element == Element::kE4m3);
+      task.tile_rows = VocabularyTileRows(
+          task.num_slots, task.weight.element == Element::kE4m3 && !task.weight.tiled);
       captured_shape_ = captured_shape_ * 31 + task.tile_rows;
       CINNABAR_RETURN_IF_ERROR(Note(LaunchVocabulary(task, stream_), "vocabulary head"));
     }
@@ -1566,6 +1604,7 @@ class CudaBackend : public Backend {
   const BackendOptions options_;
   const DeviceFacts facts_;
   void* const stream_;
+  const bool wgmma_;  // weights of bf16 and FP8 lie tiled, and their products are made of it
   absl::Status broken_;
 
   std::shared_ptr<Pools> pools_;
@@ -1581,6 +1620,7 @@ class CudaBackend : public Backend {
   // Of the last AnswerVocabulary(): where each query's answer lies on the device.
   std::vector<int32_t> device_answers_;
 
+  bool use_graphs_ = true;
   bool capturing_ = false;
   int64_t captured_calls_ = 0;
   uint64_t captured_shape_ = 0;
@@ -1615,6 +1655,11 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const BackendOptions& o
   if (options.fp8 && facts.compute_capability < 89) {
     return absl::UnimplementedError(absl::StrCat(facts.name, " is sm_", facts.compute_capability,
                                                  "; FP8 products need sm_89 or newer"));
+  }
+  if (options.products == Products::kWgmma && facts.compute_capability != 90) {
+    return absl::UnimplementedError(
+        absl::StrCat(facts.name, " is sm_", facts.compute_capability,
+                     "; products by wgmma need sm_90 (H100, H200): take mma, or auto"));
   }
   void* stream = nullptr;
   CINNABAR_RETURN_IF_ERROR(StatusOfError(CreateStream(&stream), "make a stream"));

@@ -45,6 +45,58 @@ CINNABAR_DEVICE void StoreAt(const MatrixView& m, int64_t row, int64_t column, f
   StoreElement(m.data, m.element, row * m.stride + column, value);
 }
 
+// Four elements of a row at a time, of which the first `count` exist: one access where the view's
+// rows allow it (MovesFours) and all four are there, else one by one. `column` is a multiple of 4.
+struct alignas(16) Four {
+  float v[4];
+};
+struct alignas(8) FourHalves {
+  uint16_t v[4];
+};
+CINNABAR_DEVICE bool MovesFours(const MatrixView& m) {
+  const auto at = reinterpret_cast<uintptr_t>(m.data);
+  return m.stride % 4 == 0 && at % (m.element == Element::kF32 ? 16 : 8) == 0;
+}
+CINNABAR_DEVICE Four LoadFour(const MatrixView& m, bool moves_fours, int64_t row, int64_t column,
+                              int count) {
+  Four four = {};
+  if (!moves_fours || count < 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) four.v[i] = LoadAt(m, row, column + i);
+    }
+    return four;
+  }
+  const int64_t index = row * m.stride + column;
+  if (m.element == Element::kF32) {
+    return *reinterpret_cast<const Four*>(static_cast<const float*>(m.data) + index);
+  }
+  const FourHalves halves =
+      *reinterpret_cast<const FourHalves*>(static_cast<const uint16_t*>(m.data) + index);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four.v[i] = FromBf16(halves.v[i]);
+  return four;
+}
+CINNABAR_DEVICE void StoreFour(const MatrixView& m, bool moves_fours, int64_t row, int64_t column,
+                               int count, const Four& four) {
+  if (!moves_fours || count < 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) StoreAt(m, row, column + i, four.v[i]);
+    }
+    return;
+  }
+  const int64_t index = row * m.stride + column;
+  if (m.element == Element::kF32) {
+    *reinterpret_cast<Four*>(static_cast<float*>(m.data) + index) = four;
+    return;
+  }
+  FourHalves halves;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) halves.v[i] = ToBf16(four.v[i]);
+  *reinterpret_cast<FourHalves*>(static_cast<uint16_t*>(m.data) + index) = halves;
+}
+
 // The same sum on every lane: lanes are joined at distance 16, 8, 4, 2, 1.
 template <typename T>
 CINNABAR_DEVICE T WarpSum(T value) {

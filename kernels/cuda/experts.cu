@@ -1,7 +1,7 @@
 // Mixtures of experts: routing, grouping, grouped products, the weighted sum.
 #include "kernels/cuda/block_product.cuh"
+#include "kernels/cuda/hopper_product.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/product.cuh"
 
 namespace cinnabar::cuda {
 namespace {
@@ -172,6 +172,7 @@ ExpertLinearKernel(ExpertLinearTask task) {
                     output_begin * task.weight.row_bytes;
   operands.weight_row_bytes = task.weight.row_bytes;
   operands.weight_element = task.weight.element;
+  operands.weight_tiled = task.weight.tiled;
   operands.x = static_cast<const unsigned char*>(task.x.data);
   operands.x_element = task.x.element;
   operands.x_row_bytes = task.x.stride * (task.x.element == Element::kF32 ? 4 : 2);
@@ -182,7 +183,7 @@ ExpertLinearKernel(ExpertLinearTask task) {
   operands.cols = task.weight.cols;
   operands.k_end = task.weight.k_bytes;
   operands.segment_bytes = task.weight.k_bytes;
-  Product::Run(operands, SharedBytes());
+  const float* sums = Product::Run(operands, SharedBytes());
 
   FinishTask finish;
   finish.finish = task.finish;
@@ -192,8 +193,7 @@ ExpertLinearKernel(ExpertLinearTask task) {
   finish.out = task.out;
   finish.num_outputs = task.num_outputs;
   finish.rows = nullptr;
-  FinishTile<Product>(finish, reinterpret_cast<float*>(SharedBytes()), first, num_rows,
-                      output_begin);
+  FinishTile<Product>(finish, sums, first, num_rows, output_begin);
 }
 
 constexpr int kCombineThreads = 256;
@@ -246,6 +246,18 @@ int LaunchExpertLinear(const ExpertLinearTask& task, void* stream) {
         return LaunchExpertTile<BlockProduct<64, 64, 4, 1, 4, false>>(task, stream);
       default:
         return LaunchExpertTile<BlockProduct<128, 128, 4, 2, 3, false>>(task, stream);
+    }
+  }
+  if (task.weight.tiled) {
+    switch (task.tile_rows) {
+      case 16:
+        return LaunchExpertTile<HopperProduct<16, false>>(task, stream);
+      case 32:
+        return LaunchExpertTile<HopperProduct<32, false>>(task, stream);
+      case 64:
+        return LaunchExpertTile<HopperProduct<64, false>>(task, stream);
+      default:
+        return LaunchExpertTile<HopperProduct<128, false>>(task, stream);
     }
   }
   switch (task.tile_rows) {

@@ -49,6 +49,9 @@ enum class Finish : uint8_t { kStore, kAdd, kGatedAdd, kSilu, kGeluTanh, kSwiGlu
 // Padded with zeros to kWeightRowUnit rows and kWeightRowBytes bytes a row.
 inline constexpr int32_t kWeightRowUnit = 128;
 inline constexpr int32_t kWeightRowBytes = 128;
+// A tiled weight (for wgmma): tiles of kWeightRowUnit rows x kWeightRowBytes, along a row first; in
+// each, 16-byte piece p of row r at 128 r + 16 (p ^ r % 8).
+inline constexpr int32_t kWeightTileBytes = kWeightRowUnit * kWeightRowBytes;
 struct WeightView {
   const void* data = nullptr;
   const float* scales =
@@ -58,6 +61,7 @@ struct WeightView {
   int64_t row_bytes = 0;
   int64_t k_bytes = 0;  // of a row in a product: row_bytes, or of a block format those of its bf16
   Element element = Element::kF32;
+  bool tiled = false;
   // Tensor cores: sums of so many bytes of a row each are made on their own and added in order.
   int64_t segment_bytes = 0;
   int32_t num_segments = 1;

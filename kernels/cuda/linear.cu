@@ -1,19 +1,27 @@
 // Linear: a grid of tiles, [row tiles] x [output tiles] (x [segments] when split). Row tiles run
 // fastest, so that the blocks that share a tile of the weight read it together and device memory
-// gives it once.
+// gives it once; of many row tiles kRowTilesTogether at a time pass over all outputs, so that what
+// runs at the same time shares rows as well.
 #include "kernels/cuda/block_product.cuh"
+#include "kernels/cuda/hopper_product.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/product.cuh"
 
 namespace cinnabar::cuda {
 namespace {
+
+constexpr int kRowTilesTogether = 8;
 
 template <class Product>
 CINNABAR_KERNEL(Product::kThreads, Product::kBlocks)
 LinearKernel(LinearTask task) {
   unsigned char* shared = SharedBytes();
-  const int row_begin = BlockX() * Product::kRows;
-  const int output_begin = BlockY() * Product::kOutputs;
+  const int tile = BlockY() * GridX() + BlockX();
+  const int first_row_tile = tile / (kRowTilesTogether * GridY()) * kRowTilesTogether;
+  const int row_tiles_left = GridX() - first_row_tile;
+  const int together = row_tiles_left < kRowTilesTogether ? row_tiles_left : kRowTilesTogether;
+  const int of_these = tile - first_row_tile * GridY();
+  const int row_begin = (first_row_tile + of_these % together) * Product::kRows;
+  const int output_begin = of_these / together * Product::kOutputs;
   const int num_rows =
       task.num_rows - row_begin < Product::kRows ? task.num_rows - row_begin : Product::kRows;
 
@@ -22,6 +30,7 @@ LinearKernel(LinearTask task) {
       static_cast<const unsigned char*>(task.weight.data) + output_begin * task.weight.row_bytes;
   operands.weight_row_bytes = task.weight.row_bytes;
   operands.weight_element = task.weight.element;
+  operands.weight_tiled = task.weight.tiled;
   operands.x = static_cast<const unsigned char*>(task.x.data);
   operands.x_element = task.x.element;
   operands.x_row_bytes = task.x.stride * (task.x.element == Element::kF32    ? 4
@@ -37,12 +46,9 @@ LinearKernel(LinearTask task) {
   if (task.split && operands.k_begin + task.weight.segment_bytes < operands.k_end) {
     operands.k_end = operands.k_begin + task.weight.segment_bytes;
   }
-  Product::Run(operands, shared);
-
-  float* sums = reinterpret_cast<float*>(shared);
+  float* sums = Product::Run(operands, shared);
   if (task.split) {
     constexpr int kTile = Product::kRows * Product::kOutputs;
-    const int tile = BlockY() * GridX() + BlockX();
     float* partials = task.partials + static_cast<int64_t>(tile) * task.weight.num_segments * kTile;
     float* mine = partials + static_cast<int64_t>(BlockZ()) * kTile;
     for (int i = ThreadIndex(); i < kTile; i += Product::kThreads) {
@@ -82,11 +88,12 @@ LinearKernel(LinearTask task) {
 
 template <class Product>
 int LaunchTile(const LinearTask& task, void* stream) {
+  const bool fold = task.weight.num_segments > 1 && !task.split;
   const LaunchShape shape = {(task.num_rows + Product::kRows - 1) / Product::kRows,
                              (task.weight.rows + Product::kOutputs - 1) / Product::kOutputs,
                              task.split ? task.weight.num_segments : 1,
                              Product::kThreads,
-                             Product::kSharedBytes + 16,
+                             (fold ? Product::kFoldBytes : Product::kSharedBytes) + 16,
                              stream};
   return Launch(LinearKernel<Product>, shape, task);
 }
@@ -122,6 +129,23 @@ int LaunchBlocks(const LinearTask& task, void* stream) {
   }
 }
 
+template <bool kFp8>
+int LaunchHopper(const LinearTask& task, void* stream) {
+  switch (task.tile_rows) {
+    case 16:
+      return LaunchTile<HopperProduct<16, kFp8>>(task, stream);
+    case 32:
+      return LaunchTile<HopperProduct<32, kFp8>>(task, stream);
+    case 64:
+      return LaunchTile<HopperProduct<64, kFp8>>(task, stream);
+    case 128:
+      return LaunchTile<HopperProduct<128, kFp8>>(task, stream);
+    default:
+      if constexpr (!kFp8) return LaunchTile<HopperProduct<256, false>>(task, stream);
+      return 1;  // cudaErrorInvalidValue: the planner gives none such
+  }
+}
+
 CINNABAR_KERNEL(128, 8)
 QuantizeKernel(QuantizeTask task) {
   float* scratch = reinterpret_cast<float*>(SharedBytes());
@@ -146,12 +170,14 @@ QuantizeKernel(QuantizeTask task) {
 }  // namespace
 
 int LaunchLinear(const LinearTask& task, void* stream) {
-  const bool fold = task.weight.num_segments > 1 && !task.split;
-  if (task.x.element == Element::kE4m3) {
-    return fold ? LaunchTensor<true, true>(task, stream) : LaunchTensor<false, true>(task, stream);
+  if (task.weight.segment_bytes == 0) return LaunchTile<PlainProduct>(task, stream);
+  const bool fp8 = task.x.element == Element::kE4m3;
+  if (task.weight.tiled) {
+    return fp8 ? LaunchHopper<true>(task, stream) : LaunchHopper<false>(task, stream);
   }
-  if (task.weight.segment_bytes == 0) {
-    return LaunchTile<PlainProduct>(task, stream);
+  const bool fold = task.weight.num_segments > 1 && !task.split;
+  if (fp8) {
+    return fold ? LaunchTensor<true, true>(task, stream) : LaunchTensor<false, true>(task, stream);
   }
   if (IsBlocks(task.weight.element)) {
     return fold ? LaunchBlocks<true>(task, stream) : LaunchBlocks<false>(task, stream);

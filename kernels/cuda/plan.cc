@@ -44,10 +44,19 @@ int64_t SegmentBytes(int64_t rows, int64_t row_bytes) {
   return RoundUp((row_bytes + segments - 1) / segments, kWeightRowBytes);
 }
 
-bool RunsSplit(int64_t num_tiles, int32_t tile_rows, int32_t num_segments,
+int32_t HopperTileRows(int64_t num_rows, bool fp8, int32_t num_segments) {
+  for (const int32_t rows : {16, 32, 64, 128}) {
+    if (num_rows <= rows) return rows;
+  }
+  if (fp8 || num_segments > 1) return 128;
+  // 256 rows a tile are a tenth faster a row.
+  return RoundUp(num_rows, 256) * 10 <= RoundUp(num_rows, 128) * 11 ? 256 : 128;
+}
+
+bool RunsSplit(int64_t num_tiles, int32_t tile_sums, int32_t num_segments,
                int32_t num_multiprocessors, int64_t partial_floats) {
   if (num_segments == 1 || num_tiles >= num_multiprocessors) return false;
-  return num_tiles * num_segments * tile_rows * TileOutputs(tile_rows) <= partial_floats;
+  return num_tiles * num_segments * tile_sums <= partial_floats;
 }
 
 int64_t PartialFloatsWanted(int32_t num_multiprocessors) {

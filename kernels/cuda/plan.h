@@ -23,7 +23,7 @@ constexpr int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 
 int32_t TileRows(int64_t num_rows, bool fp8);
 // Outputs of a tile that has `tile_rows` rows.
 int32_t TileOutputs(int32_t tile_rows);
-// The same for the vocabulary head: 32 or 128 (FP8: 32).
+// The same for the vocabulary head: 32 or 128 (FP8 by mma.sync: 32).
 int32_t VocabularyTileRows(int64_t num_slots, bool fp8);
 
 // How many bytes of a weight row are summed on their own. A weight of few outputs has too few tiles
@@ -32,9 +32,15 @@ int32_t VocabularyTileRows(int64_t num_slots, bool fp8);
 inline constexpr int64_t kTilesWanted = 192;
 int64_t SegmentBytes(int64_t rows, int64_t row_bytes);
 
+// By wgmma (hopper_product.cuh): rows of a tile, 16, 32, 64, 128 or 256, the smallest that holds
+// them all, and of the last two the one that pads less where they do not fit; 256 neither with FP8
+// nor with segments. All have kHopperOutputs outputs.
+inline constexpr int32_t kHopperOutputs = 128;
+int32_t HopperTileRows(int64_t num_rows, bool fp8, int32_t num_segments);
+
 // Whether the segments of a product run as blocks of their own. Worth it where the tiles alone
-// leave multiprocessors idle; the partial sums must fit in `partial_floats`.
-bool RunsSplit(int64_t num_tiles, int32_t tile_rows, int32_t num_segments,
+// leave multiprocessors idle; the partial sums (tile_sums a tile) must fit in `partial_floats`.
+bool RunsSplit(int64_t num_tiles, int32_t tile_sums, int32_t num_segments,
                int32_t num_multiprocessors, int64_t partial_floats);
 // Room for partial sums and tickets that RunsSplit() ever wants.
 int64_t PartialFloatsWanted(int32_t num_multiprocessors);

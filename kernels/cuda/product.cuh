@@ -1,5 +1,5 @@
 // A tile of a matrix product, [rows] x [outputs] sums in shared memory, for whoever finishes them:
-// Linear, the experts, the vocabulary head.
+// Linear, the experts, the vocabulary head. Run() returns where they lie.
 //
 // Batch invariance. A sum belongs to one output and one row and is made the same way in every tile
 // shape below:
@@ -31,11 +31,19 @@
 
 namespace cinnabar::cuda {
 
+inline constexpr int kStageDepth = 128;  // bytes of k
+
+// Where 16-byte piece `piece` of row `row` lies in its part of a stage.
+CINNABAR_DEVICE int SwizzledPlace(int row, int piece) {
+  return row * kStageDepth + ((piece ^ (row & 7)) << 4);
+}
+
 // One tile's left and right side.
 struct ProductOperands {
   const unsigned char* weight = nullptr;  // first row of the tile; all rows of the tile exist
   int64_t weight_row_bytes = 0;
   Element weight_element = Element::kF32;
+  bool weight_tiled = false;
   const unsigned char* x = nullptr;
   int64_t x_row_bytes = 0;
   Element x_element = Element::kF32;
@@ -52,9 +60,16 @@ struct ProductOperands {
     const int64_t source = x_index == nullptr ? x_first + row : x_index[row] / x_divisor;
     return x + source * x_row_bytes;
   }
+  CINNABAR_DEVICE float WeightAt(int output, int column) const {
+    if (!weight_tiled) {
+      return LoadWeightElement(weight + output * weight_row_bytes, weight_element, column);
+    }
+    const int per_piece = weight_element == Element::kE4m3 ? 16 : 8;  // bf16: others are not tiled
+    const int piece = column / per_piece;
+    const unsigned char* tile = weight + static_cast<int64_t>(piece / 8) * kWeightTileBytes;
+    return LoadElement(tile + SwizzledPlace(output, piece % 8), weight_element, column % per_piece);
+  }
 };
-
-inline constexpr int kStageDepth = 128;  // bytes of k
 
 template <int kTileOutputs, int kTileRows, int kWarpsOutputs, int kWarpsRows, int kStages,
           bool kFold, bool kFp8>
@@ -67,6 +82,7 @@ struct TensorProduct {
   static constexpr int kSumBytes = kRows * kSumStride * 4;
   static constexpr int kSharedBytes =
       kStages * kStageBytes > kSumBytes ? kStages* kStageBytes : kSumBytes;
+  static constexpr int kFoldBytes = kSharedBytes;  // when segments are added up here
   static constexpr int kWarpOutputs = kOutputs / kWarpsOutputs;
   static constexpr int kWarpRows = kRows / kWarpsRows;
   static constexpr int kTilesOut = kWarpOutputs / 16;
@@ -75,17 +91,12 @@ struct TensorProduct {
   static constexpr int kBlocks = kThreads > 128 ? 1 : kFp8 ? 2 : 3;  // a multiprocessor, at least
   static_assert(kWarpOutputs % 16 == 0 && kWarpRows % 16 == 0, "fragments come in pairs");
 
-  // Where 16-byte piece `piece` of row `row` lies in its part of a stage.
-  CINNABAR_DEVICE static int Swizzled(int row, int piece) {
-    return row * kStageDepth + ((piece ^ (row & 7)) << 4);
-  }
-
   // Pieces that each thread brings to a stage.
   static constexpr int kPiecesW = kOutputs * 8 / kThreads;
   static constexpr int kPiecesX = (kRows * 8 + kThreads - 1) / kThreads;
   static_assert(kOutputs * 8 % kThreads == 0, "");
 
-  CINNABAR_DEVICE static void Run(const ProductOperands& o, unsigned char* shared) {
+  CINNABAR_DEVICE static float* Run(const ProductOperands& o, unsigned char* shared) {
     const int thread = ThreadIndex();
     const int warp = thread / 32;
     const int lane = thread % 32;
@@ -112,7 +123,7 @@ struct TensorProduct {
 #pragma unroll
       for (int i = 0; i < kPiecesW; ++i) {
         const int row = thread / 8 + i * (kThreads / 8);
-        CopyAsync16(at + Swizzled(row, my_piece),
+        CopyAsync16(at + SwizzledPlace(row, my_piece),
                     weight + i * (kThreads / 8) * o.weight_row_bytes + k, 16);
       }
       unsigned char* x_at = at + kOutputs * kStageDepth;
@@ -122,7 +133,7 @@ struct TensorProduct {
       for (int i = 0; i < kPiecesX; ++i) {
         const int row = thread / 8 + i * (kThreads / 8);
         if (kRows * 8 % kThreads != 0 && row >= kRows) continue;
-        CopyAsync16(x_at + Swizzled(row, my_piece), x_rows[i] + o.k_begin + k,
+        CopyAsync16(x_at + SwizzledPlace(row, my_piece), x_rows[i] + o.k_begin + k,
                     x_exists[i] ? there : 0);
       }
     };
@@ -196,6 +207,7 @@ struct TensorProduct {
       }
     }
     BlockBarrier();
+    return out;
   }
 
   // Adds the products of a stage: tiles of the weight and of rows, both swizzled.
@@ -208,13 +220,13 @@ struct TensorProduct {
 #pragma unroll
       for (int i = 0; i < kTilesOut; ++i) {
         const int row = warp_output + 16 * i + lane % 16;
-        LoadMatrix4(a[i], weight + Swizzled(row, 2 * step + lane / 16));
+        LoadMatrix4(a[i], weight + SwizzledPlace(row, 2 * step + lane / 16));
       }
 #pragma unroll
       for (int j = 0; j < kTilesRow; j += 2) {
         uint32_t b[4];
         const int row = warp_row + 8 * j + lane % 8 + lane / 16 * 8;
-        LoadMatrix4(b, x + Swizzled(row, 2 * step + lane / 8 % 2));
+        LoadMatrix4(b, x + SwizzledPlace(row, 2 * step + lane / 8 % 2));
 #pragma unroll
         for (int i = 0; i < kTilesOut; ++i) {
           if constexpr (kFp8) {
@@ -240,10 +252,11 @@ struct PlainProduct {
   static constexpr int kSumBytes = kRows * kSumStride * 4;
   static constexpr int kStageBytes = (kOutputs + 1 + kRows + 1) * kDepth * 4;
   static constexpr int kSharedBytes = kSumBytes > kStageBytes ? kSumBytes : kStageBytes;
+  static constexpr int kFoldBytes = kSharedBytes;
   static constexpr bool kIsFp8 = false;
   static constexpr int kBlocks = 2;
 
-  CINNABAR_DEVICE static void Run(const ProductOperands& o, unsigned char* shared) {
+  CINNABAR_DEVICE static float* Run(const ProductOperands& o, unsigned char* shared) {
     // [kDepth][outputs + 1], [kDepth][rows + 1].
     float* weights = reinterpret_cast<float*>(shared);
     float* rows = weights + kDepth * (kOutputs + 1);
@@ -257,9 +270,7 @@ struct PlainProduct {
         const int column = k + i % kDepth;
         const int output = i / kDepth;
         weights[i % kDepth * (kOutputs + 1) + output] =
-            column < o.cols ? LoadWeightElement(o.weight + output * o.weight_row_bytes,
-                                                o.weight_element, column)
-                            : 0.0F;
+            column < o.cols ? o.WeightAt(output, column) : 0.0F;
       }
       for (int i = thread; i < kRows * kDepth; i += kThreads) {
         const int column = k + i % kDepth;
@@ -291,6 +302,7 @@ struct PlainProduct {
       }
     }
     BlockBarrier();
+    return out;
   }
 };
 
@@ -319,56 +331,61 @@ CINNABAR_DEVICE float Scaled(const FinishTask& task, float sum, int row, int til
 }
 
 // Finishes the tile whose sums lie in shared memory: rows row_begin + 0 .. num_rows - 1 of the
-// batch, weight rows from output_begin on.
+// batch, weight rows from output_begin on. Four outputs of a row a thread and turn.
 template <class Product>
 CINNABAR_DEVICE void FinishTile(const FinishTask& task, const float* sums, int64_t row_begin,
                                 int num_rows, int output_begin) {
   constexpr int kSum = Product::kSumStride;
-  if (task.finish == Finish::kSwiGlu || task.finish == Finish::kGeGlu) {
-    const int first = output_begin / 2;
-    for (int i = ThreadIndex(); i < num_rows * (Product::kOutputs / 2); i += NumThreads()) {
-      const int row = i / (Product::kOutputs / 2);
-      const int column = i % (Product::kOutputs / 2);
-      const int output = first + column;
-      if (output >= task.num_outputs) continue;
-      const int gate_at = column / 8 * 16 + column % 8;
-      const float gate = Scaled(task, sums[row * kSum + gate_at], row, gate_at, output);
-      const float up =
-          Scaled(task, sums[row * kSum + gate_at + 8], row, gate_at + 8, task.num_outputs + output);
-      StoreAt(task.out, row_begin + row, output,
-              (task.finish == Finish::kSwiGlu ? Silu(gate) : GeluTanh(gate)) * up);
-    }
-    return;
-  }
-  for (int i = ThreadIndex(); i < num_rows * Product::kOutputs; i += NumThreads()) {
-    const int row = i / Product::kOutputs;
-    const int column = i % Product::kOutputs;
-    const int output = output_begin + column;
-    if (output >= task.num_outputs) continue;
-    const float y = Scaled(task, sums[row * kSum + column], row, column, output);
+  const bool paired = task.finish == Finish::kSwiGlu || task.finish == Finish::kGeGlu;
+  const bool adds = task.finish == Finish::kAdd || task.finish == Finish::kGatedAdd;
+  const bool moves_out = MovesFours(task.out);
+  const bool moves_gate = task.finish == Finish::kGatedAdd && MovesFours(task.gate);
+  const int first = paired ? output_begin / 2 : output_begin;
+  const int fours = Product::kOutputs / (paired ? 8 : 4);
+  for (int i = ThreadIndex(); i < num_rows * fours; i += NumThreads()) {
+    const int row = i / fours;
+    const int column = i % fours * 4;
+    const int output = first + column;
+    const int count = task.num_outputs - output;
+    if (count <= 0) continue;
     const int64_t r = row_begin + row;
-    switch (task.finish) {
-      case Finish::kStore:
-        StoreAt(task.out, r, output, y);
-        break;
-      case Finish::kAdd:
-        StoreAt(task.out, r, output, LoadAt(task.out, r, output) + y);
-        break;
-      case Finish::kGatedAdd:
-        StoreAt(task.out, r, output,
-                fmaf(LoadAt(task.gate, task.rows[r].modulation_row, output), y,
-                     LoadAt(task.out, r, output)));
-        break;
-      case Finish::kSilu:
-        StoreAt(task.out, r, output, Silu(y));
-        break;
-      case Finish::kGeluTanh:
-        StoreAt(task.out, r, output, GeluTanh(y));
-        break;
-      case Finish::kSwiGlu:
-      case Finish::kGeGlu:
-        break;
+    const int at = paired ? column / 8 * 16 + column % 8 : column;
+    const Four mine = *reinterpret_cast<const Four*>(sums + row * kSum + at);
+    const Four ups = paired ? *reinterpret_cast<const Four*>(sums + row * kSum + at + 8) : Four{};
+    const Four before = adds ? LoadFour(task.out, moves_out, r, output, count) : Four{};
+    const Four gates =
+        task.finish == Finish::kGatedAdd
+            ? LoadFour(task.gate, moves_gate, task.rows[r].modulation_row, output, count)
+            : Four{};
+    Four out = {};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (c >= count) break;
+      const float y = Scaled(task, mine.v[c], row, at + c, output + c);
+      switch (task.finish) {
+        case Finish::kStore:
+          out.v[c] = y;
+          break;
+        case Finish::kAdd:
+          out.v[c] = before.v[c] + y;
+          break;
+        case Finish::kGatedAdd:
+          out.v[c] = fmaf(gates.v[c], y, before.v[c]);
+          break;
+        case Finish::kSilu:
+          out.v[c] = Silu(y);
+          break;
+        case Finish::kGeluTanh:
+          out.v[c] = GeluTanh(y);
+          break;
+        case Finish::kSwiGlu:
+        case Finish::kGeGlu:
+          out.v[c] = (task.finish == Finish::kSwiGlu ? Silu(y) : GeluTanh(y)) *
+                     Scaled(task, ups.v[c], row, at + 8 + c, task.num_outputs + output + c);
+          break;
+      }
     }
+    StoreFour(task.out, moves_out, r, output, count, out);
   }
 }
 

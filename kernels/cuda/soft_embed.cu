@@ -16,8 +16,8 @@
 // In bf16 with a bf16 table, the exponentials are rounded to bf16 (in the sum of the masses, too:
 // the weights of a row still add up to 1) and multiplied by tensor cores; else all is float32.
 #include "kernels/cuda/block_product.cuh"
+#include "kernels/cuda/hopper_product.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/product.cuh"
 
 namespace cinnabar::cuda {
 namespace {
@@ -56,6 +56,7 @@ SoftLogitsKernel(SoftEmbedTask task, int turn) {
                     (chunk.first_id + output_begin) * task.weight.row_bytes;
   operands.weight_row_bytes = task.weight.row_bytes;
   operands.weight_element = task.weight.element;
+  operands.weight_tiled = task.weight.tiled;
   operands.x = static_cast<const unsigned char*>(task.hidden.data);
   operands.x_element = task.hidden.element;
   operands.x_row_bytes = task.hidden.stride * (task.hidden.element == Element::kF32 ? 4 : 2);
@@ -64,7 +65,7 @@ SoftLogitsKernel(SoftEmbedTask task, int turn) {
   operands.cols = task.weight.cols;
   operands.k_end = task.weight.k_bytes;
   operands.segment_bytes = task.weight.segment_bytes;
-  Product::Run(operands, SharedBytes());
+  const float* sums = Product::Run(operands, SharedBytes());
 
   FinishTask finish = {};
   finish.finish = Finish::kStore;
@@ -72,8 +73,7 @@ SoftLogitsKernel(SoftEmbedTask task, int turn) {
   finish.out = {task.logits + static_cast<int64_t>(BlockZ()) * task.num_rows * kSoftChunk,
                 kSoftChunk, Element::kF32};
   finish.num_outputs = chunk.num_ids;
-  FinishTile<Product>(finish, reinterpret_cast<float*>(SharedBytes()), row_begin, num_rows,
-                      output_begin);
+  FinishTile<Product>(finish, sums, row_begin, num_rows, output_begin);
 }
 
 constexpr int kExponentialThreads = 128;
@@ -301,14 +301,18 @@ int LaunchSoftTile(const SoftEmbedTask& task, int turn, void* stream) {
   return Launch(
       SoftLogitsKernel<Product>,
       {(task.num_rows + Product::kRows - 1) / Product::kRows, kSoftChunk / Product::kOutputs,
-       task.num_parts, Product::kThreads, Product::kSharedBytes, stream},
+       task.num_parts, Product::kThreads, Product::kFoldBytes, stream},
       task, turn);
 }
 
-// Sums are folded in every case: with one segment that adds them to 0.
+// Sums are folded in every case: with one segment that adds them to 0 (by wgmma, changes nothing).
 int LaunchSoftLogits(const SoftEmbedTask& task, int turn, void* stream) {
   if (task.weight.segment_bytes == 0) return LaunchSoftTile<PlainProduct>(task, turn, stream);
   const bool few = task.num_rows <= 32;
+  if (task.weight.tiled) {
+    return few ? LaunchSoftTile<HopperProduct<32, false>>(task, turn, stream)
+               : LaunchSoftTile<HopperProduct<128, false>>(task, turn, stream);
+  }
   if (IsBlocks(task.weight.element)) {
     return few ? LaunchSoftTile<BlockProduct<128, 32, 4, 1, 3, true>>(task, turn, stream)
                : LaunchSoftTile<BlockProduct<128, 128, 4, 2, 3, true>>(task, turn, stream);

@@ -10,8 +10,8 @@
 // own slots only. So an answer's bits do not depend on the other queries.
 // Philox counters, Gumbel numbers and 2^d are the CPU's (math.h), bit for bit.
 #include "kernels/cuda/block_product.cuh"
+#include "kernels/cuda/hopper_product.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/product.cuh"
 
 namespace cinnabar::cuda {
 namespace {
@@ -198,6 +198,7 @@ VocabularyKernel(VocabularyTask task) {
       static_cast<const unsigned char*>(task.weight.data) + first_id * task.weight.row_bytes;
   operands.weight_row_bytes = task.weight.row_bytes;
   operands.weight_element = task.weight.element;
+  operands.weight_tiled = task.weight.tiled;
   operands.x = static_cast<const unsigned char*>(task.hidden.data);
   operands.x_element = task.hidden.element;
   operands.x_row_bytes = task.hidden.stride * (task.hidden.element == Element::kF32    ? 4
@@ -209,7 +210,7 @@ VocabularyKernel(VocabularyTask task) {
   operands.cols = task.weight.cols;
   operands.k_end = task.weight.k_bytes;
   operands.segment_bytes = task.weight.segment_bytes;
-  Product::Run(operands, shared);
+  const float* sums = Product::Run(operands, shared);
 
   FinishTask scaling = {};
   scaling.bias = task.bias;
@@ -221,8 +222,7 @@ VocabularyKernel(VocabularyTask task) {
     const int query_index = task.slot_queries[row_begin + row];
     if (query_index == kNoRow) continue;
     const DeviceQuery query = task.queries[query_index];
-    const ChunkSummary summary =
-        Summarise<Product>(task, scaling, reinterpret_cast<float*>(shared), row, first_id, query);
+    const ChunkSummary summary = Summarise<Product>(task, scaling, sums, row, first_id, query);
     if (ThreadIndex() % 32 == 0) {
       task.summaries[static_cast<int64_t>(query_index) * num_chunks + BlockY()] = summary;
     }
@@ -658,11 +658,12 @@ SelectKernel(SelectTask task) {
 
 template <class Product>
 int LaunchChunks(const VocabularyTask& task, void* stream) {
-  return Launch(VocabularyKernel<Product>,
-                {(task.num_slots + Product::kRows - 1) / Product::kRows,
-                 (task.weight.rows + kVocabularyChunk - 1) / kVocabularyChunk, 1, Product::kThreads,
-                 Product::kSharedBytes, stream},
-                task);
+  return Launch(
+      VocabularyKernel<Product>,
+      {(task.num_slots + Product::kRows - 1) / Product::kRows,
+       (task.weight.rows + kVocabularyChunk - 1) / kVocabularyChunk, 1, Product::kThreads,
+       task.weight.num_segments > 1 ? Product::kFoldBytes : Product::kSharedBytes, stream},
+      task);
 }
 
 template <bool kFold, bool kFp8>
@@ -684,6 +685,12 @@ int LaunchBlockChunks(const VocabularyTask& task, void* stream) {
   return LaunchChunks<BlockProduct<128, 128, 4, 2, 3, kFold>>(task, stream);
 }
 
+template <bool kFp8>
+int LaunchHopperChunks(const VocabularyTask& task, void* stream) {
+  return task.tile_rows == 32 ? LaunchChunks<HopperProduct<32, kFp8>>(task, stream)
+                              : LaunchChunks<HopperProduct<128, kFp8>>(task, stream);
+}
+
 }  // namespace
 
 int LaunchVocabulary(const VocabularyTask& task, void* stream) {
@@ -693,6 +700,9 @@ int LaunchVocabulary(const VocabularyTask& task, void* stream) {
     error = LaunchChunks<PlainProduct>(task, stream);
   } else if (IsBlocks(task.weight.element)) {
     error = fold ? LaunchBlockChunks<true>(task, stream) : LaunchBlockChunks<false>(task, stream);
+  } else if (task.weight.tiled) {
+    error = task.hidden.element == Element::kE4m3 ? LaunchHopperChunks<true>(task, stream)
+                                                  : LaunchHopperChunks<false>(task, stream);
   } else if (task.hidden.element == Element::kE4m3) {
     error = fold ? LaunchTensorChunks<true, true>(task, stream)
                  : LaunchTensorChunks<false, true>(task, stream);

@@ -4,8 +4,7 @@
 //
 //   engine_bench --help           steps of models that fit a CPU
 //   engine_bench --shape --help   steps of published models' shapes on any device, with weights
-//   made
-//                                 up in memory
+//                                 made up in memory
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -268,13 +267,15 @@ engine_bench --shape NAME [flags] measures published models' shapes; --shape --h
 int ShapesMain(int argc, char** argv) {
   bench::ShapeBenchOptions options;
   FlagSet set("engine_bench --shape NAME,NAME [flags]", "Steps of published models' shapes.");
-  std::string shapes, cells;
+  std::string shapes, cells, products, graphs;
   float seconds = static_cast<float>(options.seconds_max);
   set.Add("shape", &shapes, "NAMES", "memory_checkpoint.h lists them");
   set.Add("device", &options.device, "DEVICE", "cpu, cuda or cuda:N");
   set.Add("dtype", &options.dtype, "TYPE", "of the weights: float32 or bfloat16");
   set.Add("activations", &options.activations, "TYPE", "auto, float32 or bfloat16");
   set.Add("fp8", &options.fp8, "large matrices in FP8 (cuda)");
+  set.Add("products", &products, "NAMES", "auto, mma, wgmma; one after the other");
+  set.Add("graphs", &graphs, "on,off", "steps as CUDA graphs, or op by op; one after the other");
   set.Add("cells", &cells, "CELLS", "block:64x32@1024 or canvas:8x1024, with commas");
   set.Add("steps", &options.steps_max, "N", "timed at most");
   set.Add("seconds", &seconds, "S", "that a cell may take");
@@ -290,6 +291,8 @@ int ShapesMain(int argc, char** argv) {
   options.seconds_max = seconds;
   options.shapes = absl::StrSplit(shapes, ',', absl::SkipEmpty());
   if (!cells.empty()) options.cells = absl::StrSplit(cells, ',');
+  if (!products.empty()) options.products = absl::StrSplit(products, ',');
+  if (!graphs.empty()) options.graphs = absl::StrSplit(graphs, ',');
   if (status.ok()) status = bench::RunShapeBench(options);
   if (status.ok()) return 0;
   std::fprintf(stderr, "engine_bench: %s\n", std::string(status.message()).c_str());

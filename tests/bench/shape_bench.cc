@@ -255,17 +255,26 @@ std::string Percent(double value, double ceiling) {
   return text;
 }
 
+// One way of running a shape's steps.
+struct Way {
+  std::string products;
+  bool graphs = true;
+};
+
 ordered_json Report(const std::string& shape, const std::string& device, const Cell& cell,
-                    const ShapeBenchOptions& options, const StepCost& cost, const Timing& timing,
-                    const Ceilings& ceilings) {
+                    const ShapeBenchOptions& options, const Way& way, const StepCost& cost,
+                    const Timing& timing, const Ceilings& ceilings) {
   const double rate = cost.bytes() / timing.median, flops = cost.flops / timing.median;
   const double positions = static_cast<double>(cell.sequences) * cell.rows;
   std::printf(
-      "%-11s %s %-17s step %9.3f ms (%.3f .. %.3f, %d steps)  %8.3f GB %7.1f GB/s%s  %8.4f TFLOP "
+      "%-11s %s%s%s %-17s step %9.3f ms (%.3f .. %.3f, %d steps)  %8.3f GB %7.1f GB/s%s  %8.4f "
+      "TFLOP "
       "%7.2f TFLOP/s%s  %.0f tokens x steps/s\n",
-      shape.c_str(), options.fp8 ? "float8" : options.dtype.c_str(), cell.name.c_str(),
-      1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high, timing.steps, cost.bytes() / 1e9,
-      rate / 1e9, Percent(rate, ceilings.bytes_per_second).c_str(), cost.flops / 1e12, flops / 1e12,
+      shape.c_str(), options.fp8 ? "float8" : options.dtype.c_str(),
+      way.products == "auto" ? "" : absl::StrCat(" ", way.products).c_str(),
+      way.graphs ? "" : " without graphs", cell.name.c_str(), 1e3 * timing.median, 1e3 * timing.low,
+      1e3 * timing.high, timing.steps, cost.bytes() / 1e9, rate / 1e9,
+      Percent(rate, ceilings.bytes_per_second).c_str(), cost.flops / 1e12, flops / 1e12,
       Percent(flops, ceilings.flops).c_str(), positions / timing.median);
   ordered_json out = {
       {"shape", shape},
@@ -273,6 +282,8 @@ ordered_json Report(const std::string& shape, const std::string& device, const C
       {"dtype", options.dtype},
       {"activations", options.activations},
       {"fp8", options.fp8},
+      {"products", way.products},
+      {"graphs", way.graphs},
       {"cell", cell.name},
       {"step_seconds", timing.median},
       {"step_seconds_low", timing.low},
@@ -305,7 +316,8 @@ ordered_json Report(const std::string& shape, const std::string& device, const C
 
 absl::Status RunCells(const std::string& shape, const std::string& folder, const ModelSpec& spec,
                       const std::vector<Cell>& cells, const ShapeBenchOptions& options,
-                      Backend& backend, const Ceilings& ceilings, ordered_json& results) {
+                      const std::string& products, Backend& backend, const Ceilings& ceilings,
+                      ordered_json& results) {
   ForwardLimits limits{.rows_max = 1, .sequences_max = 1, .positions_max = 1};
   for (const Cell& cell : cells) {
     limits.rows_max = std::max({limits.rows_max, cell.sequences * cell.rows, cell.cached});
@@ -325,6 +337,7 @@ absl::Status RunCells(const std::string& shape, const std::string& folder, const
       static_cast<double>(memory.workspace_bytes) / 1e9,
       static_cast<long long>(memory.kv_bytes_per_position));
   results["loads"].push_back({{"shape", shape},
+                              {"products", products},
                               {"weights_bytes", memory.weights_bytes},
                               {"workspace_bytes", memory.workspace_bytes},
                               {"seconds", seconds}});
@@ -334,24 +347,29 @@ absl::Status RunCells(const std::string& shape, const std::string& folder, const
                         .kv_bytes = BytesOf(backend.activation_dtype())};
   for (const Cell& cell : cells) {
     CINNABAR_ASSIGN_OR_RETURN(StepRunner runner, StepRunner::Make(*denoiser, cell), cell.name);
-    CINNABAR_ASSIGN_OR_RETURN(const Timing timing, TimeSteps(runner, *denoiser, cell, options),
-                              cell.name);
     const StepCost cost = CountStep(spec,
                                     {.sequences = cell.sequences,
                                      .rows = cell.rows,
                                      .cached = cell.cached,
                                      .answered = cell.rows},
                                     types);
-    ordered_json result = Report(shape, backend.Describe(), cell, options, cost, timing, ceilings);
-    if (options.invariance) {
-      CINNABAR_ASSIGN_OR_RETURN(const int64_t different, RowsThatDiffer(runner, cell), cell.name);
-      result["rows_that_differ_alone"] = different;
-      std::printf(
-          "%11s alone and in the batch: %s\n", "",
-          different == 0 ? "the same bits" : absl::StrCat(different, " ROWS DIFFER").c_str());
+    for (const std::string& graphs : options.graphs) {
+      const Way way{.products = products, .graphs = graphs == "on"};
+      backend.UseGraphs(way.graphs);
+      CINNABAR_ASSIGN_OR_RETURN(const Timing timing, TimeSteps(runner, *denoiser, cell, options),
+                                cell.name);
+      ordered_json result =
+          Report(shape, backend.Describe(), cell, options, way, cost, timing, ceilings);
+      if (options.invariance) {
+        CINNABAR_ASSIGN_OR_RETURN(const int64_t different, RowsThatDiffer(runner, cell), cell.name);
+        result["rows_that_differ_alone"] = different;
+        std::printf(
+            "%11s alone and in the batch: %s\n", "",
+            different == 0 ? "the same bits" : absl::StrCat(different, " ROWS DIFFER").c_str());
+      }
+      std::fflush(stdout);
+      results["steps"].push_back(std::move(result));
     }
-    std::fflush(stdout);
-    results["steps"].push_back(std::move(result));
   }
   return absl::OkStatus();
 }
@@ -368,20 +386,33 @@ absl::Status RunShapeBench(const ShapeBenchOptions& options) {
   CINNABAR_ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseType(options.dtype), "--dtype");
   CINNABAR_ASSIGN_OR_RETURN(const DType activation,
                             ParseActivation(options.activations, device.kind), "--activations");
-  CINNABAR_ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
-                            MakeBackend(device.kind, {.num_threads = options.num_threads,
-                                                      .device = device.index,
-                                                      .activation = activation,
-                                                      .fp8 = options.fp8}));
+  for (const std::string& graphs : options.graphs) {
+    if (graphs != "on" && graphs != "off") {
+      return absl::InvalidArgumentError(absl::StrCat("--graphs ", graphs, ": take on or off"));
+    }
+  }
+  std::vector<std::unique_ptr<Backend>> backends;
+  for (const std::string& name : options.products) {
+    CINNABAR_ASSIGN_OR_RETURN(const Products products, ParseProducts(name, device.kind),
+                              "--products");
+    CINNABAR_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
+                              MakeBackend(device.kind, {.num_threads = options.num_threads,
+                                                        .device = device.index,
+                                                        .activation = activation,
+                                                        .fp8 = options.fp8,
+                                                        .products = products}));
+    std::printf("%s; ", backend->Describe().c_str());
+    backends.push_back(std::move(backend));
+  }
   CINNABAR_ASSIGN_OR_RETURN(const Ceilings ceilings, ReadCeilings(options, device.kind));
-  std::printf("%s; made-up weights, seed 1", backend->Describe().c_str());
+  std::printf("made-up weights, seed 1");
   if (ceilings.bytes_per_second > 0) {
     std::printf("; shares are of %.1f GB/s and %.2f TFLOP/s, measured",
                 ceilings.bytes_per_second / 1e9, ceilings.flops / 1e12);
   }
   std::printf("\n");
   ordered_json results = {
-      {"device", backend->Describe()},
+      {"device", backends[0]->Describe()},
       {"ceilings",
        {{"bytes_per_second", ceilings.bytes_per_second}, {"matrix_flops", ceilings.flops}}},
       {"loads", ordered_json::array()},
@@ -403,8 +434,11 @@ absl::Status RunShapeBench(const ShapeBenchOptions& options) {
       ModelSpec spec = checkpoint->spec();
       // The architectures that have a cache anyway keep it.
       if (config == &full && spec.experts.num_experts == 0) spec.traits.causal_block_length = 0;
-      CINNABAR_RETURN_IF_ERROR(
-          RunCells(shape, folder, spec, *cells, options, *backend, ceilings, results), shape);
+      for (size_t i = 0; i < backends.size(); ++i) {
+        CINNABAR_RETURN_IF_ERROR(RunCells(shape, folder, spec, *cells, options, options.products[i],
+                                          *backends[i], ceilings, results),
+                                 shape);
+      }
     }
   }
   for (const ordered_json& step : results["steps"]) {

@@ -13,9 +13,11 @@ namespace cinnabar::bench {
 struct ShapeBenchOptions {
   std::vector<std::string> shapes;  // of memory_checkpoint.h
   std::string device = "cpu";
-  std::string dtype = "bfloat16";    // of the weights: float32 or bfloat16
-  std::string activations = "auto";  // auto, float32, bfloat16
-  bool fp8 = false;                  // BackendOptions::fp8
+  std::string dtype = "bfloat16";                // of the weights: float32 or bfloat16
+  std::string activations = "auto";              // auto, float32, bfloat16
+  bool fp8 = false;                              // BackendOptions::fp8
+  std::vector<std::string> products = {"auto"};  // BackendOptions::products: auto, mma, wgmma
+  std::vector<std::string> graphs = {"on"};      // on, off: Backend::UseGraphs()
   // "block:SxB@C" is S sequences, each a block of B against C cached positions (a block-causal
   // model); "canvas:SxL" is S whole sequences of L.
   std::vector<std::string> cells = {"block:1x32@512", "block:64x32@1024", "canvas:8x1024"};

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -26,6 +27,10 @@ namespace {
 
 constexpr size_t kStackBytes = 96 << 10;
 constexpr int kWarp = 32;
+constexpr int kWarpGroup = 128;
+constexpr int64_t kSharedMax = 227 << 10;   // of a block, on sm_90
+constexpr uint32_t kSharedBegin = 1024;     // what lies below is the system's
+constexpr uint32_t kInFlight = 0x7FBADBAD;  // a NaN: what a sum holds while a wgmma may write it
 
 [[noreturn]] void Abort(const char* what) {
   std::fprintf(stderr, "simt: %s, block (%d, %d, %d), thread %d\n", what, place.block.x,
@@ -85,6 +90,8 @@ struct Fiber {
   int64_t seen = 0;
   std::vector<Group> groups;
   Group open;
+  std::vector<int64_t> unfenced;  // 16-byte pieces of shared memory that its cp.async have written
+  bool wgmma_fenced = false;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
 #endif
@@ -97,11 +104,44 @@ struct Warp {
   int64_t generation = 0;
 };
 
+// One wgmma of a warp group, not yet made.
+struct WgmmaOperation {
+  uint64_t a;
+  uint64_t b;
+  bool accumulate;
+  bool fp8;
+};
+
+struct WarpGroup {
+  void* operands[kWarpGroup] = {};
+  void (*execute)(WarpGroup& group) = nullptr;
+  int arrived = 0;
+  int64_t generation = 0;
+  // The registers of the threads that are written, null: none; and what is in them meanwhile.
+  float* registers[kWarpGroup] = {};
+  int32_t count = 0;
+  std::vector<float> sums;  // [kWarpGroup][count]
+  std::vector<WgmmaOperation> open;
+  std::vector<std::vector<WgmmaOperation>> groups;
+};
+
+struct Mbarrier {
+  uint32_t arrivals = 0;
+  uint32_t arrived = 0;
+  int64_t bytes_left = 0;  // announced, and not yet named by a copy
+  int64_t phase = 0;
+  int64_t events = 0;
+  std::vector<Group::Copy> copies;
+};
+
 struct Machine {
   Order order = Order::kForward;
   std::mt19937 random{1};
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  std::vector<WarpGroup> warp_groups;
+  std::map<const uint64_t*, Mbarrier> mbarriers;
+  std::vector<bool> unfenced;  // 16-byte pieces that the async proxy may not see yet
   int threads = 0;
   int alive = 0;
   int at_barrier = 0;
@@ -167,6 +207,8 @@ void Prepare(Fiber& fiber) {
   fiber.generation = nullptr;
   fiber.groups.clear();
   fiber.open.copies.clear();
+  fiber.unfenced.clear();
+  fiber.wgmma_fenced = false;
 #if defined(__SANITIZE_ADDRESS__)
   fiber.fake_stack = nullptr;
 #endif
@@ -208,6 +250,9 @@ void RunBlock(const std::vector<int>& order) {
   machine.alive = machine.threads;
   machine.at_barrier = 0;
   for (Warp& warp : machine.warps) warp = Warp();
+  for (WarpGroup& group : machine.warp_groups) group = WarpGroup();
+  machine.mbarriers.clear();
+  machine.unfenced.assign(place.shared_bytes / 16 + 1, false);
   for (int thread = 0; thread < machine.threads; ++thread) Prepare(machine.fibers[thread]);
   while (machine.alive > 0) {
     bool moved = false;
@@ -226,6 +271,12 @@ void RunBlock(const std::vector<int>& order) {
     if (!machine.fibers[thread].open.copies.empty() || !machine.fibers[thread].groups.empty()) {
       Abort("a thread ended with copies that nobody waited for");
     }
+  }
+  for (const auto& [at, barrier] : machine.mbarriers) {
+    if (!barrier.copies.empty()) Abort("a block ended with bulk copies that nobody waited for");
+  }
+  for (const WarpGroup& group : machine.warp_groups) {
+    if (group.count > 0) Abort("a block ended with wgmma that nobody waited for");
   }
 }
 
@@ -307,6 +358,158 @@ void ExecuteLoadMatrix(void* const operands[32]) {
   }
 }
 
+// --- wgmma
+
+// The last of the warp group to come runs `execute`.
+void WarpGroupMeeting(void* operands, void (*execute)(WarpGroup& group)) {
+  if (place.threads < place.thread / kWarpGroup * kWarpGroup + kWarpGroup) {
+    Abort("wgmma by less than a warp group");
+  }
+  WarpGroup& group = machine.warp_groups[place.thread / kWarpGroup];
+  if (group.arrived > 0 && group.execute != execute) {
+    Abort("threads of a warp group meet in different functions");
+  }
+  group.execute = execute;
+  group.operands[place.thread % kWarpGroup] = operands;
+  if (++group.arrived == kWarpGroup) {
+    execute(group);
+    group.arrived = 0;
+    ++group.generation;
+    return;
+  }
+  WaitFor(group.generation);
+}
+
+// `bytes` of k of row `row` of a matrix that lies along k, swizzled over 128 bytes.
+void ReadMatrix(uint64_t descriptor, int row, int bytes, unsigned char* to) {
+  if (descriptor >> 62 != 1) Abort("wgmma operand without the 128-byte swizzle");
+  if ((descriptor >> 49 & 7U) != 0) Abort("wgmma operand with a base offset");
+  const auto start = static_cast<uint32_t>((descriptor & 0x3FFFU) << 4);
+  const auto stride = static_cast<uint32_t>((descriptor >> 32 & 0x3FFFU) << 4);
+  for (int byte = 0; byte < bytes; byte += 16) {
+    uint32_t at = start + row / 8 * stride + row % 8 * 128 + byte;
+    at ^= (at >> 7 & 7U) << 4;  // bits 4 to 6 of the address by bits 7 to 9
+    at -= kSharedBegin;
+    if (at + 16 > place.shared_bytes) Abort("wgmma operand outside of shared memory");
+    if (machine.unfenced[at / 16]) Abort("wgmma operand that no proxy fence has passed");
+    std::memcpy(to + byte, place.shared + at, 16);
+  }
+}
+
+template <int kPerRegister, float (*kValue)(uint32_t, int)>
+void ReadValues(uint64_t descriptor, int rows, float (*values)[256]) {
+  for (int row = 0; row < rows; ++row) {
+    uint32_t words[8];
+    ReadMatrix(descriptor, row, 32, reinterpret_cast<unsigned char*>(words));
+    for (int k = 0; k < 8 * kPerRegister; ++k) {
+      values[k][row] = kValue(words[k / kPerRegister], k % kPerRegister);
+    }
+  }
+}
+
+void Compute(WarpGroup& group, const WgmmaOperation& operation) {
+  static float a[32][256];  // [k][row]
+  static float b[32][256];  // [k][column]
+  static float row_sums[256];
+  const int columns = 2 * group.count;
+  const int depth = operation.fp8 ? 32 : 16;
+  if (operation.fp8) {
+    ReadValues<4, E4m3>(operation.a, 64, a);
+    ReadValues<4, E4m3>(operation.b, columns, b);
+  } else {
+    ReadValues<2, Bf16>(operation.a, 64, a);
+    ReadValues<2, Bf16>(operation.b, columns, b);
+  }
+  for (int row = 0; row < 64; ++row) {
+    // Row r: threads 32 (r / 16) + 4 (r % 8) .. + 3, registers 4 j + 2 (r / 8 % 2) and the next.
+    const auto sum = [&](int column) -> float& {
+      const int thread = 32 * (row / 16) + 4 * (row % 8) + column % 8 / 2;
+      return group.sums[thread * group.count + column / 8 * 4 + row / 8 % 2 * 2 + column % 2];
+    };
+    for (int column = 0; column < columns; ++column) {
+      row_sums[column] = operation.accumulate ? sum(column) : 0.0F;
+    }
+    for (int k = 0; k < depth; ++k) {
+      for (int column = 0; column < columns; ++column) row_sums[column] += a[k][row] * b[k][column];
+    }
+    for (int column = 0; column < columns; ++column) {
+      if (operation.fp8) {
+        uint32_t bits;
+        std::memcpy(&bits, &row_sums[column], 4);
+        bits &= ~0x3FFU;
+        std::memcpy(&row_sums[column], &bits, 4);
+      }
+      sum(column) = row_sums[column];
+    }
+  }
+}
+
+struct WgmmaOperands {
+  float* d;
+  int32_t count;
+  WgmmaOperation operation;
+  bool fenced;
+};
+
+void Issue(WarpGroup& group) {
+  const auto& first = *static_cast<WgmmaOperands*>(group.operands[0]);
+  const bool begins = group.count == 0;
+  if (!begins && group.count != first.count) Abort("wgmma of two shapes at a time");
+  group.count = first.count;
+  if (begins) group.sums.assign(static_cast<size_t>(kWarpGroup) * first.count, 0.0F);
+  for (int thread = 0; thread < kWarpGroup; ++thread) {
+    const auto& mine = *static_cast<WgmmaOperands*>(group.operands[thread]);
+    if (mine.operation.a != first.operation.a || mine.operation.b != first.operation.b ||
+        mine.operation.accumulate != first.operation.accumulate) {
+      Abort("wgmma operands differ in a warp group");
+    }
+    if (begins && !mine.fenced) Abort("wgmma without wgmma.fence");
+    if (!begins && group.registers[thread] != mine.d) Abort("wgmma on two sets of sums at a time");
+    if (!begins) continue;
+    group.registers[thread] = mine.d;
+    std::memcpy(&group.sums[thread * first.count], mine.d, first.count * sizeof(float));
+    for (int i = 0; i < first.count; ++i) std::memcpy(mine.d + i, &kInFlight, 4);
+  }
+  group.open.push_back(first.operation);
+}
+
+void Wait(WarpGroup& group) {
+  const auto left = static_cast<size_t>(*static_cast<int32_t*>(group.operands[0]));
+  while (group.groups.size() > left) {
+    for (const WgmmaOperation& operation : group.groups.front()) Compute(group, operation);
+    group.groups.erase(group.groups.begin());
+  }
+  if (!group.groups.empty() || !group.open.empty() || group.count == 0) return;
+  for (int thread = 0; thread < kWarpGroup; ++thread) {
+    float* registers = group.registers[thread];
+    for (int i = 0; i < group.count; ++i) {
+      if (std::memcmp(registers + i, &kInFlight, 4) != 0) Abort("sums touched during a wgmma");
+    }
+    std::memcpy(registers, &group.sums[thread * group.count], group.count * sizeof(float));
+  }
+  group.count = 0;
+}
+
+// --- mbarrier
+
+Mbarrier& MbarrierAt(const uint64_t* barrier) {
+  const auto found = machine.mbarriers.find(barrier);
+  if (found == machine.mbarriers.end()) Abort("mbarrier without mbarrier.init");
+  return found->second;
+}
+
+// Ends the phase where all have arrived and all that was announced is copied: at the latest moment,
+// when somebody waits or the next phase begins.
+bool CompletePhase(Mbarrier& barrier) {
+  if (barrier.arrived < barrier.arrivals || barrier.bytes_left != 0) return false;
+  for (const Group::Copy& copy : barrier.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  barrier.copies.clear();
+  barrier.arrived = 0;
+  ++barrier.phase;
+  ++barrier.events;
+  return true;
+}
+
 struct BallotOperands {
   bool vote;
   uint32_t result;
@@ -325,9 +528,12 @@ void RunGrid(Index grid, int32_t threads, int64_t shared_bytes, const std::funct
   machine.warps.resize(threads / kWarp);
   machine.threads = threads;
   machine.body = &body;
-  std::vector<uint64_t> shared(shared_bytes / 8 + 18);
+  machine.warp_groups.resize(threads / kWarpGroup + 1);
+  if (shared_bytes > kSharedMax) Abort("more shared memory than a block may have");
+  std::vector<uint64_t> shared(shared_bytes / 8 + 130);
   auto base = reinterpret_cast<uintptr_t>(shared.data());
-  place.shared = reinterpret_cast<unsigned char*>((base + 127) & ~uintptr_t{127});
+  place.shared = reinterpret_cast<unsigned char*>((base + 1023) & ~uintptr_t{1023});
+  place.shared_bytes = shared_bytes;
   place.threads = threads;
   place.grid = grid;
   const std::vector<int> threads_order = OrderOf(threads);
@@ -385,6 +591,7 @@ void CopyAsync(void* to, const void* from, int32_t bytes, int32_t zero_bytes) {
     Abort("cp.async not aligned to 16 bytes");
   }
   if (bytes < 0 || zero_bytes < 0) Abort("cp.async of a negative size");
+  std::memset(to, 0xFF, bytes + zero_bytes);
   machine.fibers[place.thread].open.copies.push_back({to, from, bytes, zero_bytes});
 }
 
@@ -400,6 +607,9 @@ void CopyWait(int32_t groups_left) {
     for (const Group::Copy& copy : fiber.groups.front().copies) {
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
       std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zero_bytes);
+      const int64_t piece = (static_cast<unsigned char*>(copy.to) - place.shared) / 16;
+      machine.unfenced[piece] = true;
+      fiber.unfenced.push_back(piece);
     }
     fiber.groups.erase(fiber.groups.begin());
   }
@@ -420,6 +630,74 @@ void LoadMatrix4(uint32_t* out, const void* row) {
 void LoadMatrix4Transposed(uint32_t* out, const void* row) {
   MatrixOperands mine = {out, static_cast<const unsigned char*>(row)};
   WarpMeeting(&mine, &ExecuteLoadMatrix<true>);
+}
+
+uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - place.shared) +
+         kSharedBegin;
+}
+
+void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
+  if (!machine.mbarriers.insert({barrier, {.arrivals = arrivals}}).second) {
+    Abort("mbarrier.init of an mbarrier");
+  }
+}
+
+void MbarrierArrive(uint64_t* at, uint32_t expected_bytes) {
+  Mbarrier& barrier = MbarrierAt(at);
+  if (barrier.arrived == barrier.arrivals && !CompletePhase(barrier)) {
+    Abort("more arrivals at an mbarrier than it counts");
+  }
+  ++barrier.arrived;
+  barrier.bytes_left += expected_bytes;
+  ++barrier.events;
+  if (barrier.copies.empty()) CompletePhase(barrier);
+}
+
+void MbarrierWait(uint64_t* at, uint32_t parity) {
+  Mbarrier& barrier = MbarrierAt(at);
+  while ((barrier.phase & 1) == parity) {
+    if (!CompletePhase(barrier)) WaitFor(barrier.events);
+  }
+}
+
+void BulkCopy(void* shared, const void* global, uint32_t bytes, uint64_t* at) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
+    Abort("cp.async.bulk not aligned to 16 bytes");
+  }
+  Mbarrier& barrier = MbarrierAt(at);
+  if (barrier.bytes_left < bytes) Abort("cp.async.bulk of bytes that were not announced");
+  barrier.bytes_left -= bytes;
+  barrier.copies.push_back({shared, global, static_cast<int32_t>(bytes), 0});
+  std::memset(shared, 0xFF, bytes);
+  ++barrier.events;
+}
+
+void AsyncProxyFence() {
+  Fiber& fiber = machine.fibers[place.thread];
+  for (const int64_t piece : fiber.unfenced) machine.unfenced[piece] = false;
+  fiber.unfenced.clear();
+}
+
+void WgmmaFence() { machine.fibers[place.thread].wgmma_fenced = true; }
+
+void Wgmma(float* d, int32_t count, uint64_t a, uint64_t b, bool accumulate, bool fp8) {
+  WgmmaOperands mine = {
+      d, count, {a, b, accumulate, fp8}, machine.fibers[place.thread].wgmma_fenced};
+  WarpGroupMeeting(&mine, &Issue);
+}
+
+void WgmmaCommit() {
+  WarpGroupMeeting(nullptr, [](WarpGroup& group) {
+    group.groups.push_back(std::move(group.open));
+    group.open.clear();
+  });
+}
+
+void WgmmaWait(int32_t groups_left) {
+  WarpGroupMeeting(&groups_left, &Wait);
+  if (groups_left == 0) machine.fibers[place.thread].wgmma_fenced = false;
 }
 
 }  // namespace cinnabar::simt

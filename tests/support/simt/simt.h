@@ -3,21 +3,30 @@
 // they are compiled as C++ (-include), it stands in for kernels/cuda/simt.cuh: the same names, with
 // the meaning that the PTX documentation gives them. What it proves is the logic: indices, fragment
 // layouts, masks, barriers. What it cannot prove is the hardware: speed, and the rounding inside a
-// tensor core, which here adds the products of an mma in order, in float32.
+// tensor core, which here adds the products of an mma in order, in float32 (a wgmma of e4m3 keeps
+// 14 bits of each sum, as published measurements of Hopper have it, arXiv:2412.19437).
 //
 // It is stricter than a device where it can be:
 //   * shared memory starts as NaNs, and threads and blocks run in an order that the tests choose,
 //   so
 //     that a missing barrier or a dependence between blocks shows;
-//   * an asynchronous copy arrives when its group is waited for, not before;
+//   * an asynchronous copy arrives when its group, or the mbarrier that it tells, is waited for,
+//   not
+//     before; where it goes there are NaNs until then;
+//   * a wgmma reads its operands, by the very descriptors, when it is waited for, and its sums are
+//     NaNs until then; touching them in between, a missing fence, an operand that cp.async wrote
+//     and no proxy fence has passed, or descriptors that differ in a warp group abort;
 //   * a warp function that not all 32 lanes reach together, or a barrier that never fills, aborts.
-// Source of the layouts: PTX ISA 8.5, "Matrix Fragments for mma.m16n8k16", ".m16n8k32", "ldmatrix".
+// Source of the layouts: PTX ISA 8.5, "Matrix Fragments for mma.m16n8k16", ".m16n8k32", "ldmatrix";
+// PTX ISA 9.0, "Matrix Fragments for wgmma.mma_async", "Shared Memory Matrix Layout", "Matrix
+// Descriptor Format", "mbarrier".
 #ifndef CINNABAR_TESTS_SUPPORT_SIMT_SIMT_H_
 #define CINNABAR_TESTS_SUPPORT_SIMT_SIMT_H_
 
 #define CINNABAR_SIMT_EMULATOR 1
 // The kernels and their host code under a name of their own, beside the real ones in one program.
 #define cuda cuda_emulated
+#define CINNABAR_HOPPER 1
 
 #include <cstdint>
 #include <cstring>
@@ -40,6 +49,7 @@ struct Place {
   Index grid;
   int32_t threads = 0;
   unsigned char* shared = nullptr;
+  int64_t shared_bytes = 0;
 };
 extern Place place;
 
@@ -59,6 +69,17 @@ void MmaBf16(float* c, const uint32_t* a, const uint32_t* b);
 void MmaE4m3(float* c, const uint32_t* a, const uint32_t* b);
 void LoadMatrix4(uint32_t* out, const void* row);
 void LoadMatrix4Transposed(uint32_t* out, const void* row);
+
+uint32_t SharedAddress(const void* pointer);
+void MbarrierInit(uint64_t* barrier, uint32_t arrivals);
+void MbarrierArrive(uint64_t* barrier, uint32_t expected_bytes);
+void MbarrierWait(uint64_t* barrier, uint32_t parity);
+void BulkCopy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
+void AsyncProxyFence();
+void WgmmaFence();
+void Wgmma(float* d, int32_t count, uint64_t a, uint64_t b, bool accumulate, bool fp8);
+void WgmmaCommit();
+void WgmmaWait(int32_t groups_left);
 
 template <typename T>
 struct ShuffleOperands {
@@ -94,6 +115,7 @@ inline int BlockX() { return simt::place.block.x; }
 inline int BlockY() { return simt::place.block.y; }
 inline int BlockZ() { return simt::place.block.z; }
 inline int GridX() { return simt::place.grid.x; }
+inline int GridY() { return simt::place.grid.y; }
 inline unsigned char* SharedBytes() { return simt::place.shared; }
 inline void BlockBarrier() { simt::BlockBarrier(); }
 inline void WarpBarrier() { simt::Ballot(false); }
@@ -142,6 +164,35 @@ inline uint32_t RoundToBf16Pair(float low, float high) {
     return (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
   };
   return rounded(high) << 16 | rounded(low);
+}
+
+inline uint32_t SharedAddress(const void* pointer) { return simt::SharedAddress(pointer); }
+inline void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
+  simt::MbarrierInit(barrier, arrivals);
+}
+inline void MbarrierInitFence() {}
+inline void MbarrierArrive(uint64_t* barrier) { simt::MbarrierArrive(barrier, 0); }
+inline void MbarrierArriveExpecting(uint64_t* barrier, uint32_t bytes) {
+  simt::MbarrierArrive(barrier, bytes);
+}
+inline void MbarrierWait(uint64_t* barrier, uint32_t parity) {
+  simt::MbarrierWait(barrier, parity);
+}
+inline void BulkCopy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  simt::BulkCopy(shared, global, bytes, barrier);
+}
+inline void AsyncProxyFence() { simt::AsyncProxyFence(); }
+inline void WgmmaFence() { simt::WgmmaFence(); }
+inline void WgmmaCommit() { simt::WgmmaCommit(); }
+template <int kGroupsLeft>
+void WgmmaWait() {
+  simt::WgmmaWait(kGroupsLeft);
+}
+template <int kCount>
+void WgmmaDone(float (&)[kCount]) {}
+template <bool kFp8, int kCount>
+void Wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  simt::Wgmma(d, kCount, a, b, accumulate, kFp8);
 }
 
 // Threads run one at a time, so plain arithmetic is atomic.

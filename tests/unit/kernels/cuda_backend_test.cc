@@ -209,8 +209,10 @@ class CudaBackendTest : public testing::TestWithParam<std::string> {
   }
   std::unique_ptr<Backend> backend_;
 };
-INSTANTIATE_TEST_SUITE_P(Emulated, CudaBackendTest, testing::Values("emulated", "emulated-bf16"));
+INSTANTIATE_TEST_SUITE_P(Emulated, CudaBackendTest,
+                         testing::Values("emulated", "emulated-bf16", "emulated-bf16-wgmma"));
 INSTANTIATE_TEST_SUITE_P(Cuda, CudaBackendTest, testing::Values("cuda", "cuda-bf16"));
+INSTANTIATE_TEST_SUITE_P(Hopper, CudaBackendTest, testing::Values("cuda-bf16-wgmma"));
 
 // What only the emulator can count, or break.
 class EmulatedDeviceTest : public CudaBackendTest {};
@@ -249,6 +251,10 @@ TEST_P(CudaBackendTest, AStepInAGraphGivesTheBitsOfOneWithout) {
   EXPECT_GT(stats.memory_free_bytes, 0);
   EXPECT_GE(stats.graph_hits, 3);
   EXPECT_GE(stats.graph_misses, 1);
+  other->UseGraphs(false);
+  ASSERT_TRUE(graph.Run(16, 0, /*graph=*/true).ok());
+  EXPECT_EQ(graph.Answers(16), want[0]);
+  EXPECT_EQ(other->Stats().graph_hits, stats.graph_hits);
   if (GetParam().find("cuda") == 0) return;
   // The first step runs in parts, for it makes the experts' tables; then one graph serves all.
   EXPECT_GE(simt::Counts().graphs_launched - before.graphs_launched, 6);
@@ -392,6 +398,16 @@ TEST(MakeCudaBackendTest, SaysWhatIsWrong) {
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(simt::MakeEmulatedBackend({.device = 3}).status().code(),
             absl::StatusCode::kUnavailable);
+  simt::SetComputeCapability(89);
+  const absl::Status older = simt::MakeEmulatedBackend({.products = Products::kWgmma}).status();
+  EXPECT_TRUE(simt::MakeEmulatedBackend({.products = Products::kMma}).ok());
+  simt::SetComputeCapability(90);
+  EXPECT_EQ(older.code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(older.message(), testing::HasSubstr("is sm_89; products by wgmma need sm_90"));
+  const auto hopper = simt::MakeEmulatedBackend({.products = Products::kWgmma});
+  ASSERT_TRUE(hopper.ok()) << hopper.status();
+  EXPECT_THAT((*hopper)->Describe(), testing::HasSubstr("by wgmma"));
+  EXPECT_EQ((*hopper)->Numerics(), "cuda/sm_90/BF16/wgmma");
   const absl::Status real = MakeBackend(BackendKind::kCuda, {.device = 1000}).status();
   EXPECT_TRUE(real.code() == absl::StatusCode::kUnavailable ||
               real.code() == absl::StatusCode::kUnimplemented)

@@ -155,6 +155,30 @@ TEST(PlanTest, TilesHoldTheirRows) {
   }
 }
 
+TEST(PlanTest, HopperTilesHoldTheirRowsAndPadLittle) {
+  for (const bool fp8 : {false, true}) {
+    for (const int32_t segments : {1, 4}) {
+      for (int64_t rows = 1; rows < 3000; ++rows) {
+        const int32_t tile = HopperTileRows(rows, fp8, segments);
+        EXPECT_TRUE(tile == 16 || tile == 32 || tile == 64 || tile == 128 || tile == 256);
+        if (fp8 || segments > 1) {
+          EXPECT_LE(tile, 128);
+        }
+        if (rows <= 128) {
+          EXPECT_GE(tile, rows);
+          EXPECT_TRUE(tile == 16 || tile / 2 < rows);
+        }
+        if (tile == 256) {
+          EXPECT_LE(RoundUp(rows, 256), RoundUp(rows, 128) * 1.1);
+        }
+      }
+    }
+  }
+  EXPECT_EQ(HopperTileRows(256, false, 1), 256);  // 8 blocks of 32
+  EXPECT_EQ(HopperTileRows(300, false, 1), 128);
+  EXPECT_EQ(HopperTileRows(2048, false, 1), 256);
+}
+
 TEST(PlanTest, SegmentsAreWholeStagesAndCoverARow) {
   for (const int64_t rows : {1, 64, 96, 1024, 4096, 12288, 152064}) {
     for (const int64_t row_bytes : {128, 1024, 2048, 7168, 8192, 24576, 37888}) {
@@ -179,11 +203,11 @@ TEST(PlanTest, SegmentsAreWholeStagesAndCoverARow) {
 }
 
 TEST(PlanTest, SegmentsRunSideBySideOnlyWhereTheDeviceWouldIdle) {
-  EXPECT_FALSE(RunsSplit(1, 16, 1, 132, 1 << 30));
-  EXPECT_TRUE(RunsSplit(64, 32, 4, 132, PartialFloatsWanted(132)));
-  EXPECT_TRUE(RunsSplit(131, 128, 4, 132, PartialFloatsWanted(132)));
-  EXPECT_FALSE(RunsSplit(132, 128, 4, 132, PartialFloatsWanted(132)));
-  EXPECT_FALSE(RunsSplit(64, 32, 4, 132, 64 * 4 * 32 * 64 - 1));
+  EXPECT_FALSE(RunsSplit(1, 16 * 64, 1, 132, 1 << 30));
+  EXPECT_TRUE(RunsSplit(64, 32 * 64, 4, 132, PartialFloatsWanted(132)));
+  EXPECT_TRUE(RunsSplit(131, 128 * 128, 4, 132, PartialFloatsWanted(132)));
+  EXPECT_FALSE(RunsSplit(132, 128 * 128, 4, 132, PartialFloatsWanted(132)));
+  EXPECT_FALSE(RunsSplit(64, 32 * 64, 4, 132, 64 * 4 * 32 * 64 - 1));
   // Whatever runs split has a ticket.
   EXPECT_GE(TicketsWanted(132), 131);
 }

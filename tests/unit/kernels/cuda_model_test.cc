@@ -194,6 +194,12 @@ class CudaModelTest : public testing::TestWithParam<std::string> {
 INSTANTIATE_TEST_SUITE_P(Emulated, CudaModelTest, testing::Values("emulated"));
 INSTANTIATE_TEST_SUITE_P(Cuda, CudaModelTest, testing::Values("cuda"));
 
+class Bf16ModelTest : public CudaModelTest {};
+INSTANTIATE_TEST_SUITE_P(Emulated, Bf16ModelTest,
+                         testing::Values("emulated-bf16", "emulated-bf16-wgmma"));
+INSTANTIATE_TEST_SUITE_P(Cuda, Bf16ModelTest, testing::Values("cuda-bf16"));
+INSTANTIATE_TEST_SUITE_P(Hopper, Bf16ModelTest, testing::Values("cuda-bf16-wgmma"));
+
 TEST_P(CudaModelTest, Float32GivesTheCpusTokens) {
   for (const std::string& name : Models()) {
     SCOPED_TRACE(name);
@@ -237,12 +243,12 @@ double MedianError(const std::vector<float>& got, const std::vector<float>& want
   return errors[errors.size() / 2];
 }
 
-TEST_P(CudaModelTest, Bf16StaysCloseToFloat32) {
+TEST_P(Bf16ModelTest, StaysCloseToFloat32) {
   for (const std::string& name : Models()) {
     SCOPED_TRACE(name);
     const LoadOptions rounded{.weight_dtype = DType::kBf16};
     Model exact("auto", name, {.weight_dtype = DType::kF32}), cpu("auto", name, rounded);
-    Model device(GetParam() + "-bf16", name, rounded);
+    Model device(GetParam(), name, rounded);
     const auto logits = [](Model& model) { return model.Run(model.SomeParts(), true).logits; };
     const std::vector<float> want = logits(cpu);
     const double yardstick = MedianError(want, logits(exact), cpu.traits().vocab_size);
@@ -253,10 +259,10 @@ TEST_P(CudaModelTest, Bf16StaysCloseToFloat32) {
   }
 }
 
-TEST_P(CudaModelTest, AloneAndPackedGiveTheSameBits) {
+TEST_P(Bf16ModelTest, AloneAndPackedGiveTheSameBits) {
   for (const std::string& name : Models()) {
     SCOPED_TRACE(name);
-    Model model(GetParam() + "-bf16", name, {.weight_dtype = DType::kBf16});
+    Model model(GetParam(), name, {.weight_dtype = DType::kBf16});
     const std::vector<Part> parts = model.SomeParts();
     const Results packed = model.Run(parts);
     int64_t row = 0;
@@ -297,10 +303,10 @@ TEST_P(CudaModelTest, QuantisedModelsAgreeWithTheCpu) {
   }
 }
 
-TEST_P(CudaModelTest, ABlockReadsFinishedBlocksFromTheCache) {
+TEST_P(Bf16ModelTest, ABlockReadsFinishedBlocksFromTheCache) {
   for (const std::string name : {"sdar_b4", "sdar_b8", "sdar_moe"}) {
     SCOPED_TRACE(name);
-    Model model(GetParam() + "-bf16", name, {.weight_dtype = DType::kBf16});
+    Model model(GetParam(), name, {.weight_dtype = DType::kBf16});
     const int32_t block = model.traits().causal_block_length;
     const int32_t length = 5 * block - 1;
     const std::vector<TokenId> ids = model.SomeIds(length, 7);

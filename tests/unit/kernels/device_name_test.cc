@@ -42,5 +42,16 @@ TEST(DeviceNameTest, TheCpuKeepsActivationsInFloat32) {
   EXPECT_TRUE(absl::IsInvalidArgument(ParseActivation("float16", BackendKind::kCuda).status()));
 }
 
+TEST(DeviceNameTest, ProductsAreNamedByTheirInstruction) {
+  EXPECT_EQ(*ParseProducts("auto", BackendKind::kCpu), Products::kAuto);
+  EXPECT_EQ(*ParseProducts("auto", BackendKind::kCuda), Products::kAuto);
+  EXPECT_EQ(*ParseProducts("mma", BackendKind::kCuda), Products::kMma);
+  EXPECT_EQ(*ParseProducts("wgmma", BackendKind::kCuda), Products::kWgmma);
+  EXPECT_THAT(ParseProducts("wgmma", BackendKind::kCpu).status().message(),
+              testing::HasSubstr("cpu takes auto"));
+  EXPECT_THAT(ParseProducts("hmma", BackendKind::kCuda).status().message(),
+              testing::HasSubstr("cuda takes auto, mma or wgmma"));
+}
+
 }  // namespace
 }  // namespace cinnabar

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/math.h"
@@ -143,11 +144,14 @@ class TensorCoreTest : public testing::TestWithParam<std::string> {
   std::unique_ptr<Backend> backend_;
 };
 
-INSTANTIATE_TEST_SUITE_P(Emulated, TensorCoreTest, testing::Values("emulated-bf16"));
+INSTANTIATE_TEST_SUITE_P(Emulated, TensorCoreTest,
+                         testing::Values("emulated-bf16", "emulated-bf16-wgmma"));
 INSTANTIATE_TEST_SUITE_P(Cuda, TensorCoreTest, testing::Values("cuda-bf16"));
+INSTANTIATE_TEST_SUITE_P(Hopper, TensorCoreTest, testing::Values("cuda-bf16-wgmma"));
 
 TEST_P(TensorCoreTest, LinearAgreesWithDouble) {
-  // Every tile of rows, one beyond it, and sums in one, two and four segments.
+  // Every tile of rows, one beyond it, more of them than go together, and sums in one, two and four
+  // segments.
   for (const auto& [rows, outputs, dim] :
        std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 1, 1},
                                                           {3, 65, 7},
@@ -157,7 +161,9 @@ TEST_P(TensorCoreTest, LinearAgreesWithDouble) {
                                                           {65, 72, 136},
                                                           {5, 72, 1100},
                                                           {33, 40, 2200},
-                                                          {130, 136, 1096}}) {
+                                                          {130, 136, 1096},
+                                                          {250, 100, 72},
+                                                          {1100, 136, 72}}) {
     const Floats x = RandomBf16(rows * dim, 1);
     const Floats w = RandomBf16(outputs * dim, 2);
     const Floats bias = RandomBf16(outputs, 3);
@@ -351,8 +357,44 @@ TEST_P(TensorCoreTest, Fp8ProductsAreThoseOfTheRoundedOperands) {
   }
   // Hopper's tensor cores add e4m3 products with fewer than float32's bits: 2^-13 of the terms is
   // what published measurements bound it by (arXiv:2412.19437, section 3.3.2).
-  ExpectNear(out.Get(), want, scale, absl::StartsWith(GetParam(), "cuda") ? 1.3e-4 : kSumTolerance);
+  ExpectNear(out.Get(), want, scale, GetParam() == "emulated-bf16" ? kSumTolerance : 1.3e-4);
   EXPECT_LT(std::sqrt(error / size), 0.05);  // e4m3 has 4 bits: about 4 %
+}
+
+// What e4m3 loses while it adds stays what 128 of k lose: terms of one sign, a long row of them.
+TEST_P(TensorCoreTest, Fp8SumsByWgmmaAreMovedToFloat32OnTheWay) {
+  if (!absl::StrContains(GetParam(), "wgmma")) return;  // mma.sync leaves no say in it
+  auto backend = MakeNamedBackend(GetParam() + "-fp8");
+  if (!backend.ok()) return SkipWithout(GetParam(), backend.status());
+  backend_ = *std::move(backend);
+  Reserve({.rows_max = 100, .cols_max = 2400});
+  const int64_t rows = 3, outputs = 300, dim = 2400;
+  Floats x = RandomBf16(rows * dim, 1), w = RandomBf16(outputs * dim, 2);
+  for (Floats* values : {&x, &w}) {  // what e4m3 holds exactly, with a scale of 1
+    for (size_t i = 0; i < values->size(); ++i) {
+      (*values)[i] = cuda::FromE4m3(cuda::ToE4m3(std::abs((*values)[i])));
+    }
+    for (size_t begin = 0; begin < values->size(); begin += dim) (*values)[begin] = 448.0F;
+  }
+  const auto weight = Load(w, outputs, dim);
+  const DeviceRows xs(*backend_, x, dim, DType::kBf16);
+  const DeviceRows out(*backend_, Floats(rows * outputs), outputs, DType::kF32);
+  ASSERT_TRUE(
+      backend_
+          ->Linear({.x = xs.rows(), .num_rows = rows, .weight = weight.get(), .out = out.rows()})
+          .ok());
+  const Floats got = out.Get();
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      double sum = 0;
+      for (int64_t k = 0; k < dim; ++k) {
+        sum += static_cast<double>(x[r * dim + k]) * w[o * dim + k];
+      }
+      // 448 * 448 is most of the sum: 2^-13 of it may go at each of the 4 steps of the first 128.
+      // Were it there at every step, so might all that follows.
+      ASSERT_NEAR(got[r * outputs + o], sum, 4 * std::pow(2.0, -13) * sum);
+    }
+  }
 }
 
 // --- Block-quantised weights: products of bf16 rows with each value rounded once to bf16

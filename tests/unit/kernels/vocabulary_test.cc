@@ -127,9 +127,8 @@ class Head {
 
  private:
   Rows hidden_rows() const {
-    return {.data = hidden_->data(),
-            .stride = hidden_stride_,
-            .dtype = backend_->activation_dtype()};
+    return {
+        .data = hidden_->data(), .stride = hidden_stride_, .dtype = backend_->activation_dtype()};
   }
 
   // In the backend's own dtype; bf16 rows begin on 16 bytes, as a denoiser's do.
@@ -144,7 +143,8 @@ class Head {
     for (int64_t row = 0; row < num_rows_; ++row) {
       for (int64_t i = 0; i < dim_; ++i) {
         const uint16_t half = cuda::ToBf16(hidden[row * dim_ + i]);
-        std::memcpy(reinterpret_cast<char*>(pairs.data()) + 2 * (row * hidden_stride_ + i), &half, 2);
+        std::memcpy(reinterpret_cast<char*>(pairs.data()) + 2 * (row * hidden_stride_ + i), &half,
+                    2);
       }
     }
     hidden_ = Copy(pairs);
@@ -295,9 +295,11 @@ std::string NameOfBackend(const testing::TestParamInfo<const char*>& info) {
   for (char& c : name) c = c == '-' ? '_' : c;
   return name;
 }
-INSTANTIATE_TEST_SUITE_P(Emulated, VocabularyTest, testing::Values("emulated", "emulated-bf16"),
+INSTANTIATE_TEST_SUITE_P(Emulated, VocabularyTest,
+                         testing::Values("emulated", "emulated-bf16", "emulated-bf16-wgmma"),
                          NameOfBackend);
 INSTANTIATE_TEST_SUITE_P(Cuda, VocabularyTest, testing::Values("cuda", "cuda-bf16"), NameOfBackend);
+INSTANTIATE_TEST_SUITE_P(Hopper, VocabularyTest, testing::Values("cuda-bf16-wgmma"), NameOfBackend);
 
 TEST_P(VocabularyTest, AgreesWithDoubleReference) {
   constexpr int32_t kRows = 9;
@@ -659,7 +661,8 @@ TEST(VocabularyBitsTest, IndependentOfBatchThreadsAndInstructionSet) {
 // 128 slots, one pass and several.
 TEST_P(VocabularyTest, BitsDoNotDependOnTheBatch) {
   constexpr int32_t kRows = 30;
-  for (const auto& [vocabulary, dim] : std::vector<std::pair<int32_t, int32_t>>{{300, 264}, {513, 50}}) {
+  for (const auto& [vocabulary, dim] :
+       std::vector<std::pair<int32_t, int32_t>>{{300, 264}, {513, 50}}) {
     for (const DType dtype : {DType::kF32, DType::kBf16}) {
       for (const bool fp8 : {false, true}) {
         HeadOptions head_options = options();
