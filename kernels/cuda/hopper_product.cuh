@@ -8,8 +8,8 @@
 // that began at 0 with the segment. Segments (WeightView::segment_bytes) are added in their order,
 // here or by Linear, as in product.cuh. What is assumed of the hardware: an element of a wgmma's
 // result is a function of its row of a, its column of b and what it is added to, wherever in the
-// tile it lies and however many columns the instruction has. mma.sync may round otherwise: a device
-// uses one of the two for every product.
+// tile it lies and however many columns the instruction has. mma.sync may round otherwise: a
+// weight is always multiplied by the same of the two.
 //
 // Roles. Warps 0 to 7 are two warp groups that multiply, 64 outputs each, 4 wgmma a stage of 128
 // bytes of k; the warps behind them fetch. A stage's weight is one bulk copy of 16 KiB, in memory
