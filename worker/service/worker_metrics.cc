@@ -31,6 +31,10 @@ WorkerMetrics::WorkerMetrics(Metrics& metrics, std::string model, double dollars
           "Tokens committed for each forward pass of a request", PowerBuckets(8), {"model"})),
       positions_(metrics.AddCounter("cinnabar_token_steps_total",
                                     "Positions computed, over all steps", {"model", "kind"})),
+      reused_(metrics.AddCounter("cinnabar_prefix_positions_reused_total",
+                                 "Positions whose keys and values were taken over from a sequence "
+                                 "that began alike, instead of computed",
+                                 {"model"})),
       tokens_(
           metrics.AddCounter("cinnabar_tokens_total", "Tokens committed", {"model", "direction"})),
       forwards_(metrics.AddCounter("cinnabar_nfe_total", "Forward passes of the batch", {"model"})),
@@ -96,6 +100,7 @@ void WorkerMetrics::StepDone(int32_t rows, int64_t committed, int32_t rows_max,
 void WorkerMetrics::Set(const EngineCounters& engine) {
   Follow(positions_.With({model_, "useful"}),
          static_cast<double>(engine.rows_computed - engine.rows_wasted));
+  Follow(reused_.With({model_}), static_cast<double>(engine.positions_reused));
   if (engine.ahead_used + engine.ahead_dropped == 0) return;
   Follow(positions_.With({model_, "discarded"}), static_cast<double>(engine.rows_wasted));
   Follow(ahead_.With({model_, "used"}), static_cast<double>(engine.ahead_used));

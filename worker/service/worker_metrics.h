@@ -43,6 +43,7 @@ class WorkerMetrics {
   HistogramFamily& steps_per_request_;
   HistogramFamily& tokens_per_forward_;
   CounterFamily& positions_;
+  CounterFamily& reused_;
   CounterFamily& tokens_;
   CounterFamily& forwards_;
   CounterFamily& busy_seconds_;
