@@ -195,7 +195,7 @@ class Cluster:
         self.log = open(pathlib.Path(self.folder.name) / "log", "w+")
         self.process = subprocess.Popen(
             [str(pathlib.Path(bin_folder) / "cinnabar"), "up", "--model", "evaluated=" + str(model), "--listen", "127.0.0.1:%d" % self.port,
-             "--grpc-listen", "", "--metrics-port", str(free_port()), "--data", self.folder.name, "--fsync", "everysec"],
+             "--grpc-listen", "", "--metrics-port", "0", "--data", self.folder.name, "--fsync", "everysec"],
             stdout=self.log, stderr=self.log)
 
     def __enter__(self):
