@@ -114,8 +114,8 @@ struct BlockProduct {
       }
     };
 
-    float sums[Tensor::kTilesOut][Tensor::kTilesRow][4] = {};
-    float totals[kFold ? Tensor::kTilesOut : 1][kFold ? Tensor::kTilesRow : 1][4] = {};
+    typename Tensor::Sums sums = {};
+    typename Tensor::Totals totals = {};
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
       if (stage < num_stages) load(stage, shared + stage * kStageBytes);
@@ -137,42 +137,15 @@ struct BlockProduct {
       at = at + 1 == kStages ? 0 : at + 1;
       next = next + 1 == kStages ? 0 : next + 1;
       if constexpr (kFold) {
-        if (--until_fold > 0 && stage + 1 < num_stages) continue;
-        until_fold = segment_stages;
-#pragma unroll
-        for (int i = 0; i < Tensor::kTilesOut; ++i) {
-#pragma unroll
-          for (int j = 0; j < Tensor::kTilesRow; ++j) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              totals[i][j][c] += sums[i][j][c];
-              sums[i][j][c] = 0.0F;
-            }
-          }
+        if (--until_fold == 0 || stage + 1 == num_stages) {
+          until_fold = segment_stages;
+          Tensor::Fold(sums, totals);
         }
       }
     }
     CopyWait<0>();
     BlockBarrier();
-    float* out = reinterpret_cast<float*>(shared);
-#pragma unroll
-    for (int i = 0; i < Tensor::kTilesOut; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tensor::kTilesRow; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int output = warp_output + 16 * i + lane / 4 + 8 * (c / 2);
-          const int row = warp_row + 8 * j + 2 * (lane % 4) + c % 2;
-          if constexpr (kFold) {
-            out[row * kSumStride + output] = totals[i][j][c];
-          } else {
-            out[row * kSumStride + output] = sums[i][j][c];
-          }
-        }
-      }
-    }
-    BlockBarrier();
-    return out;
+    return Tensor::PutDown(sums, totals, warp_output, warp_row, lane, shared);
   }
 };
 

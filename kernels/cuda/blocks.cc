@@ -3,33 +3,13 @@
 #include <cstring>
 
 #include "common/base/check.h"
+#include "kernels/cuda/device.h"
 #include "kernels/quantized.h"
 
 namespace cinnabar::cuda {
 namespace {
 
 constexpr int32_t kRun = 32;
-
-Element ElementOf(DType format) {
-  switch (format) {
-    case DType::kQ8_0:
-      return Element::kQ8_0;
-    case DType::kQ4_0:
-      return Element::kQ4_0;
-    case DType::kQ4_1:
-      return Element::kQ4_1;
-    case DType::kQ4_K:
-      return Element::kQ4_K;
-    case DType::kQ6_K:
-      return Element::kQ6_K;
-    case DType::kF32:
-    case DType::kF16:
-    case DType::kBf16:
-      break;
-  }
-  CINNABAR_CHECK(false) << NameOf(format) << " is no block format";
-  return Element::kQ8_0;
-}
 
 // The scales of the run `run` of a unit, from the block that holds it, to the unit's header.
 void PackHeader(const char* block, DType format, int32_t run, char* header) {

@@ -33,29 +33,6 @@ constexpr int64_t kTableSlabBytes = int64_t{256} << 10;
 constexpr size_t kGraphsMax = 64;
 constexpr size_t kExpertTablesMax = 4096;
 
-Element ElementOf(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return Element::kF32;
-    case DType::kF16:
-      return Element::kF16;
-    case DType::kBf16:
-      return Element::kBf16;
-    case DType::kQ8_0:
-      return Element::kQ8_0;
-    case DType::kQ4_0:
-      return Element::kQ4_0;
-    case DType::kQ4_1:
-      return Element::kQ4_1;
-    case DType::kQ4_K:
-      return Element::kQ4_K;
-    case DType::kQ6_K:
-      return Element::kQ6_K;
-  }
-  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
-  return Element::kF32;
-}
-
 MatrixView ViewOf(const Rows& rows) {
   CINNABAR_CHECK(rows.dtype == DType::kF32 || rows.dtype == DType::kBf16)
       << "rows are float32 or bf16";

@@ -58,7 +58,8 @@ absl::Status Loader::Prepare() {
       CINNABAR_ASSIGN_OR_RETURN(pieces_[i], TakePinnedMemory(kPieceBytes));
     }
     if (events_[i] == nullptr) {
-      CINNABAR_RETURN_IF_ERROR(StatusOfError(CreateEvent(/*timed=*/false, &events_[i]), "make an event"));
+      CINNABAR_RETURN_IF_ERROR(
+          StatusOfError(CreateEvent(/*timed=*/false, &events_[i]), "make an event"));
     }
   }
   return absl::OkStatus();
@@ -86,6 +87,29 @@ absl::Status Loader::Load(void* device, int64_t num_units, int64_t unit_bytes,
     pending_[turn] = true;
   }
   return absl::OkStatus();
+}
+
+Element ElementOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return Element::kF32;
+    case DType::kF16:
+      return Element::kF16;
+    case DType::kBf16:
+      return Element::kBf16;
+    case DType::kQ8_0:
+      return Element::kQ8_0;
+    case DType::kQ4_0:
+      return Element::kQ4_0;
+    case DType::kQ4_1:
+      return Element::kQ4_1;
+    case DType::kQ4_K:
+      return Element::kQ4_K;
+    case DType::kQ6_K:
+      return Element::kQ6_K;
+  }
+  CINNABAR_CHECK(false) << "not a dtype: " << static_cast<int>(dtype);
+  return Element::kF32;
 }
 
 int64_t BytesOf(Element element) {

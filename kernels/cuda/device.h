@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/backend.h"
 #include "kernels/cuda/launch.h"
 
 namespace cinnabar::cuda {
@@ -66,6 +67,7 @@ class Loader {
   bool pending_[2] = {};
 };
 
+Element ElementOf(DType dtype);
 int64_t BytesOf(Element element);
 // Element `index` of `from` as a float, and back; `from` need not be aligned.
 float ReadHost(const void* from, Element element, int64_t index);

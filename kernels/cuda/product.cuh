@@ -138,20 +138,8 @@ struct TensorProduct {
       }
     };
 
-    float sums[kTilesOut][kTilesRow][4];
-    float totals[kFold ? kTilesOut : 1][kFold ? kTilesRow : 1][4];
-#pragma unroll
-    for (int i = 0; i < kTilesOut; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTilesRow; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          sums[i][j][c] = 0.0F;
-          if constexpr (kFold) totals[i][j][c] = 0.0F;
-        }
-      }
-    }
-
+    Sums sums = {};
+    Totals totals = {};
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
       if (stage < num_stages) load(stage, shared + stage * kStageBytes);
@@ -173,22 +161,36 @@ struct TensorProduct {
       if constexpr (kFold) {
         if (--until_fold == 0 || stage + 1 == num_stages) {
           until_fold = segment_stages;
-#pragma unroll
-          for (int i = 0; i < kTilesOut; ++i) {
-#pragma unroll
-            for (int j = 0; j < kTilesRow; ++j) {
-#pragma unroll
-              for (int c = 0; c < 4; ++c) {
-                totals[i][j][c] += sums[i][j][c];
-                sums[i][j][c] = 0.0F;
-              }
-            }
-          }
+          Fold(sums, totals);
         }
       }
     }
     CopyWait<0>();
     BlockBarrier();
+    return PutDown(sums, totals, warp_output, warp_row, lane, shared);
+  }
+
+  using Sums = float[kTilesOut][kTilesRow][4];
+  using Totals = float[kFold ? kTilesOut : 1][kFold ? kTilesRow : 1][4];
+
+  // The end of a segment: its sums to the totals. Only where kFold.
+  CINNABAR_DEVICE static void Fold(Sums& sums, Totals& totals) {
+#pragma unroll
+    for (int i = 0; i < kTilesOut; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTilesRow; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          totals[i][j][c] += sums[i][j][c];
+          sums[i][j][c] = 0.0F;
+        }
+      }
+    }
+  }
+
+  // The tile as its finisher reads it, over the stages, of which nobody reads any more.
+  CINNABAR_DEVICE static float* PutDown(const Sums& sums, const Totals& totals, int warp_output,
+                                        int warp_row, int lane, unsigned char* shared) {
     float* out = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int i = 0; i < kTilesOut; ++i) {
@@ -213,7 +215,7 @@ struct TensorProduct {
   // Adds the products of a stage: tiles of the weight and of rows, both swizzled.
   CINNABAR_DEVICE static void Multiply(const unsigned char* weight, const unsigned char* x,
                                        int warp_output, int warp_row, int lane,
-                                       float (&sums)[kTilesOut][kTilesRow][4]) {
+                                       Sums& sums) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {  // 32 bytes of k: one mma
       uint32_t a[kTilesOut][4];

@@ -17,6 +17,7 @@
 
 #include "absl/base/casts.h"
 #include "absl/strings/str_cat.h"
+#include "tests/support/golden_models.h"
 
 namespace {
 std::atomic<int64_t> num_allocations{0};
@@ -49,10 +50,7 @@ Loaded Load(const std::string& model, int32_t num_threads = 1,
             const ForwardLimits& limits = kLimits) {
   Loaded loaded;
   loaded.backend = *MakeBackend(BackendKind::kCpu, {.num_threads = num_threads});
-  const char* source = std::getenv("CINNABAR_SOURCE_DIR");
-  auto denoiser =
-      LoadDenoiser(absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", model),
-                   *loaded.backend, {}, limits);
+  auto denoiser = LoadDenoiser(GoldenModelPath(model), *loaded.backend, {}, limits);
   EXPECT_TRUE(denoiser.ok()) << denoiser.status();
   loaded.denoiser = *std::move(denoiser);
   return loaded;
@@ -394,6 +392,17 @@ TEST(EnginePrefixTest, WhatIsKeptMakesRoomForWhatRuns) {
   EXPECT_EQ(engine.counters().positions_reused, 0);  // each had to go before the next could come
 }
 
+void ExpectNoAllocationOnceWarm(Engine& engine) {
+  StepReport report;
+  for (int turn = 0; turn < 12; ++turn) ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
+  const int64_t before = num_allocations.load();
+  for (int turn = 0; turn < 12; ++turn) {
+    const absl::Status status = engine.Step(absl::InfinitePast(), report);
+    ASSERT_TRUE(status.ok());
+  }
+  EXPECT_EQ(num_allocations.load() - before, 0);
+}
+
 TEST(EngineStepTest, AllocatesNothingOnceWarm) {
   for (const char* name : {"llada", "dream", "sdar_b4", "mdlm", "sedd_absorb", "llada2",
                            "llada2_indel", "diffusion_gemma"}) {
@@ -414,15 +423,7 @@ TEST(EngineStepTest, AllocatesNothingOnceWarm) {
       ASSERT_TRUE(
           engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
     }
-    StepReport report;
-    for (int turn = 0; turn < 12; ++turn)
-      ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
-    const int64_t before = num_allocations.load();
-    for (int turn = 0; turn < 12; ++turn) {
-      const absl::Status status = engine.Step(absl::InfinitePast(), report);
-      ASSERT_TRUE(status.ok());
-    }
-    EXPECT_EQ(num_allocations.load() - before, 0);
+    ExpectNoAllocationOnceWarm(engine);
     EXPECT_EQ(engine.num_sequences(), 4);
   }
 }
@@ -968,15 +969,7 @@ TEST(EngineLookAheadTest, AllocatesNothingOnceWarm) {
       ASSERT_TRUE(
           engine.Add(*MakeSequence(std::vector<TokenId>(48, 3), given, params, model)).ok());
     }
-    StepReport report;
-    for (int turn = 0; turn < 12; ++turn)
-      ASSERT_TRUE(engine.Step(absl::InfinitePast(), report).ok());
-    const int64_t before = num_allocations.load();
-    for (int turn = 0; turn < 12; ++turn) {
-      const absl::Status status = engine.Step(absl::InfinitePast(), report);
-      ASSERT_TRUE(status.ok());
-    }
-    EXPECT_EQ(num_allocations.load() - before, 0);
+    ExpectNoAllocationOnceWarm(engine);
     EXPECT_GT(engine.counters().ahead_used, 80);
   }
 }

@@ -2,24 +2,19 @@
 
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <memory>
-#include <string>
 
-#include "absl/strings/str_cat.h"
+#include "tests/support/golden_models.h"
 
 namespace cinnabar {
 namespace {
 
 TEST(WarmUpTest, MakesAStepForEveryDoublingOfRows) {
-  const char* source = std::getenv("CINNABAR_SOURCE_DIR");
   for (const char* name : {"llada", "sdar_b4", "fast_dllm_v2", "sedd_uniform", "diffusion_gemma"}) {
     SCOPED_TRACE(name);
     const auto backend = *MakeBackend(BackendKind::kCpu, {.num_threads = 1});
     const ForwardLimits limits{.rows_max = 100, .sequences_max = 5, .positions_max = 40};
-    const auto denoiser =
-        LoadDenoiser(absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", name),
-                     *backend, {}, limits);
+    const auto denoiser = LoadDenoiser(GoldenModelPath(name), *backend, {}, limits);
     ASSERT_TRUE(denoiser.ok()) << denoiser.status();
     const absl::StatusOr<int32_t> steps = WarmUp(**denoiser, {.limits = limits});
     ASSERT_TRUE(steps.ok()) << steps.status();

@@ -12,39 +12,13 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "tests/support/golden_models.h"
 #include "tests/unit/kernels/named_backend.h"
 #include "worker/engine/engine.h"
 #include "worker/model/denoiser.h"
 
 namespace cinnabar {
 namespace {
-
-const std::vector<std::string>& Models() {
-  static const auto* const models = new std::vector<std::string>{"a2d_llama",
-                                                                 "a2d_qwen2",
-                                                                 "a2d_qwen3",
-                                                                 "dream",
-                                                                 "dream_bf16",
-                                                                 "llada",
-                                                                 "llada_gqa",
-                                                                 "mdlm",
-                                                                 "open_dcoder",
-                                                                 "sdar_b4",
-                                                                 "sdar_b8",
-                                                                 "sdar_b4_f16",
-                                                                 "sedd_absorb",
-                                                                 "sedd_uniform",
-                                                                 "sdar_moe",
-                                                                 "rnd1",
-                                                                 "rnd1_bf16",
-                                                                 "llada_moe",
-                                                                 "llada2",
-                                                                 "fast_dllm_v2",
-                                                                 "bd3lm",
-                                                                 "diffusion_gemma",
-                                                                 "diffusion_gemma_bf16"};
-  return *models;
-}
 
 struct Part {
   std::vector<TokenId> ids;
@@ -62,11 +36,9 @@ class Model {
  public:
   Model(const std::string& backend_name, const std::string& model,
         const LoadOptions& options = {}) {
-    const char* source = std::getenv("CINNABAR_SOURCE_DIR");
     backend_ = *MakeNamedBackend(backend_name);
-    auto denoiser = LoadDenoiser(
-        absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", model), *backend_,
-        options, {.rows_max = 128, .sequences_max = 5, .positions_max = 64});
+    auto denoiser = LoadDenoiser(GoldenModelPath(model), *backend_, options,
+                                 {.rows_max = 128, .sequences_max = 5, .positions_max = 64});
     EXPECT_TRUE(denoiser.ok()) << denoiser.status();
     denoiser_ = *std::move(denoiser);
   }
@@ -201,7 +173,7 @@ INSTANTIATE_TEST_SUITE_P(Cuda, Bf16ModelTest, testing::Values("cuda-bf16"));
 INSTANTIATE_TEST_SUITE_P(Hopper, Bf16ModelTest, testing::Values("cuda-bf16-wgmma"));
 
 TEST_P(CudaModelTest, Float32GivesTheCpusTokens) {
-  for (const std::string& name : Models()) {
+  for (const std::string& name : GoldenModels()) {
     SCOPED_TRACE(name);
     Model cpu("auto", name), device(GetParam(), name);
     const Results want = cpu.Run(cpu.SomeParts());
@@ -244,7 +216,7 @@ double MedianError(const std::vector<float>& got, const std::vector<float>& want
 }
 
 TEST_P(Bf16ModelTest, StaysCloseToFloat32) {
-  for (const std::string& name : Models()) {
+  for (const std::string& name : GoldenModels()) {
     SCOPED_TRACE(name);
     const LoadOptions rounded{.weight_dtype = DType::kBf16};
     Model exact("auto", name, {.weight_dtype = DType::kF32}), cpu("auto", name, rounded);
@@ -260,7 +232,7 @@ TEST_P(Bf16ModelTest, StaysCloseToFloat32) {
 }
 
 TEST_P(Bf16ModelTest, AloneAndPackedGiveTheSameBits) {
-  for (const std::string& name : Models()) {
+  for (const std::string& name : GoldenModels()) {
     SCOPED_TRACE(name);
     Model model(GetParam(), name, {.weight_dtype = DType::kBf16});
     const std::vector<Part> parts = model.SomeParts();
@@ -343,10 +315,7 @@ TEST_P(CudaModelTest, LookingAheadChangesNoToken) {
     std::vector<std::vector<TokenId>> want;
     for (const bool look_ahead : {false, true}) {
       const auto backend = *MakeNamedBackend(GetParam());
-      const char* source = std::getenv("CINNABAR_SOURCE_DIR");
-      const auto denoiser = *LoadDenoiser(
-          absl::StrCat(source == nullptr ? "." : source, "/tests/golden/models/", c.model),
-          *backend, {}, limits);
+      const auto denoiser = *LoadDenoiser(GoldenModelPath(c.model), *backend, {}, limits);
       Engine engine(*denoiser, {.limits = limits, .look_ahead = look_ahead});
       const auto add = [&](uint64_t seed) {
         std::vector<bool> given(14 + seed, false);

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/base/json.h"
+#include "tests/support/golden_models.h"
 #include "tests/unit/model/reference_backend.h"
 #include "worker/model/checkpoint.h"
 #include "worker/model/denoiser.h"
@@ -122,37 +123,6 @@ Loaded Load(const std::string& backend, const std::string& model, const LoadOpti
   return loaded;
 }
 
-const std::vector<std::string>& Models() {
-  static const auto* const models = new std::vector<std::string>{"a2d_llama",
-                                                                 "a2d_qwen2",
-                                                                 "a2d_qwen3",
-                                                                 "dream",
-                                                                 "dream_bf16",
-                                                                 "llada",
-                                                                 "llada_gqa",
-                                                                 "mdlm",
-                                                                 "open_dcoder",
-                                                                 "sdar_b4",
-                                                                 "sdar_b8",
-                                                                 "sdar_b4_f16",
-                                                                 "sedd_absorb",
-                                                                 "sedd_uniform",
-                                                                 "sdar_moe",
-                                                                 "rnd1",
-                                                                 "rnd1_bf16",
-                                                                 "llada_moe",
-                                                                 "llada2",
-                                                                 "diffusion_gemma",
-                                                                 "diffusion_gemma_bf16",
-                                                                 "fast_dllm_v2",
-                                                                 "bd3lm",
-                                                                 "dream_mixed.gguf",
-                                                                 "rnd1_mixed.gguf",
-                                                                 "llada_moe_mixed.gguf",
-                                                                 "llada_k.gguf"};
-  return *models;
-}
-
 // Ids that fit every model; varied and reproducible.
 std::vector<TokenId> SomeIds(const Denoiser& model, size_t count, uint32_t seed) {
   std::vector<TokenId> ids(count);
@@ -227,7 +197,7 @@ TEST_P(ForwardTest, AgreesWithTheGoldenLogits) {
 }
 
 TEST_P(ForwardTest, ASequenceGivesTheSameBitsAloneAndPacked) {
-  for (const std::string& name : Models()) {
+  for (const std::string& name : GoldenModels()) {
     SCOPED_TRACE(name);
     Loaded loaded = Load(GetParam(), name);
     ASSERT_NE(loaded.model, nullptr);
@@ -253,7 +223,7 @@ TEST_P(ForwardTest, ASequenceGivesTheSameBitsAloneAndPacked) {
 }
 
 TEST_P(ForwardTest, WhichRowsAreWantedDoesNotChangeThem) {
-  for (const std::string& name : Models()) {
+  for (const std::string& name : GoldenModels()) {
     SCOPED_TRACE(name);
     Loaded loaded = Load(GetParam(), name);
     ASSERT_NE(loaded.model, nullptr);
@@ -310,7 +280,7 @@ TEST_P(ForwardTest, ABlockReadsFinishedBlocksFromTheCache) {
 }
 
 TEST(ForwardOnCpuTest, ThreadsAndInstructionsDoNotChangeBits) {
-  for (const std::string& name : Models()) {
+  for (const std::string& name : GoldenModels()) {
     SCOPED_TRACE(name);
     std::vector<std::vector<float>> logits;
     for (const char* backend : {"cpu", "cpu_generic"}) {
