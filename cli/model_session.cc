@@ -40,7 +40,8 @@ void ModelFlags::Register(FlagSet& flags) {
   flags.Add("products", &products, "NAME",
             "what matrix products are made of: auto, mma or wgmma (H100, H200); bits differ");
   flags.Add("threads", &num_threads, "N", "threads; 0 takes every core");
-  flags.Add("isa", &isa, "NAME", "auto, avx512, avx2 or generic; all give the same bits");
+  flags.Add("isa", &isa, "NAME",
+            "auto, avx512vnni, avx512, avx2vnni, avx2 or generic; all give the same bits");
 }
 
 absl::StatusOr<ModelSession> OpenModel(const ModelFlags& flags, const ForwardLimits& limits) {

@@ -648,7 +648,8 @@ enum class Products : uint8_t {
 
 struct BackendOptions {
   int32_t num_threads = 0;  // CPU: 0 takes every core
-  // CPU: "auto", "avx512", "avx2" or "generic". Every choice gives the same bits.
+  // CPU: "auto", "avx512vnni", "avx512", "avx2vnni", "avx2" or "generic". Every choice gives the
+  // same bits.
   std::string isa = "auto";
   // CUDA: which of the devices that the driver shows.
   int32_t device = 0;

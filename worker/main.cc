@@ -87,7 +87,8 @@ struct Flags {
         "newer)");
     flags.Add("products", &products, "NAME",
               "what matrix products are made of: auto, mma or wgmma (H100, H200); bits differ");
-    flags.Add("isa", &isa, "ISA", "auto, avx512, avx2 or generic: the same bits");
+    flags.Add("isa", &isa, "ISA",
+              "auto, avx512vnni, avx512, avx2vnni, avx2 or generic: the same bits");
     flags.Add("threads", &threads, "N", "0 takes every core");
     flags.Section("Room");
     flags.Add("rows-max", &rows_max, "N", "sequences at once");

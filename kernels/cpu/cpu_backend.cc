@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "common/base/check.h"
 #include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/packed_weight.h"
@@ -24,9 +25,6 @@
 namespace cinnabar::cpu {
 namespace {
 
-// Inputs of a panel that are multiplied at once: 512 x 32 floats, 64 KiB, stay in the second-level
-// cache (and half of them in the first) while every strip of rows passes.
-constexpr int64_t kInputBlock = 512;
 // Rows whose sums a thread keeps while it walks through the input blocks of a panel: 512 x 32
 // floats, 64 KiB.
 constexpr int64_t kRowGroup = 512;
@@ -37,34 +35,53 @@ struct IsaChoice {
 };
 
 #if defined(__x86_64__)
-// Clang's __builtin_cpu_supports does not know it.
+// Clang's __builtin_cpu_supports does not know these two.
 bool HasF16c() {
   unsigned int a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
+bool HasAvxVnni() {
+  constexpr unsigned int kAvxVnni = 1U << 4;
+  unsigned int a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvxVnni) != 0;
+}
 #endif
 
 absl::StatusOr<IsaChoice> ChooseIsa(const std::string& isa) {
+  struct Isa {
+    IsaChoice choice;
+    bool have;
+    const char* needs;
+  };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  const bool automatic = isa == "auto";
-  if (isa == "avx512" || (automatic && has_avx512)) {
-    if (!has_avx512) return absl::UnavailableError("this processor has no AVX-512");
-    return IsaChoice{&kIsaAvx512, &kVocabularyAvx512};
-  }
-  if (isa == "avx2" || (automatic && has_avx2)) {
-    if (!has_avx2) return absl::UnavailableError("this processor has no AVX2 with FMA and F16C");
-    return IsaChoice{&kIsaAvx2, &kVocabularyAvx2};
-  }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
-  if (isa == "generic" || isa == "auto") return IsaChoice{&kIsaGeneric, &kVocabularyGeneric};
+  const Isa isas[] = {
+#if defined(__x86_64__)
+    {{&kIsaAvx512Vnni, &kVocabularyAvx512}, avx512vnni, "AVX-512 with VNNI"},
+    {{&kIsaAvx512, &kVocabularyAvx512}, avx512, "AVX-512 with DQ, BW and VL"},
+    {{&kIsaAvx2Vnni, &kVocabularyAvx2}, avx2 && HasAvxVnni(), "AVX2 with AVX-VNNI"},
+    {{&kIsaAvx2, &kVocabularyAvx2}, avx2, "AVX2 with FMA and F16C"},
+#endif
+    {{&kIsaGeneric, &kVocabularyGeneric}, true, ""},
+  };
+  for (const Isa& each : isas) {
+    if (isa == "auto" ? each.have : isa == each.choice.kernels->name) {
+      if (!each.have)
+        return absl::UnavailableError(absl::StrCat("this processor has no ", each.needs));
+      return each.choice;
+    }
+  }
   return absl::InvalidArgumentError(
-      absl::StrCat("unknown isa \"", isa, "\": take auto, avx512, avx2 or generic"));
+      absl::StrCat("unknown isa \"", isa, "\": take auto",
+                   absl::StrJoin(isas, "", [](std::string* out, const Isa& each) {
+                     absl::StrAppend(out, ", ", each.choice.kernels->name);
+                   })));
 }
 
 class HostBuffer : public Buffer {
@@ -793,8 +810,8 @@ class CpuBackend : public Backend {
       const int64_t strip_end = std::min(strips.count, strip_begin + strips_per_group);
       float* mine = ThreadScratch(thread);
       float* sums = mine + scratch_.sums;
-      SumPanel(weight, panel, strips, strip_begin, strip_end, packed, mine + scratch_.panel, sums,
-               kPanelWidth);
+      SumPanel(weight, panel, panel + pool_.num_threads(), strips, strip_begin, strip_end, packed,
+               mine + scratch_.panel, sums, kPanelWidth);
       for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
         const int64_t row = strips.begin(strip);
         FinishStrip(args, weight, finish, panel, row, strips.height(strip),
@@ -813,21 +830,30 @@ class CpuBackend : public Backend {
 
   // sums[r * sums_stride + j], j < 32: the products of strips [strip_begin, strip_end) with a
   // panel; r counts from the first of their rows, of which the strip is at packed + row * cols.
-  void SumPanel(const PackedWeight& weight, int64_t panel, const Strips& strips,
+  // Meanwhile `next_panel`, where there is one, is brought near.
+  void SumPanel(const PackedWeight& weight, int64_t panel, int64_t next_panel, const Strips& strips,
                 int64_t strip_begin, int64_t strip_end, const float* packed, float* block_scratch,
                 float* sums, int64_t sums_stride) const {
     const int64_t dim = weight.cols();
     const bool quantized = weight.quantized(panel);
     const int64_t first_row = strips.begin(strip_begin);
     for (int64_t k = 0; k < dim; k += kInputBlock) {
-      const int64_t count = std::min(kInputBlock, dim - k);
+      const int64_t count = weight.block_inputs(k);
       const float* block = nullptr;
       RunPanel runs{};
       if (quantized) {
-        runs = weight.PanelRuns(panel, k, count, isa_, block_scratch);
+        runs = weight.PanelRuns(panel, k, isa_, block_scratch);
       } else {
-        block = weight.PanelBlock(panel, k, count, isa_, block_scratch);
+        block = weight.PanelBlock(panel, k, isa_, block_scratch);
       }
+      // A share of the next block with each strip.
+      Ahead ahead{};
+      if (k + count < dim) {
+        ahead = weight.Kept(panel, k + count);
+      } else if (next_panel < weight.num_panels()) {
+        ahead = weight.Kept(next_panel, 0);
+      }
+      ahead.size /= strip_end - strip_begin;
       for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
         const int64_t row = strips.begin(strip);
         const int32_t height = strips.height(strip);
@@ -835,10 +861,11 @@ class CpuBackend : public Backend {
         float* c = sums + (row - first_row) * sums_stride;
         if (quantized) {
           isa_.tile_runs(x + k / kRunLength * kRunWords * height, height, runs, count / kRunLength,
-                         /*resume=*/k > 0, c, sums_stride);
+                         /*resume=*/k > 0, c, sums_stride, ahead);
         } else {
-          isa_.tile(x + k * height, height, block, count, /*resume=*/k > 0, c, sums_stride);
+          isa_.tile(x + k * height, height, block, count, /*resume=*/k > 0, c, sums_stride, ahead);
         }
+        ahead.bytes += ahead.size;
       }
     }
   }
@@ -920,7 +947,7 @@ class CpuBackend : public Backend {
     const int64_t begin = FirstKey(span, first, args.window) / kPanelWidth * kPanelWidth;
     for (int64_t key = begin; key < num_keys; key += kPanelWidth) {
       isa_.tile(query, height, keys + key * head_dim, head_dim, /*resume=*/false, scores + key,
-                stride);
+                stride, Ahead{});
     }
     // Keys that a row does not see get probability 0, which adds nothing to its sums: a row's
     // result does not depend on what its neighbours see.
@@ -939,7 +966,7 @@ class CpuBackend : public Backend {
       isa_.tile(probabilities, height,
                 values + column / kPanelWidth * panel_floats + begin * kPanelWidth,
                 num_keys - begin,
-                /*resume=*/false, sums, kPanelWidth);
+                /*resume=*/false, sums, kPanelWidth, Ahead{});
       const int32_t count = std::min(head_dim - column, kPanelWidth);
       for (int32_t r = 0; r < height; ++r) {
         isa_.scale(
@@ -1074,8 +1101,9 @@ class CpuBackend : public Backend {
       const Strips strips(num_rows, backend_.isa_.strip_rows);
       float* block_scratch = backend_.ThreadScratch(thread) + backend_.scratch_.panel;
       for (int32_t id = 0; id < num_ids; id += kPanelWidth) {
-        backend_.SumPanel(weight_, (first_id + id) / kPanelWidth, strips, 0, strips.count, packed,
-                          block_scratch, out + id, out_stride);
+        const int64_t panel = (first_id + id) / kPanelWidth;
+        backend_.SumPanel(weight_, panel, panel + 1, strips, 0, strips.count, packed, block_scratch,
+                          out + id, out_stride);
       }
     }
 

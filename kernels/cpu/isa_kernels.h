@@ -10,6 +10,7 @@
 #ifndef CINNABAR_KERNELS_CPU_ISA_KERNELS_H_
 #define CINNABAR_KERNELS_CPU_ISA_KERNELS_H_
 
+#include <cstddef>
 #include <cstdint>
 
 namespace cinnabar::cpu {
@@ -37,8 +38,7 @@ struct FinishTask {
 // Inputs that share a scale on both sides of a product with a block-quantised weight.
 inline constexpr int32_t kRunLength = 32;
 
-// Runs of one panel of a block-quantised weight as it is kept; see packed_weight.h. Pointers are
-// those of the panel's first run.
+// Runs of one panel of a block-quantised weight as it is kept; see packed_weight.h.
 struct ExpandTask {
   // 8 bits: int8 [inputs / 2][32 outputs][2]. 4 bits: [inputs / 4][32][2], the first two inputs in
   // the low nibble; `zero` is subtracted.
@@ -51,17 +51,23 @@ struct ExpandTask {
   const float* scales;        // [inputs / scale_length][32]
   const float* offsets;       // the same, or null
   int32_t scale_length;       // 32 or 256
-  int64_t first_run;
   int64_t num_runs;
 };
 
 // The same with everything multiplied out: weight (k, j) is
 //   scales[k / 32][j] * values[k / 2][j][k % 2] + offsets[k / 32][j].
-// |value| <= 4096. The first run that was asked for comes first.
-struct RunPanel {
+// |value| <= 4096.
+struct RunScratch {
   int16_t* values;  // aligned to 64 bytes
   float* scales;
   float* offsets;  // null: none
+};
+// What a tile reads: such runs, or those of an 8-bit panel without sub-scales as they are kept.
+struct RunPanel {
+  const int16_t* values;
+  const int8_t* bytes;  // instead of `values`, if not null
+  const float* scales;
+  const float* offsets;
 };
 
 // A row of the left side is rounded to 15 bits for each run, x[k] = scale * q[k]; a run is
@@ -69,9 +75,16 @@ struct RunPanel {
 // * sum of q. A run with NaN or infinity has NaN for both, and q 0.
 inline constexpr int32_t kRunWords = 18;
 
+// Memory that is read soon: brought into the second-level cache while a tile is computed.
+struct Ahead {
+  const std::byte* bytes;
+  int64_t size;  // 0: none
+};
+
 struct IsaKernels {
   const char* name;
-  int32_t strip_rows;  // rows of a strip at most
+  int32_t strip_rows;   // rows of a strip at most
+  bool tiles_of_bytes;  // tile_runs is at least as fast from RunPanel::bytes
 
   // strip[k * num_rows + r] = x[r * stride + k] * scale.
   void (*pack_strip)(const float* x, int64_t stride, int32_t num_rows, int64_t dim, float scale,
@@ -79,16 +92,16 @@ struct IsaKernels {
   // c[r * c_stride + j] (+)= sum over k of strip[k * num_rows + r] * panel[k * 32 + j], j < 32.
   // When `resume`, the sums go on from what c holds. panel: 64-byte aligned.
   void (*tile)(const float* strip, int32_t num_rows, const float* panel, int64_t dim, bool resume,
-               float* c, int64_t c_stride);
+               float* c, int64_t c_stride, const Ahead& ahead);
   // The same from rows that are not packed: x[r * x_stride + k].
   void (*tile_rows)(const float* x, int64_t x_stride, int32_t num_rows, const float* panel,
                     int64_t dim, bool resume, float* c, int64_t c_stride);
   // Products of block-quantised weights; dim is a multiple of 32. A strip is [runs][kRunWords]
   // [num_rows] words; quantize_row writes one row of it, from `out` on. tile_runs is as tile.
   void (*quantize_row)(const float* x, int64_t dim, float* out, int32_t num_rows);
-  void (*expand)(const ExpandTask& task, const RunPanel& out);
+  void (*expand)(const ExpandTask& task, const RunScratch& out);
   void (*tile_runs)(const float* strip, int32_t num_rows, const RunPanel& panel, int64_t num_runs,
-                    bool resume, float* c, int64_t c_stride);
+                    bool resume, float* c, int64_t c_stride, const Ahead& ahead);
   void (*widen_bf16)(const uint16_t* source, int64_t count, float* out);  // count: multiple of 16
   void (*widen_f16)(const uint16_t* source, int64_t count, float* out);
   void (*finish)(const FinishTask& task);
@@ -110,7 +123,10 @@ struct IsaKernels {
 };
 
 // The AVX tables are there on x86-64 only, and may only be called where the processor has them.
+// Those with VNNI differ in tile_runs alone.
+extern const IsaKernels kIsaAvx512Vnni;
 extern const IsaKernels kIsaAvx512;
+extern const IsaKernels kIsaAvx2Vnni;
 extern const IsaKernels kIsaAvx2;
 extern const IsaKernels kIsaGeneric;
 

@@ -52,8 +52,8 @@ int64_t RoundUp(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * 
 // --- Block formats
 // -----------------------------------------------------------------------------------------
 
-// How a panel of a block format is kept: the sections of an ExpandTask one after another, each
-// aligned.
+// How an input block of a panel of a block format is kept: the sections of an ExpandTask one after
+// another, each aligned. The blocks of a panel follow one another.
 struct RunFormat {
   bool nibbles;
   int32_t zero;              // what nibbles are stored above
@@ -61,6 +61,11 @@ struct RunFormat {
   bool sub_offsets;
   int32_t scale_length;
   bool offsets;
+
+  // Values that are multiplied as they are kept.
+  bool is_plain_bytes() const {
+    return !nibbles && sub_scale_length == 0 && scale_length == kRunLength && !offsets;
+  }
 };
 
 RunFormat FormatOf(DType dtype) {
@@ -84,11 +89,12 @@ RunFormat FormatOf(DType dtype) {
   return {};
 }
 
-// Offsets of the sections in a panel; `end` is its size.
+// Offsets of the sections in a block; `end` is its size.
 struct RunSections {
   int64_t values, sub_scales, sub_offsets, scales, offsets, end;
 };
 
+// Of a block of `cols` inputs.
 RunSections SectionsOf(const RunFormat& format, int64_t cols) {
   RunSections at{};
   int64_t next = 0;
@@ -107,10 +113,10 @@ RunSections SectionsOf(const RunFormat& format, int64_t cols) {
   return at;
 }
 
-// Writes one run of one output into a panel.
+// Writes run `index` of a block of one output.
 void PackRun(const QuantizedRun& run, const RunFormat& format, const RunSections& at, int64_t index,
-             int64_t lane, std::byte* panel) {
-  auto* values = reinterpret_cast<uint8_t*>(panel + at.values);
+             int64_t lane, std::byte* block) {
+  auto* values = reinterpret_cast<uint8_t*>(block + at.values);
   for (int64_t i = 0; i < kRunLength; ++i) {
     const int64_t pair = (index * kRunLength + i) / 2, place = 2 * lane + i % 2;
     if (!format.nibbles) {
@@ -122,26 +128,31 @@ void PackRun(const QuantizedRun& run, const RunFormat& format, const RunSections
         static_cast<uint8_t>(pair % 2 == 0 ? nibble : nibble << 4);
   }
   if (format.sub_scale_length > 0) {
-    auto* sub_scales = reinterpret_cast<int8_t*>(panel + at.sub_scales);
+    auto* sub_scales = reinterpret_cast<int8_t*>(block + at.sub_scales);
     for (int64_t k = 0; k < kRunLength; k += format.sub_scale_length) {
       sub_scales[(index * kRunLength + k) / format.sub_scale_length * kPanelWidth + lane] =
           run.sub_scale[k / 16];
     }
   }
   if (format.sub_offsets) {
-    reinterpret_cast<int8_t*>(panel + at.sub_offsets)[index * kPanelWidth + lane] = run.sub_offset;
+    reinterpret_cast<int8_t*>(block + at.sub_offsets)[index * kPanelWidth + lane] = run.sub_offset;
   }
-  const int64_t block = index * kRunLength / format.scale_length * kPanelWidth + lane;
-  reinterpret_cast<float*>(panel + at.scales)[block] = run.scale;
-  if (format.offsets) reinterpret_cast<float*>(panel + at.offsets)[block] = run.offset;
+  const int64_t place = index * kRunLength / format.scale_length * kPanelWidth + lane;
+  reinterpret_cast<float*>(block + at.scales)[place] = run.scale;
+  if (format.offsets) reinterpret_cast<float*>(block + at.offsets)[place] = run.offset;
 }
 
 // --- Panels
 // ------------------------------------------------------------------------------------------------
 
+int64_t BlockBytes(DType dtype, int64_t inputs) {
+  return IsQuantized(dtype) ? SectionsOf(FormatOf(dtype), inputs).end
+                            : BytesOf(dtype, inputs * kPanelWidth);
+}
+
 int64_t PanelBytes(DType dtype, int64_t cols) {
-  return IsQuantized(dtype) ? SectionsOf(FormatOf(dtype), cols).end
-                            : RoundUp(cols * kPanelWidth * BytesOf(dtype));
+  return cols / kInputBlock * BlockBytes(dtype, kInputBlock) +
+         RoundUp(BlockBytes(dtype, cols % kInputBlock));
 }
 
 struct PanelShape {
@@ -249,9 +260,13 @@ void PackPanel(absl::Span<const HostMatrix> parts, RowOrder row_order, int64_t p
       source = blocks.data();
     }
     const RunFormat format = FormatOf(dtype);
-    const RunSections at = SectionsOf(format, cols);
-    for (int64_t index = 0; index < cols / kRunLength; ++index) {
-      PackRun(ReadRun(source, dtype, index), format, at, index, i, out);
+    for (int64_t k = 0; k < cols; k += kInputBlock) {
+      const int64_t count = std::min(kInputBlock, cols - k);
+      const RunSections at = SectionsOf(format, count);
+      for (int64_t index = 0; index < count / kRunLength; ++index) {
+        PackRun(ReadRun(source, dtype, k / kRunLength + index), format, at, index, i,
+                out + k / kInputBlock * BlockBytes(dtype, kInputBlock));
+      }
     }
   }
 }
@@ -264,8 +279,8 @@ void SpreadRow(const void* data, int64_t begin, int64_t count, const Widen& wide
   }
 }
 
-// The parts of a RunPanel for `count` inputs, in this order.
-RunPanel LayOutRuns(int64_t count, bool offsets, float* scratch) {
+// The parts of `count` inputs, in this order.
+RunScratch LayOutRuns(int64_t count, bool offsets, float* scratch) {
   float* scales = scratch + count * kPanelWidth / 2;
   return {.values = reinterpret_cast<int16_t*>(scratch),
           .scales = scales,
@@ -313,7 +328,8 @@ absl::StatusOr<std::unique_ptr<PackedWeight>> PackedWeight::Pack(absl::Span<cons
   int64_t memory_bytes = 0;
   for (int64_t panel = 0; panel < shape.num_panels; ++panel) {
     const DType kept = PanelDType(parts, row_order, dtype, panel);
-    panels[panel] = {.dtype = kept, .begin_byte = memory_bytes};
+    panels[panel] = {
+        .dtype = kept, .begin_byte = memory_bytes, .block_bytes = BlockBytes(kept, kInputBlock)};
     memory_bytes += PanelBytes(kept, shape.cols);
   }
   AlignedMemory memory = AllocateAligned(memory_bytes);
@@ -369,7 +385,7 @@ void PackedWeight::WidenMapped(int64_t panel, int64_t k, int64_t count, float* o
 }
 
 void PackedWeight::ExpandMapped(int64_t panel, int64_t k, int64_t count,
-                                const RunPanel& out) const {
+                                const RunScratch& out) const {
   for (int64_t i = 0; i < kPanelWidth; ++i) {
     const Lane lane = LaneOf(parts_, row_order(), panel, i);
     for (int64_t index = 0; index < count / kRunLength; ++index) {
@@ -388,31 +404,41 @@ void PackedWeight::ExpandMapped(int64_t panel, int64_t k, int64_t count,
   }
 }
 
-const float* PackedWeight::PanelBlock(int64_t panel, int64_t k, int64_t count,
-                                      const IsaKernels& isa, float* scratch) const {
+Ahead PackedWeight::Kept(int64_t panel, int64_t k) const {
+  if (mapped()) return {};
+  const Panel& of = panels_[panel];
+  const int64_t begin = of.begin_byte + k / kInputBlock * of.block_bytes;
+  const int64_t end = panel + 1 < num_panels() ? panels_[panel + 1].begin_byte : memory_bytes_;
+  return {memory_.get() + begin, std::min(of.block_bytes, end - begin)};
+}
+
+const float* PackedWeight::PanelBlock(int64_t panel, int64_t k, const IsaKernels& isa,
+                                      float* scratch) const {
+  const int64_t count = block_inputs(k);
   if (mapped()) {
     WidenMapped(panel, k, count, scratch);
     return scratch;
   }
-  const std::byte* kept = memory_.get() + panels_[panel].begin_byte;
-  const int64_t first = k * kPanelWidth;
+  const std::byte* kept = Kept(panel, k).bytes;
   const DType dtype = panels_[panel].dtype;
-  if (dtype == DType::kF32) return reinterpret_cast<const float*>(kept) + first;
-  (dtype == DType::kBf16 ? isa.widen_bf16 : isa.widen_f16)(
-      reinterpret_cast<const uint16_t*>(kept) + first, count * kPanelWidth, scratch);
+  if (dtype == DType::kF32) return reinterpret_cast<const float*>(kept);
+  (dtype == DType::kBf16 ? isa.widen_bf16 : isa.widen_f16)(reinterpret_cast<const uint16_t*>(kept),
+                                                           count * kPanelWidth, scratch);
   return scratch;
 }
 
-RunPanel PackedWeight::PanelRuns(int64_t panel, int64_t k, int64_t count, const IsaKernels& isa,
+RunPanel PackedWeight::PanelRuns(int64_t panel, int64_t k, const IsaKernels& isa,
                                  float* scratch) const {
+  const int64_t count = block_inputs(k);
   const RunFormat format = FormatOf(panels_[panel].dtype);
-  const RunPanel out = LayOutRuns(count, format.offsets, scratch);
+  const RunScratch out = LayOutRuns(count, format.offsets, scratch);
+  const RunPanel expanded = {out.values, nullptr, out.scales, out.offsets};
   if (mapped()) {
     ExpandMapped(panel, k, count, out);
-    return out;
+    return expanded;
   }
-  const RunSections at = SectionsOf(format, cols());
-  const std::byte* kept = memory_.get() + panels_[panel].begin_byte;
+  const RunSections at = SectionsOf(format, count);
+  const std::byte* kept = Kept(panel, k).bytes;
   ExpandTask task{};
   task.values = reinterpret_cast<const uint8_t*>(kept + at.values);
   task.nibbles = format.nibbles;
@@ -427,10 +453,12 @@ RunPanel PackedWeight::PanelRuns(int64_t panel, int64_t k, int64_t count, const 
   task.scales = reinterpret_cast<const float*>(kept + at.scales);
   if (format.offsets) task.offsets = reinterpret_cast<const float*>(kept + at.offsets);
   task.scale_length = format.scale_length;
-  task.first_run = k / kRunLength;
+  if (isa.tiles_of_bytes && format.is_plain_bytes()) {
+    return {nullptr, reinterpret_cast<const int8_t*>(task.values), task.scales, nullptr};
+  }
   task.num_runs = count / kRunLength;
   isa.expand(task, out);
-  return out;
+  return expanded;
 }
 
 }  // namespace cinnabar::cpu

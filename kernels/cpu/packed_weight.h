@@ -4,6 +4,7 @@
 #ifndef CINNABAR_KERNELS_CPU_PACKED_WEIGHT_H_
 #define CINNABAR_KERNELS_CPU_PACKED_WEIGHT_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -24,12 +25,17 @@ struct FreeAligned {
 using AlignedMemory = std::unique_ptr<std::byte, FreeAligned>;
 AlignedMemory AllocateAligned(int64_t size_bytes);
 
+// Inputs of a panel that are multiplied at once: 512 x 32 floats, 64 KiB, stay in the second-level
+// cache (and half of them in the first) while every strip of rows passes.
+inline constexpr int64_t kInputBlock = 512;
+
 class PackedWeight : public Weight {
  public:
   // Panel p, element (k, j): output 32 p + j, input k. kStacked: outputs in order. kGatedPairs:
   // panel p holds gate outputs 16 p .. 16 p + 15 and then the up outputs of the same numbers. What
   // lies beyond the last output is 0. Where dtype is a block format, a panel whose outputs are of
-  // one block format is kept in it, bit for bit; one in which two meet is kept in float32.
+  // one block format is kept in it, bit for bit, each input block in one piece; one in which two
+  // meet is kept in float32.
   static absl::StatusOr<std::unique_ptr<PackedWeight>> Pack(absl::Span<const HostMatrix> parts,
                                                             RowOrder row_order, DType dtype,
                                                             ThreadPool& pool);
@@ -48,25 +54,29 @@ class PackedWeight : public Weight {
   bool any_quantized() const { return any_quantized_; }
   bool any_float() const { return any_float_; }
 
-  // Inputs [k, k + count) of a panel that is not quantised in float32: the kept values themselves,
-  // or widened into `scratch` (count * 32 floats, aligned).
-  const float* PanelBlock(int64_t panel, int64_t k, int64_t count, const IsaKernels& isa,
-                          float* scratch) const;
-  // The same of a quantised one, multiplied out into `scratch`; k and count are multiples of 32.
-  RunPanel PanelRuns(int64_t panel, int64_t k, int64_t count, const IsaKernels& isa,
-                     float* scratch) const;
+  // The block of a panel that begins at input k, a multiple of kInputBlock, has block_inputs(k)
+  // inputs. Of a panel that is not quantised it comes in float32: the kept values themselves, or
+  // widened into `scratch` (32 floats an input, aligned).
+  int64_t block_inputs(int64_t k) const { return std::min(kInputBlock, cols() - k); }
+  const float* PanelBlock(int64_t panel, int64_t k, const IsaKernels& isa, float* scratch) const;
+  // The same of a quantised one, as it is kept if its tiles can be had of that, or multiplied out
+  // into `scratch`.
+  RunPanel PanelRuns(int64_t panel, int64_t k, const IsaKernels& isa, float* scratch) const;
+  // What either of them reads, where it is kept here; nothing of a mapped weight.
+  Ahead Kept(int64_t panel, int64_t k) const;
 
  private:
   struct Panel {
     DType dtype = DType::kF32;
-    int64_t begin_byte = 0;  // in memory_
+    int64_t begin_byte = 0;   // in memory_
+    int64_t block_bytes = 0;  // of kInputBlock inputs
   };
 
   PackedWeight(int64_t rows, int64_t cols, RowOrder row_order, DType dtype,
                std::vector<Panel> panels, AlignedMemory memory, int64_t memory_bytes,
                std::vector<HostMatrix> parts);
   void WidenMapped(int64_t panel, int64_t k, int64_t count, float* out) const;
-  void ExpandMapped(int64_t panel, int64_t k, int64_t count, const RunPanel& out) const;
+  void ExpandMapped(int64_t panel, int64_t k, int64_t count, const RunScratch& out) const;
 
   std::vector<Panel> panels_;
   bool any_quantized_ = false;

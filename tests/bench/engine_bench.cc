@@ -136,8 +136,13 @@ struct Contender {
   std::vector<double> shares;  // of the peak before or after, whichever was more
   std::vector<double> ratios;  // to the first contender's rate in the same round
 
-  // One step; its rate.
+  // One step of `batch` sequences, anew when the last ones have ended; its rate.
   double Step(const RandomCheckpoint& shape, int32_t batch, int32_t length) {
+    for (int32_t i = 0; i < batch && engine->num_sequences() < batch; ++i) {
+      const auto added = engine->Add(MakeState(
+          *denoiser, 1, length, {.sampler = "low_confidence", .seed = static_cast<uint64_t>(i)}));
+      CINNABAR_CHECK(added.ok()) << added.status();
+    }
     const int64_t answered_before = engine->counters().rows_answered;
     StepReport report;
     const auto begin = Clock::now();
@@ -154,12 +159,6 @@ void BenchCell(const Model& model, const Options& options, const ForwardLimits& 
   for (Contender& each : contenders) {
     each.engine = std::make_unique<Engine>(
         *each.denoiser, EngineOptions{.limits = limits, .kv_bytes_max = int64_t{4} << 30});
-    for (int32_t i = 0; i < batch; ++i) {
-      const auto added = each.engine->Add(
-          MakeState(*each.denoiser, 1, length,
-                    {.sampler = "low_confidence", .seed = static_cast<uint64_t>(i)}));
-      CINNABAR_CHECK(added.ok()) << added.status();
-    }
     each.rates.clear();
     each.shares.clear();
     each.ratios.clear();
@@ -257,7 +256,7 @@ constexpr char kHelp[] =
   --batch 1,8            sequences
   --dtype float32,...    of the weights: float32, bfloat16, q8_0, q4_0, q4_1, q4_k, q6_k; they take
                          turns in each round, and each is compared with the first
-  --isa auto             avx512, avx2 or generic
+  --isa auto             avx512vnni, avx512, avx2vnni, avx2 or generic
   --rounds 5
   --skip-cache           leaves out block-cached against uncached decoding
 

@@ -564,7 +564,7 @@ TEST(SoftEmbedTest, AgreesWithDoubleAndDependsOnNeitherIsaNorThreadsNorBatch) {
     const auto reference = MakeBackend(BackendKind::kCpu, {.num_threads = 1, .isa = "generic"});
     const Floats got = RunSoft(**reference, c, in.hidden, kSoftRows, in.stored);
     ExpectSoft(c, in, got, IsQuantized(c.dtype) ? 4e-4 : 4e-5);  // rows of 15 bits
-    for (const char* isa : {"avx512", "avx2", "generic"}) {
+    for (const char* isa : {"avx512vnni", "avx512", "avx2vnni", "avx2", "generic"}) {
       for (const int32_t num_threads : {1, 3}) {
         const auto backend =
             MakeBackend(BackendKind::kCpu, {.num_threads = num_threads, .isa = isa});

@@ -308,7 +308,8 @@ TEST_P(QuantizedProductsTest, EmbeddingsAreReadExactly) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, QuantizedProductsTest, testing::Values("avx512", "avx2", "generic"),
+INSTANTIATE_TEST_SUITE_P(Cpu, QuantizedProductsTest,
+                         testing::Values("avx512vnni", "avx512", "avx2vnni", "avx2", "generic"),
                          [](const auto& info) { return std::string(info.param); });
 INSTANTIATE_TEST_SUITE_P(Emulated, QuantizedProductsTest, testing::Values("emulated"));
 INSTANTIATE_TEST_SUITE_P(Cuda, QuantizedProductsTest, testing::Values("cuda"));
