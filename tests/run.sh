@@ -11,7 +11,7 @@ run() {
   shift
   cmake --preset "$preset"
   cmake --build --preset "$preset"
-  ctest --preset "$preset" --no-tests=error "$@"
+  ctest --preset "$preset" --no-tests=error -j "$(nproc)" "$@"
 }
 run release "$@"
 if [ -n "${CINNABAR_SANITIZERS:-}" ]; then run asan "$@"; fi
