@@ -8,12 +8,8 @@
 #include "common/base/status.h"
 #include "kernels/cuda/errors.h"
 #include "kernels/cuda/math.h"
-#include "kernels/cuda/runtime.h"
 
 namespace cinnabar::cuda {
-
-void FreeDeviceMemory::operator()(void* memory) const { FreeDevice(memory); }
-void FreePinnedMemory::operator()(void* memory) const { FreePinned(memory); }
 
 absl::StatusOr<DeviceMemory> TakeDeviceMemory(int64_t bytes) {
   void* memory = nullptr;
@@ -40,16 +36,10 @@ void* Staging::Copy(const void* data, int64_t bytes, void* stream, int* error) {
   CINNABAR_CHECK(bytes <= bytes_left()) << bytes << " bytes staged, " << bytes_left() << " left";
   char* const host = host_ + used_;
   char* const device = device_ + used_;
-  used_ += std::min(bytes_left(), (bytes + 255) / 256 * 256);
+  used_ += std::min(bytes_left(), RoomOf(bytes));
   std::memcpy(host, data, bytes);
   *error = CopyToDevice(device, host, bytes, stream);
   return *error == kSuccess ? device : nullptr;
-}
-
-Loader::~Loader() {
-  for (void* event : events_) {
-    if (event != nullptr) DestroyEvent(event);
-  }
 }
 
 absl::Status Loader::Prepare() {
@@ -58,8 +48,10 @@ absl::Status Loader::Prepare() {
       CINNABAR_ASSIGN_OR_RETURN(pieces_[i], TakePinnedMemory(kPieceBytes));
     }
     if (events_[i] == nullptr) {
-      CINNABAR_RETURN_IF_ERROR(
-          StatusOfError(CreateEvent(/*timed=*/false, &events_[i]), "make an event"));
+      void* event = nullptr;
+      const int error = CreateEvent(/*timed=*/false, &event);
+      events_[i].reset(event);
+      CINNABAR_RETURN_IF_ERROR(StatusOfError(error, "make an event"));
     }
   }
   return absl::OkStatus();
@@ -74,7 +66,8 @@ absl::Status Loader::Load(void* device, int64_t num_units, int64_t unit_bytes,
   for (int64_t begin = 0; begin < num_units; begin += units_per_piece, turn ^= 1) {
     const int64_t count = std::min(units_per_piece, num_units - begin);
     if (pending_[turn]) {
-      CINNABAR_RETURN_IF_ERROR(StatusOfError(SynchronizeEvent(events_[turn]), "wait for a copy"));
+      CINNABAR_RETURN_IF_ERROR(
+          StatusOfError(SynchronizeEvent(events_[turn].get()), "wait for a copy"));
       pending_[turn] = false;
     }
     char* const piece = static_cast<char*>(pieces_[turn].get());
@@ -83,7 +76,8 @@ absl::Status Loader::Load(void* device, int64_t num_units, int64_t unit_bytes,
         StatusOfError(CopyToDevice(static_cast<char*>(device) + begin * unit_bytes, piece,
                                    count * unit_bytes, stream),
                       "copy a weight to the device"));
-    CINNABAR_RETURN_IF_ERROR(StatusOfError(RecordEvent(events_[turn], stream), "mark a copy"));
+    CINNABAR_RETURN_IF_ERROR(
+        StatusOfError(RecordEvent(events_[turn].get(), stream), "mark a copy"));
     pending_[turn] = true;
   }
   return absl::OkStatus();

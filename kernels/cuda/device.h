@@ -8,19 +8,23 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/runtime.h"
 
 namespace cinnabar::cuda {
 
-struct FreeDeviceMemory {
-  void operator()(void* memory) const;
+template <void (*kGiveBack)(void*)>
+struct GiveBack {
+  void operator()(void* owned) const { kGiveBack(owned); }
 };
-using DeviceMemory = std::unique_ptr<void, FreeDeviceMemory>;
-struct FreePinnedMemory {
-  void operator()(void* memory) const;
-};
-using PinnedMemory = std::unique_ptr<void, FreePinnedMemory>;
+using DeviceMemory = std::unique_ptr<void, GiveBack<FreeDevice>>;
+using PinnedMemory = std::unique_ptr<void, GiveBack<FreePinned>>;
+using Stream = std::unique_ptr<void, GiveBack<DestroyStream>>;
+using Event = std::unique_ptr<void, GiveBack<DestroyEvent>>;
+using Graph = std::unique_ptr<void, GiveBack<DestroyGraph>>;
+using GraphExecutable = std::unique_ptr<void, GiveBack<DestroyExecutable>>;
 
 // ResourceExhausted when there is not so much.
 absl::StatusOr<DeviceMemory> TakeDeviceMemory(int64_t bytes);
@@ -31,6 +35,9 @@ absl::StatusOr<PinnedMemory> TakePinnedMemory(int64_t bytes);
 // was waited for.
 class Staging {
  public:
+  // What `bytes` take of a stretch.
+  static constexpr int64_t RoomOf(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
   void Reset(char* host, char* device, int64_t bytes);
   int64_t bytes() const { return bytes_; }
   int64_t bytes_left() const { return bytes_ - used_; }
@@ -46,13 +53,17 @@ class Staging {
   int64_t used_ = 0;
 };
 
+template <typename T>
+int64_t StagedBytesOf(absl::Span<const T> values) {
+  return Staging::RoomOf(static_cast<int64_t>(values.size() * sizeof(T)));
+}
+
 // Fills device memory from a source that produces it piece by piece: one piece is made on the host
 // while the one before is copied.
 class Loader {
  public:
   static constexpr int64_t kPieceBytes = int64_t{8} << 20;
 
-  ~Loader();
   // `fill(begin, count, to)` writes units begin .. begin + count - 1, of unit_bytes each; a unit is
   // at most kPieceBytes.
   absl::Status Load(void* device, int64_t num_units, int64_t unit_bytes,
@@ -63,7 +74,7 @@ class Loader {
   absl::Status Prepare();
 
   PinnedMemory pieces_[2];
-  void* events_[2] = {};
+  Event events_[2];
   bool pending_[2] = {};
 };
 

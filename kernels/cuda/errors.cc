@@ -36,4 +36,20 @@ absl::Status StatusOfNoDevice(int error) {
   return StatusOfError(error, "count the CUDA devices");
 }
 
+absl::Status FirstError::Remember(absl::Status status) {
+  if (first_.ok() && status.code() == absl::StatusCode::kUnavailable) first_ = status;
+  return status;
+}
+
+absl::Status FirstError::Note(int error, absl::string_view doing) {
+  if (error == kSuccess) return absl::OkStatus();
+  const absl::Status status = StatusOfError(error, doing);
+  if (first_.ok()) {
+    first_ = status.code() == absl::StatusCode::kUnavailable
+                 ? status
+                 : absl::UnavailableError(status.message());
+  }
+  return first_;
+}
+
 }  // namespace cinnabar::cuda

@@ -1,6 +1,6 @@
-// What passes between the backend's host code (cuda_backend.cc) and the kernels (.cu): plain
-// structs of device pointers and sizes, and one function a kernel. Every function enqueues on
-// `stream` and returns a cudaError_t as an int; shapes have been checked by the caller.
+// What passes between the backend's host code and the kernels (.cu): plain structs of device
+// pointers and sizes, and one function a kernel. Every function enqueues on `stream` and returns a
+// cudaError_t as an int; shapes have been checked by the caller.
 #ifndef CINNABAR_KERNELS_CUDA_LAUNCH_H_
 #define CINNABAR_KERNELS_CUDA_LAUNCH_H_
 

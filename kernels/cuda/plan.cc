@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "common/base/check.h"
+#include "kernels/cuda/blocks.h"
 
 namespace cinnabar::cuda {
 namespace {
@@ -65,6 +65,28 @@ int64_t PartialFloatsWanted(int32_t num_multiprocessors) {
 }
 
 int64_t TicketsWanted(int32_t num_multiprocessors) { return num_multiprocessors; }
+
+bool ForTensorCores(Element element) { return element == Element::kBf16 || IsBlocks(element); }
+
+bool UsesTensorCores(const MatrixView& x, const WeightView& weight) {
+  return x.element == Element::kBf16 && ForTensorCores(weight.element) && x.stride % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+ProductPlan PlanProduct(int64_t num_rows, const WeightView& weight, int32_t num_multiprocessors,
+                        const WorkspaceLayout& layout) {
+  const bool fp8 = weight.element == Element::kE4m3;
+  ProductPlan plan;
+  plan.tile_rows =
+      weight.tiled ? HopperTileRows(num_rows, fp8, weight.num_segments) : TileRows(num_rows, fp8);
+  const int32_t tile_outputs = weight.tiled ? kHopperOutputs : TileOutputs(plan.tile_rows);
+  const int64_t num_tiles = (num_rows + plan.tile_rows - 1) / plan.tile_rows *
+                            ((weight.rows + tile_outputs - 1) / tile_outputs);
+  plan.split = num_tiles <= layout.num_tickets &&
+               RunsSplit(num_tiles, plan.tile_rows * tile_outputs, weight.num_segments,
+                         num_multiprocessors, layout.partial_floats);
+  return plan;
+}
 
 bool WantsFp8(RowOrder row_order, int64_t rows, int64_t cols) {
   if (cols < 256 || rows < 256) return false;

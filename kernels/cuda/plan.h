@@ -46,6 +46,20 @@ bool RunsSplit(int64_t num_tiles, int32_t tile_sums, int32_t num_segments,
 int64_t PartialFloatsWanted(int32_t num_multiprocessors);
 int64_t TicketsWanted(int32_t num_multiprocessors);
 
+// Elements of weights that tensor cores multiply bf16 rows by (kE4m3 goes with rows in FP8).
+bool ForTensorCores(Element element);
+// Whether they multiply rows like `x`: bf16 that cp.async can read, 16-byte aligned.
+bool UsesTensorCores(const MatrixView& x, const WeightView& weight);
+
+// How a product on tensor cores runs in a workspace of such a layout. A tiled weight's is by wgmma.
+struct ProductPlan {
+  int32_t tile_rows = 16;
+  bool split = false;  // segments side by side
+};
+struct WorkspaceLayout;
+ProductPlan PlanProduct(int64_t num_rows, const WeightView& weight, int32_t num_multiprocessors,
+                        const WorkspaceLayout& layout);
+
 // FP8 is for the matrices that make up a model: neither routers and other small ones, nor the
 // vocabulary head and stacked modulations (many more outputs than inputs), where its error counts
 // most and saves least.

@@ -1,4 +1,4 @@
-// What the CUDA backend decides and computes on the host: small floats, plans, pages, errors. Runs
+// What the CUDA backend decides and computes on the host: small floats, plans, queries, pages. Runs
 // everywhere, with or without nvcc.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -16,6 +16,7 @@
 #include "kernels/cuda/math.h"
 #include "kernels/cuda/page_pool.h"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/query_batch.h"
 
 namespace cinnabar::cuda {
 namespace {
@@ -210,6 +211,25 @@ TEST(PlanTest, SegmentsRunSideBySideOnlyWhereTheDeviceWouldIdle) {
   EXPECT_FALSE(RunsSplit(64, 32 * 64, 4, 132, 64 * 4 * 32 * 64 - 1));
   // Whatever runs split has a ticket.
   EXPECT_GE(TicketsWanted(132), 131);
+}
+
+TEST(PlanTest, AProductRunsSplitWhereItsTilesHaveTicketsAndRoom) {
+  WeightView weight;
+  weight.rows = 256;
+  weight.num_segments = 4;
+  WorkspaceLayout layout;
+  layout.num_tickets = 4;
+  layout.partial_floats = 4 * 4 * 64 * 16;
+  ProductPlan plan = PlanProduct(/*num_rows=*/16, weight, /*num_multiprocessors=*/132, layout);
+  EXPECT_EQ(plan.tile_rows, 16);
+  EXPECT_TRUE(plan.split) << "4 tiles of 64 outputs";
+  EXPECT_FALSE(PlanProduct(17, weight, 132, layout).split) << "sums of 32 rows do not fit";
+  layout.num_tickets = 3;
+  EXPECT_FALSE(PlanProduct(16, weight, 132, layout).split);
+  weight.tiled = true;
+  plan = PlanProduct(16, weight, 132, layout);
+  EXPECT_EQ(plan.tile_rows, 16);
+  EXPECT_TRUE(plan.split) << "2 tiles of 128 outputs";
 }
 
 TEST(PlanTest, Fp8LeavesHeadsRoutersAndSmallMatricesAlone) {
@@ -407,6 +427,34 @@ TEST(PlanTest, WorkspacePartsDoNotOverlap) {
   shape = {.rows_max = 1, .cols_max = 8, .vocabulary = 10, .queries_max = 1};
   EXPECT_LT(LayOutWorkspace(shape, {.num_multiprocessors = 1}).total_bytes, 1 << 20);
   EXPECT_EQ(LayOutWorkspace(shape, {.num_multiprocessors = 1}).whole_rows, 2);
+}
+
+// --- query_batch.h
+
+TEST(QueryBatchTest, APairLiesInOneTileAndSlotsAreForeseen) {
+  std::mt19937 random(3);
+  QueryBatch batch;
+  for (int32_t i = 0; i < 200; ++i) {
+    VocabularyQuery query;
+    query.hidden_row = 2 * i;
+    if (random() % 2 == 0) query.unconditional_row = 2 * i + 1;
+    const size_t want = batch.SlotsWith(query);
+    batch.Add(query, /*vocabulary=*/100);
+    ASSERT_EQ(batch.slot_rows.size(), want);
+    ASSERT_EQ(batch.slot_queries.size(), want);
+    const int32_t slot = batch.queries.back().slot;
+    EXPECT_EQ(batch.slot_rows[slot], query.hidden_row);
+    EXPECT_EQ(batch.slot_queries[slot], i);
+    if (query.unconditional_row < 0) continue;
+    EXPECT_EQ(slot % 2, 0);
+    EXPECT_EQ(batch.slot_rows[slot + 1], query.unconditional_row);
+  }
+  std::vector<int32_t> named;
+  for (const int32_t query : batch.slot_queries) {
+    if (query != kNoRow) named.push_back(query);
+  }
+  ASSERT_EQ(named.size(), batch.queries.size());
+  EXPECT_TRUE(std::is_sorted(named.begin(), named.end()));
 }
 
 // --- page_pool.h
