@@ -167,6 +167,7 @@ def generate(model, ids, given, options):
     """Fills a canvas that reaches from the last given position to the end. Returns (ids, forward passes, events)."""
     seed, size, vocabulary = options.get("seed", 0), model.config["canvas_length"], model.traits.vocab_size
     start = given.index(False)
+    assert not any(given[start:]), "given behind the first gap"
     length = start + -(-(len(ids) - start) // size) * size
     tokens = list(ids) + [0] * (length - len(ids))
     num_blocks = (length - start) // size
