@@ -388,6 +388,11 @@ enum class PickRule : uint8_t {
 
 enum class FilterOrder : uint8_t { kTopPThenTopK, kTopKThenTopP };
 
+// Which ids top_p keeps, in descending order (ties: lower id first): those with no more than top_p
+// before them, so the one that crosses, too; all but that one, though never none (ReMDM, BD3-LM:
+// they sum to at most top_p); the first again, but two at least (RND1).
+enum class TopPRule : uint8_t { kCrossing, kInside, kCrossingTwoAtLeast };
+
 // What one row of logits is wanted for. l = logits (+ guidance) + rule biases.
 struct VocabularyQuery {
   int32_t hidden_row = 0;
@@ -403,14 +408,11 @@ struct VocabularyQuery {
   float statistics_temperature = 1.0F;
   // Filters, on l / statistics_temperature over the counted ids; token and statistics then come
   // from the kept set alone. top_k 0: off; keeps ids with l >= the k-th largest (ties survive).
-  // top_p 1: off; sorted descending (ties: lower id first), an id is dropped when the mass before
-  // it already exceeds top_p, so the one that crosses is kept. The whole mass, and so where top_p
-  // crosses, is exact to about 1e-6 of itself. top_p_inside drops the one that crosses, too, but
-  // never the largest: kept ids sum to at most top_p (ReMDM, BD3-LM). A rule that is not counted is
-  // in no kept set, so never the token then.
+  // top_p 1: off. The whole mass, and so where top_p crosses, is exact to about 1e-6 of itself. A
+  // rule that is not counted is in no kept set, so never the token then.
   int32_t top_k = 0;
   float top_p = 1.0F;
-  bool top_p_inside = false;
+  TopPRule top_p_rule = TopPRule::kCrossing;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
 
   NoiseKey noise;                          // read when the pick is random

@@ -184,11 +184,12 @@ int64_t CountKept(const Candidate* sorted, int64_t known, bool all, const Vocabu
   }
   const double limit = static_cast<double>(query.top_p) * total;
   const int64_t end = kept_by_k < 0 ? known : kept_by_k;
+  const int64_t least = query.top_p_rule == TopPRule::kCrossingTwoAtLeast ? 2 : 1;
   double before = 0.0;
   for (int64_t rank = 0; rank < end; ++rank) {
-    if (before > limit) return rank;
+    if (before > limit && rank >= least) return rank;
     before += std::exp(Exponent(LogitOf(sorted[rank]), largest, query.statistics_temperature));
-    if (query.top_p_inside && rank > 0 && before > limit) return rank;
+    if (query.top_p_rule == TopPRule::kInside && rank > 0 && before > limit) return rank;
   }
   if (kept_by_k >= 0) return kept_by_k;
   return before > limit ? end : -1;

@@ -296,7 +296,8 @@ struct DeviceQuery {
   float statistics_scale = 0.0F;  // log2(e) / temperature
   int32_t top_k = 0;
   float top_p = 1.0F;
-  int32_t top_p_inside = 0;
+  int32_t top_p_inside = 0;  // the id that crosses top_p goes, too
+  int32_t two_at_least = 0;  // of top_p
   int32_t top_k_first = 0;
   uint32_t seed_low = 0;
   uint32_t seed_high = 0;

@@ -59,7 +59,8 @@ void QueryBatch::Add(const VocabularyQuery& query, int64_t vocabulary) {
   q.statistics_scale = ExponentScale(query.statistics_temperature);
   q.top_k = query.top_k;
   q.top_p = query.top_p;
-  q.top_p_inside = query.top_p_inside ? 1 : 0;
+  q.top_p_inside = query.top_p_rule == TopPRule::kInside ? 1 : 0;
+  q.two_at_least = query.top_p_rule == TopPRule::kCrossingTwoAtLeast ? 1 : 0;
   q.top_k_first = query.filter_order == FilterOrder::kTopKThenTopP ? 1 : 0;
   q.seed_low = static_cast<uint32_t>(query.noise.seed);
   q.seed_high = static_cast<uint32_t>(query.noise.seed >> 32);

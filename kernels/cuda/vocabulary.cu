@@ -602,9 +602,18 @@ SelectKernel(SelectTask task) {
       const bool largest = stop.mass_above == 0;
       const uint64_t kept_ties =
           query.top_p_inside == 0 || (largest && more == 0) ? more + 1 : more;
+      const uint32_t last = threshold;  // of top_k
       threshold = kept_ties > 0 ? stop.key : stop.key + 1;
       ties = kept_ties > 0 && kept_ties < stop.count_at ? static_cast<uint32_t>(kept_ties)
                                                         : 0xFFFFFFFFU;
+      if (query.two_at_least != 0 && largest && kept_ties == 1) {
+        const Stop second = Walk<false>(row, 0, 1, shared);
+        if (second.key >= last && second.key != 0) {
+          const uint32_t wanted = 2 - second.count_above;
+          threshold = second.key;
+          ties = wanted < second.count_at ? wanted : 0xFFFFFFFFU;
+        }
+      }
     }
   }
   int32_t cutoff = kNoId;

@@ -55,6 +55,7 @@ def test_top_p_keeps_the_id_that_crosses():
     assert samplers.kept_ids(logits, top_p=0.6).tolist() == [False, True, True, False]
     assert samplers.kept_ids(logits, top_p=0.4).tolist() == [False, True, False, False]
     assert samplers.kept_ids(logits, top_p=1e-9).tolist() == [False, True, False, False]
+    assert samplers.kept_ids(logits, top_p=0.4, least=2).tolist() == [False, True, True, False]
     assert samplers.kept_ids(logits, top_p=0.85).tolist() == [True, True, True, False]  # of equals the lower id
 
 

@@ -16,7 +16,7 @@ void Ask(const StepContext& context, int32_t position, StepPlan& plan) {
   query.pick_temperature = context.params.temperature;
   query.statistics_temperature = TemperedStatistics(context.params);
   query.top_p = context.params.top_p;
-  query.top_p_inside = true;
+  query.top_p_rule = TopPRule::kInside;
   // The parameterisation gives the mask token probability 0.
   query.rules.push_back({.id = context.model.mask_token, .counted = false, .pickable = false});
 }

@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "worker/decoding/sampler_support.h"
+#include "worker/decoding/schedule.h"
 #include "worker/decoding/selection.h"
 
 namespace cinnabar {
@@ -62,11 +63,13 @@ class PathPlanning final : public Sampler {
   }
 
  private:
-  // N (1 - i / S) in whole numbers: a rounded quotient could miss them.
-  static int64_t NumMaskedAfter(const StepContext& context) {
-    const int64_t num_steps = StepsOf(context);
-    const int64_t step = std::min<int64_t>(context.state.block_step + int64_t{1}, num_steps);
-    return int64_t{context.state.block_masks} * (num_steps - step) / num_steps;
+  // The quotient is that of either code, for its last bit can decide.
+  int64_t NumMaskedAfter(const StepContext& context) const {
+    const int32_t num_steps = StepsOf(context);
+    const int32_t step = std::min(context.state.block_step + 1, num_steps);
+    const double kept = variant_ == Variant::kOpen ? static_cast<double>(step) / num_steps
+                                                   : step * (1.0 / num_steps);
+    return Float32Share(context.state.block_masks, 1.0 - kept);
   }
 
   // Whether the predictions of committed positions count.

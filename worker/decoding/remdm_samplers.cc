@@ -48,7 +48,7 @@ class Revising : public Sampler {
       query.pick_temperature = move.closing ? 0.0F : context.params.temperature;
       query.statistics_temperature = TemperedStatistics(context.params);
       query.top_p = context.params.top_p;
-      query.top_p_inside = true;
+      query.top_p_rule = TopPRule::kInside;
       // The parameterisation gives the mask token probability 0.
       query.rules.push_back({.id = context.model.mask_token, .counted = false, .pickable = false});
     }

@@ -1,13 +1,20 @@
 // RND1 (github.com/RadicalNumerics/RND1, sampling.py): the lowest entropies first, so that after
 // step i of S floor(N (1 - i / S)) of a block's N positions are left; or, entropy-bounded, as many
-// of the most probable predictions as keep their joint entropy within a bound.
+// of the most probable predictions as keep their joint entropy within a bound. top_p keeps two ids
+// at least.
 #include <algorithm>
 
 #include "worker/decoding/sampler_support.h"
+#include "worker/decoding/schedule.h"
 #include "worker/decoding/selection.h"
 
 namespace cinnabar {
 namespace {
+
+void SetRnd1Filters(const DecodingParams& params, PositionQuery& query) {
+  SetFiltered(params, FilterOrder::kTopKThenTopP, query);
+  query.top_p_rule = TopPRule::kCrossingTwoAtLeast;
+}
 
 class Rnd1 final : public Sampler {
  public:
@@ -15,8 +22,7 @@ class Rnd1 final : public Sampler {
     StartPlan(context, plan);
     QueryUndecided(context, plan);
     if (Count(context, static_cast<int32_t>(plan.queries.size())) == 0) plan.queries.clear();
-    for (PositionQuery& query : plan.queries)
-      SetFiltered(context.params, FilterOrder::kTopKThenTopP, query);
+    for (PositionQuery& query : plan.queries) SetRnd1Filters(context.params, query);
     plan.forward = !plan.queries.empty();
   }
 
@@ -38,10 +44,10 @@ class Rnd1 final : public Sampler {
 
  private:
   static int32_t Count(const StepContext& context, int32_t num_masked) {
-    const int64_t num_steps = StepsOf(context);
-    const int64_t steps_left = std::max<int64_t>(num_steps - 1 - context.state.block_step, 0);
-    const int64_t stay = int64_t{context.state.block_masks} * steps_left / num_steps;
-    return static_cast<int32_t>(num_masked - stay);
+    const int32_t num_steps = StepsOf(context);
+    const int32_t steps_left = std::max(num_steps - 1 - context.state.block_step, 0);
+    const double rate = static_cast<double>(steps_left) / num_steps;
+    return num_masked - Float32Share(context.state.block_masks, rate);
   }
 };
 
@@ -50,8 +56,7 @@ class Rnd1EntropyBounded final : public Sampler {
   void Plan(const StepContext& context, StepPlan& plan) const override {
     StartPlan(context, plan);
     QueryUndecided(context, plan);
-    for (PositionQuery& query : plan.queries)
-      SetFiltered(context.params, FilterOrder::kTopKThenTopP, query);
+    for (PositionQuery& query : plan.queries) SetRnd1Filters(context.params, query);
   }
 
   void Decide(const StepContext& context, const StepPlan& plan,

@@ -104,7 +104,7 @@ struct PositionQuery {
   float statistics_temperature = 1.0F;
   int32_t top_k = 0;
   float top_p = 1.0F;
-  bool top_p_inside = false;
+  TopPRule top_p_rule = TopPRule::kCrossing;
   FilterOrder filter_order = FilterOrder::kTopPThenTopK;
   float sigma_step = 0.0F;
   bool want_top = false;

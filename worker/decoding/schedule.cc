@@ -19,6 +19,10 @@ int32_t EvenShare(int32_t count, int32_t num_steps, int32_t step) {
   return count / num_steps + (step < count % num_steps ? 1 : 0);
 }
 
+int32_t Float32Share(int32_t count, double rate) {
+  return static_cast<int32_t>(static_cast<float>(count) * static_cast<float>(rate));
+}
+
 double DreamTransferChance(int32_t num_steps, int32_t step, double eps) {
   CINNABAR_CHECK(num_steps > 0) << num_steps << " steps";
   if (step >= num_steps - 1) return 1.0;

@@ -12,6 +12,10 @@ namespace cinnabar {
 // (LLaDA, SDAR).
 int32_t EvenShare(int32_t count, int32_t num_steps, int32_t step);
 
+// RND1 and P2: the share `rate` of `count`, rounded down in float32 as the authors' tensors are.
+// Where it would be whole it can be one less: of 22 positions in 22 steps, one step transfers two.
+int32_t Float32Share(int32_t count, double rate);
+
 // Dream: the time falls linearly from 1 to `eps`; chance of one masked position to be transferred
 // in `step`, 1 in the last.
 double DreamTransferChance(int32_t num_steps, int32_t step, double eps);

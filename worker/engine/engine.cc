@@ -148,10 +148,9 @@ bool SameQuery(const VocabularyQuery& a, const VocabularyQuery& b) {
   return a.noise.position == b.noise.position && a.pick == b.pick &&
          a.pick_temperature == b.pick_temperature &&
          a.statistics_temperature == b.statistics_temperature && a.top_k == b.top_k &&
-         a.top_p == b.top_p && a.top_p_inside == b.top_p_inside &&
-         a.filter_order == b.filter_order && a.noise.seed == b.noise.seed &&
-         (!random || a.noise.step == b.noise.step) && a.own_token == b.own_token &&
-         a.sigma_step == b.sigma_step && a.want_top == b.want_top &&
+         a.top_p == b.top_p && a.top_p_rule == b.top_p_rule && a.filter_order == b.filter_order &&
+         a.noise.seed == b.noise.seed && (!random || a.noise.step == b.noise.step) &&
+         a.own_token == b.own_token && a.sigma_step == b.sigma_step && a.want_top == b.want_top &&
          a.pickable_ids == b.pickable_ids && absl::c_equal(a.rules, b.rules, SameRule);
 }
 
@@ -559,7 +558,7 @@ VocabularyQuery Engine::QueryFor(const SequenceState& state, const PositionQuery
   query.statistics_temperature = wanted.statistics_temperature;
   query.top_k = wanted.top_k;
   query.top_p = wanted.top_p;
-  query.top_p_inside = wanted.top_p_inside;
+  query.top_p_rule = wanted.top_p_rule;
   query.filter_order = wanted.filter_order;
   query.noise = {.seed = params.seed,
                  .position = static_cast<uint32_t>(wanted.position),

@@ -33,7 +33,8 @@ void ReadExperts(JsonFields& config, ModelSpec& spec) {
   experts.bias = config.Bool("moe_router_enable_expert_bias", true);
   experts.num_groups = static_cast<int32_t>(config.Int("n_group", 1, kExpertsMax, 1));
   experts.groups_per_token = static_cast<int32_t>(config.Int("topk_group", 1, kExpertsMax, 1));
-  experts.renormalize = true;  // norm_topk_prob is not consulted by the authors' code
+  // As the authors' code, which does not consult norm_topk_prob.
+  experts.renormalize = experts.experts_per_token > 1;
   experts.scale = static_cast<float>(config.Number("routed_scaling_factor", 0.0, 1e6, 1.0));
   const std::string score = config.String("score_function", "sigmoid");
   Require(score == "sigmoid", config, "score_function",

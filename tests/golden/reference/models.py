@@ -97,7 +97,7 @@ def visibility(length, block_length):
 
 def route(logits, config):
     """Experts of each row and their weights: (ids [n, k], weights [n, k]). `config` is that of a mixture of
-    experts: LLaDA2 (sigmoid, groups, a bias for the choice alone), LLaDA-MoE (softmax as it is), Qwen3-MoE
+    experts: LLaDA2 (sigmoid, groups, a bias for the choice alone, renormalised unless there is one), LLaDA-MoE (softmax as it is), Qwen3-MoE
     (softmax, renormalised)."""
     k = config["num_experts_per_tok"]
     bias = config.get("expert_bias", 0.0)
@@ -115,7 +115,8 @@ def route(logits, config):
         choice = scores
     ids = np.argsort(-choice, axis=-1, kind="stable")[:, :k]
     weights = np.take_along_axis(scores, ids, axis=-1)
-    if not config["architectures"][0].startswith("LLaDAMoE"):
+    alone = config["architectures"][0].startswith("LLaDA2") and k == 1
+    if not config["architectures"][0].startswith("LLaDAMoE") and not alone:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return ids, weights * config.get("routed_scaling_factor", 1.0)
 

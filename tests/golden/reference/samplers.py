@@ -48,9 +48,9 @@ class Answer:
     gap: float           # logit of the token minus that of the best other pickable one
 
 
-def kept_ids(logits, top_k=0, top_p=1.0, top_k_first=False, guard=False):
+def kept_ids(logits, top_k=0, top_p=1.0, top_k_first=False, guard=False, least=1):
     """Boolean [vocabulary]: what the filters leave. An id falls to top_p when the mass before it, in
-    descending order, already exceeds top_p; to top_k when it is below the k-th largest logit."""
+    descending order, already exceeds top_p, but for the first `least`; to top_k when it is below the k-th largest logit."""
     def by_top_k(kept):
         if not 0 < top_k < len(logits):
             return kept
@@ -65,7 +65,7 @@ def kept_ids(logits, top_k=0, top_p=1.0, top_k_first=False, guard=False):
         order = np.argsort(-p, kind="stable")
         before = np.cumsum(p[order]) - p[order]
         result = kept.copy()
-        result[order[before > top_p]] = False
+        result[order[least:][before[least:] > top_p]] = False
         return result
 
     kept = np.ones(len(logits), dtype=bool)
@@ -74,12 +74,12 @@ def kept_ids(logits, top_k=0, top_p=1.0, top_k_first=False, guard=False):
     return kept
 
 
-def answer_row(logits, mask_token, forbidden=(), uncounted=(), top_k=0, top_p=1.0, top_k_first=False):
+def answer_row(logits, mask_token, forbidden=(), uncounted=(), top_k=0, top_p=1.0, top_k_first=False, least=1):
     """Greedy pick and statistics of one row. `forbidden`: neither counted nor pickable; `uncounted`: left out
     of the softmax after the pick (their own probability is 0)."""
     logits = np.array(logits, dtype=np.float64)
     logits[list(forbidden)] = -np.inf
-    kept = kept_ids(logits, top_k, top_p, top_k_first, guard=True)
+    kept = kept_ids(logits, top_k, top_p, top_k_first, guard=True, least=least)
     pickable = np.where(kept, logits, -np.inf)
     pickable[mask_token] = -np.inf
     token = int(np.argmax(pickable))
@@ -149,6 +149,11 @@ def relative(a, b):
 
 def absolute(a, b):
     return ABSOLUTE_GAP * max(1.0, abs(a), abs(b))
+
+
+def float32_share(count, rate):
+    """The share of `count` as RND1's and P2's tensors round it down: of a whole number it can leave one less."""
+    return int(np.float32(count) * np.float32(rate))
 
 
 def dream_transfers(masked, step, steps, eps):
@@ -227,7 +232,7 @@ def select(name, options, answers, positions, block_masks, block_step, block_ste
         events.add("several" if 1 < count < m else "all" if count == m else "one")
         return take_best(scores_of(lambda a: -a.entropy), count, absolute, events)
     if name == "rnd1":
-        count = m - block_masks * (block_steps - 1 - block_step) // block_steps
+        count = m - float32_share(block_masks, (block_steps - 1 - block_step) / block_steps)
         return take_best(scores_of(lambda a: -a.entropy), count, absolute, events)
     if name == "rnd1_entropy_bounded":
         bound = options.get("entropy_bound", 0.1)
@@ -296,7 +301,8 @@ def revise(name, options, answers, positions, x, mask, block_masks, block_step, 
         changes[positions[index]] = answers[index].token
 
     if name in ("p2", "p2_open"):
-        num_masked = block_masks * (block_steps - 1 - block_step) // block_steps
+        kept = (block_step + 1) / block_steps if name == "p2_open" else (block_step + 1) * (1 / block_steps)
+        num_masked = float32_share(block_masks, 1 - kept)
         eta = options.get("eta", 1.0)
         if name == "p2":
             scores = [math.log(a.probability) * (1 if m else eta) for a, m in zip(answers, masked)]
@@ -406,7 +412,8 @@ def generate(model, ids, given, options):
     if options.get("confidence_eos_eot_inf"):
         uncounted = [t for t in (*traits.eos_tokens, traits.eot_token) if t >= 0]
     filters = {"top_k": options.get("top_k", 0), "top_p": options.get("top_p", 1.0),
-               "top_k_first": name.startswith(("block_", "rnd1", "joint_"))} if name in FILTERED else {}
+               "top_k_first": name.startswith(("block_", "rnd1", "joint_")),
+               "least": 2 if name.startswith("rnd1") else 1} if name in FILTERED else {}
     reuse = options.get("kv_reuse", "exact")
     result = Result(x, [], 0, 0, set())
     for begin, end in blocks:

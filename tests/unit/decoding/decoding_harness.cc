@@ -280,7 +280,7 @@ StepQueries QueriesOf(const Sequence& sequence, const StepPlan& plan, bool rows_
     query.statistics_temperature = wanted.statistics_temperature;
     query.top_k = wanted.top_k;
     query.top_p = wanted.top_p;
-    query.top_p_inside = wanted.top_p_inside;
+    query.top_p_rule = wanted.top_p_rule;
     query.filter_order = wanted.filter_order;
     query.noise = {.seed = sequence.params.seed,
                    .position = static_cast<uint32_t>(wanted.position),

@@ -468,7 +468,7 @@ TEST_P(SamplerPropertyTest, PlanForgetsWhatThePlanHeldBefore) {
         EXPECT_EQ(a.statistics_temperature, b.statistics_temperature);
         EXPECT_EQ(a.top_k, b.top_k);
         EXPECT_EQ(a.top_p, b.top_p);
-        EXPECT_EQ(a.top_p_inside, b.top_p_inside);
+        EXPECT_EQ(a.top_p_rule, b.top_p_rule);
         EXPECT_EQ(a.filter_order, b.filter_order);
         EXPECT_EQ(a.sigma_step, b.sigma_step);
         EXPECT_EQ(a.rules.size(), b.rules.size());

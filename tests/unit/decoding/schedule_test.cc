@@ -56,6 +56,15 @@ TEST(EvenShareTest, AddsUpToTheCountAndNeverRises) {
   }
 }
 
+// As torch has it: (torch.tensor(count) * rate).long().
+TEST(Float32ShareTest, CanFallShortOfAWholeNumber) {
+  EXPECT_EQ(Float32Share(8, 3.0 / 8), 3);
+  EXPECT_EQ(Float32Share(10, 0.0), 0);
+  EXPECT_EQ(Float32Share(22, 12.0 / 22), 12);
+  EXPECT_EQ(Float32Share(22, 13.0 / 22), 12);
+  EXPECT_EQ(Float32Share(81, 5.0 / 27), 14);
+}
+
 TEST(DreamScheduleTest, KnownTransfers) {
   // With as many steps as masks the first transfers nothing: 8 * 0.124875 truncates.
   EXPECT_THAT(DreamTransfers(8, 8, 1e-3), ElementsAre(0, 1, 1, 1, 1, 1, 1, 2));

@@ -88,12 +88,14 @@ inline VocabularyReference AnswerInDouble(const VocabularyQuery& query,
     for (auto id = order.rbegin(); id != order.rend(); ++id) total += weight(*id);
     double before = 0.0;
     for (size_t rank = 0; rank < order.size(); ++rank) {
-      if (before > static_cast<double>(query.top_p) * total) {
+      const bool stays = rank == 1 && query.top_p_rule == TopPRule::kCrossingTwoAtLeast;
+      if (before > static_cast<double>(query.top_p) * total && !stays) {
         order.resize(rank);
         return;
       }
       before += weight(order[rank]);
-      if (query.top_p_inside && rank > 0 && before > static_cast<double>(query.top_p) * total) {
+      if (query.top_p_rule == TopPRule::kInside && rank > 0 &&
+          before > static_cast<double>(query.top_p) * total) {
         order.resize(rank);
         return;
       }

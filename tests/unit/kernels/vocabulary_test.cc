@@ -257,7 +257,7 @@ std::vector<VocabularyQuery> MixedQueries(int32_t num_queries, int32_t num_rows,
     } else if (random() % 2 == 0) {
       query.top_k = static_cast<int32_t>(one_of(0, 1, 5, 50, 600));
       query.top_p = static_cast<float>(one_of(1.0, 0.95, 0.5, 0.01));
-      query.top_p_inside = random() % 2 == 0;
+      query.top_p_rule = static_cast<TopPRule>(random() % 3);
       query.filter_order =
           random() % 2 == 0 ? FilterOrder::kTopPThenTopK : FilterOrder::kTopKThenTopP;
     }
@@ -462,9 +462,10 @@ TEST_P(VocabularyTest, FiltersKeepWhatTheContractSays) {
   const float mass[] = {0.1F, 0.2F, 0.4F, 0.2F, 0.1F};
   for (int id = 0; id < 5; ++id) row[id] = std::log(mass[id]);
   const auto head = Head::WithLogits(options(), {row});
-  auto probability = [&](int32_t top_k, float top_p, FilterOrder order, bool inside = false) {
+  auto probability = [&](int32_t top_k, float top_p, FilterOrder order,
+                         TopPRule rule = TopPRule::kCrossing) {
     VocabularyQuery query;
-    query.top_p_inside = inside;
+    query.top_p_rule = rule;
     query.top_k = top_k;
     query.top_p = top_p;
     query.filter_order = order;
@@ -473,6 +474,7 @@ TEST_P(VocabularyTest, FiltersKeepWhatTheContractSays) {
     return got.probability;
   };
   using enum FilterOrder;
+  using enum TopPRule;
   EXPECT_NEAR(probability(0, 1.0F, kTopPThenTopK), 0.4, 1e-6);
   EXPECT_NEAR(probability(1, 1.0F, kTopPThenTopK), 1.0, 1e-6);
   // The tie with the second survives top_k = 2.
@@ -486,12 +488,17 @@ TEST_P(VocabularyTest, FiltersKeepWhatTheContractSays) {
   EXPECT_NEAR(probability(3, 0.45F, kTopPThenTopK), 0.4 / 0.6, 1e-6);
   EXPECT_NEAR(probability(3, 0.45F, kTopKThenTopP), 1.0, 1e-6);
   // The id that crosses is dropped, but never the largest.
-  EXPECT_NEAR(probability(0, 0.3F, kTopPThenTopK, true), 1.0, 1e-6);
-  EXPECT_NEAR(probability(0, 0.5F, kTopPThenTopK, true), 1.0, 1e-6);
-  EXPECT_NEAR(probability(0, 0.7F, kTopPThenTopK, true), 0.4 / 0.6, 1e-6);
-  EXPECT_NEAR(probability(0, 0.85F, kTopPThenTopK, true), 0.5, 1e-6);
-  EXPECT_NEAR(probability(3, 0.7F, kTopPThenTopK, true), 0.4 / 0.6, 1e-6);
-  EXPECT_NEAR(probability(3, 0.7F, kTopKThenTopP, true), 1.0, 1e-6);
+  EXPECT_NEAR(probability(0, 0.3F, kTopPThenTopK, kInside), 1.0, 1e-6);
+  EXPECT_NEAR(probability(0, 0.5F, kTopPThenTopK, kInside), 1.0, 1e-6);
+  EXPECT_NEAR(probability(0, 0.7F, kTopPThenTopK, kInside), 0.4 / 0.6, 1e-6);
+  EXPECT_NEAR(probability(0, 0.85F, kTopPThenTopK, kInside), 0.5, 1e-6);
+  EXPECT_NEAR(probability(3, 0.7F, kTopPThenTopK, kInside), 0.4 / 0.6, 1e-6);
+  EXPECT_NEAR(probability(3, 0.7F, kTopKThenTopP, kInside), 1.0, 1e-6);
+  // Two stay at least, the lower of two equal ones, where top_k has left as many.
+  EXPECT_NEAR(probability(0, 0.3F, kTopPThenTopK, kCrossingTwoAtLeast), 0.4 / 0.6, 1e-6);
+  EXPECT_NEAR(probability(0, 0.7F, kTopPThenTopK, kCrossingTwoAtLeast), 0.5, 1e-6);
+  EXPECT_NEAR(probability(3, 0.3F, kTopKThenTopP, kCrossingTwoAtLeast), 0.4 / 0.6, 1e-6);
+  EXPECT_NEAR(probability(1, 0.3F, kTopKThenTopP, kCrossingTwoAtLeast), 1.0, 1e-6);
 }
 
 TEST_P(VocabularyTest, FiltersOnLongTailsAndFlatDistributions) {
@@ -517,7 +524,7 @@ TEST_P(VocabularyTest, FiltersOnLongTailsAndFlatDistributions) {
             query.statistics_temperature = temperature == 0.0F ? 1.0F : temperature;
             query.top_k = top_k;
             query.top_p = top_p;
-            query.top_p_inside = queries.size() % 4 >= 2;
+            query.top_p_rule = static_cast<TopPRule>(queries.size() / 2 % 3);
             query.filter_order = order;
             query.noise = {.seed = 99, .position = static_cast<uint32_t>(queries.size())};
             queries.push_back(query);
@@ -530,7 +537,7 @@ TEST_P(VocabularyTest, FiltersOnLongTailsAndFlatDistributions) {
   for (size_t index = 0; index < queries.size(); ++index) {
     const VocabularyQuery& query = queries[index];
     SCOPED_TRACE(absl::StrCat("row ", query.hidden_row, " top_k ", query.top_k, " top_p ",
-                              query.top_p, query.top_p_inside ? " inside" : "", " order ",
+                              query.top_p, " rule ", static_cast<int>(query.top_p_rule), " order ",
                               static_cast<int>(query.filter_order)));
     ExpectAgrees(answers[index], head->Reference(query), query);
   }

@@ -441,6 +441,8 @@ TEST(FamilyTest, Llada2RotatesHalfOfAHeadAndGroupsItsExperts) {
   EXPECT_TRUE(spec.experts.bias);
   EXPECT_FALSE(spec.experts.bias_counts);
   EXPECT_FLOAT_EQ(spec.experts.scale, 2.5F);
+  EXPECT_TRUE(spec.experts.renormalize);
+  EXPECT_FALSE(Spec(With(Llada2Config(), "num_experts_per_tok", 1))->experts.renormalize);
   EXPECT_FALSE(HasExperts(spec, 0));
   EXPECT_TRUE(HasExperts(spec, 1));
   const std::vector<ExpectedTensor> tensors = ExpectedTensors(spec);
