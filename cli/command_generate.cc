@@ -61,7 +61,8 @@ void GenerateFlags::Register(FlagSet& flags) {
             "length of the canvas in tokens [128; with --input what it says]");
   flags.Section("How (cinnabar samplers tells which knobs a sampler reads)");
   flags.Add("sampler", &params.sampler, "NAME", "default: the model's own");
-  flags.Add("steps", &params.num_steps, "N", "denoising steps; default one for each position, or as the sampler has it");
+  flags.Add("steps", &params.num_steps, "N",
+            "denoising steps; default one for each position, or as the sampler has it");
   flags.Add("block-length", &params.block_length, "N",
             "blocks are decoded left to right; default the whole canvas");
   flags.Add("threshold", &params.threshold, "P", "confidence from which a token is transferred");

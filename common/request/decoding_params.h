@@ -28,7 +28,7 @@ absl::StatusOr<KvReuse> ParseKvReuse(absl::string_view name);  // InvalidArgumen
 // (sampler_catalog.h); setting another one is an error, not a no-op. Lengths count tokens.
 struct DecodingParams {
   std::string sampler;    // canonical name; empty takes the model's default
-  // Denoising steps for the whole canvas. 0: one for each masked position; gemma_renoise: 48 a block.
+  // Denoising steps of the whole canvas. 0: one for each masked position; gemma_renoise: 48 a block.
   int32_t num_steps = 0;
   int32_t block_length =
       0;  // blocks are decoded left to right; 0: the model's block, else the canvas

@@ -123,7 +123,7 @@ struct IsaKernels {
 };
 
 // The AVX tables are there on x86-64 only, and may only be called where the processor has them.
-// Those with VNNI differ in tile_runs alone.
+// Those with VNNI differ in tile_runs and what it reads.
 extern const IsaKernels kIsaAvx512Vnni;
 extern const IsaKernels kIsaAvx512;
 extern const IsaKernels kIsaAvx2Vnni;

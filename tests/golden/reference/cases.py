@@ -31,6 +31,18 @@ def effect(**other):
     return shows
 
 
+def float32_decides(result, model, ids, given, options):
+    """With shares in whole numbers other tokens come out."""
+    in_float32 = samplers.float32_share
+    samplers.float32_share = lambda count, rate: int(round(count * rate, 6))
+    try:
+        return samplers.generate(model, ids, given, options).tokens != result.tokens
+    except samplers.TooClose:
+        return False
+    finally:
+        samplers.float32_share = in_float32
+
+
 def events(*names):
     return lambda result, *_: set(names) <= result.events
 
@@ -194,7 +206,7 @@ GREEDY = [
     ("block_static_llada2_infill", "llada2", HOLES + " g2", dict(steps=12), None),
     # Path planning.
     ("p2_llada", "llada", "g8 +12", dict(steps=6), events("masked again")),
-    ("p2_llada_float32_share", "llada", "g6 +22", dict(steps=22), None),
+    ("p2_llada_float32_share", "llada", "g6 +22", dict(steps=22), float32_decides),
     ("p2_llada_eta", "llada", "g6 +14", dict(steps=10, eta=2.0), both(events("masked again"), effect(eta=1.0))),
     ("p2_llada_eta_zero", "llada", "g6 +10", dict(steps=5, eta=0.0), effect(eta=1.0)),
     ("p2_dream_infill", "dream", HOLES, dict(steps=6, block_length=8), events("masked again")),
@@ -204,7 +216,7 @@ GREEDY = [
     # RND1.
     ("rnd1_rnd1", "rnd1", "g8 +12", dict(steps=5), None),
     ("rnd1_rnd1_infill", "rnd1", HOLES, dict(steps=15, top_k=7, top_p=0.9), effect(top_k=0, top_p=1.0)),
-    ("rnd1_rnd1_float32_share", "rnd1", "g8 +22", dict(steps=22), None),
+    ("rnd1_rnd1_float32_share", "rnd1", "g8 +22", dict(steps=22), float32_decides),
     ("rnd1_rnd1_narrow_top_p", "rnd1", "g8 +12", dict(steps=6, top_p=0.3), effect(top_p=1.0)),
     ("rnd1_entropy_bounded_rnd1", "rnd1", "g8 +12", dict(entropy_bound=1.5), events("several")),
     ("rnd1_entropy_bounded_llada_infill", "llada", HOLES, dict(entropy_bound=2.0, top_k=8), events("several")),
